@@ -1,0 +1,1 @@
+"""vtexport compiles vision-language models into engines that prune visual tokens inside."""

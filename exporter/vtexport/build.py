@@ -1,0 +1,284 @@
+"""build: checkpoint -> traced graphs -> compiled bundle, checked against the reference before it gets its name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from vtexport.bundle import (
+    PROCESSOR_FOLDER,
+    Bundle,
+    check_destination,
+    check_space,
+    list_files,
+    write_folder,
+)
+from vtexport.errors import InputError, TargetError
+from vtexport.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    GraphEntry,
+    Manifest,
+    ModelEntry,
+    PlanEntry,
+    PortEntry,
+    TargetEntry,
+    VerificationEntry,
+    encode,
+)
+from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
+from vtexport.models.prompt import PROCESSOR_FILES
+from vtexport.pruning import DEFAULT_METHOD, METHODS, PruningPlan, make_plan
+from vtexport.targets import DEFAULT_TARGET, get_target
+from vtexport.targets.base import GRAPHS, CompileJob, Compiled, Engine, Target, graph_folder
+
+if TYPE_CHECKING:
+    from vtexport.graph.export import TracedGraph
+
+DTYPES = ("fp32", "fp16")
+
+
+class Progress(Protocol):
+    """Where a build reports; `vtexport.console` shows it, `Silent` does not."""
+
+    def stage(self, text: str, total: int | None = None) -> None:
+        """A new stage of `total` steps (None: unknown)."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Steps of the current stage that were done."""
+
+    def warn(self, text: str) -> None:
+        """A warning for the user."""
+
+
+class Silent:
+    """A `Progress` that shows nothing."""
+
+    def stage(self, text: str, total: int | None = None) -> None: ...
+
+    def advance(self, steps: int = 1) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `vtexport build` can be told.
+
+    Attributes:
+        model: recipe name, folder or hub id.
+        keep: share of the visual tokens kept, in (0, 1].
+        method: a key of `vtexport.pruning.METHODS`.
+        target: a key of `vtexport.targets.TARGETS`.
+        dtype: "fp32" or "fp16".
+        method_options: the method's own options.
+        target_options: the target's own options.
+        debug: also give out the patches' scores.
+        verify: run the self-check.
+    """
+
+    model: str
+    keep: float
+    method: str = DEFAULT_METHOD
+    target: str = DEFAULT_TARGET
+    dtype: str = "fp32"
+    method_options: Mapping[str, int] = field(default_factory=dict)
+    target_options: Mapping[str, str | int] = field(default_factory=dict)
+    debug: bool = False
+    verify: bool = True
+
+
+def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Progress | None = None) -> Bundle:
+    """Build a bundle at `out`.
+
+    The bundle is written beside `out` and takes its name at the end; a failed build leaves nothing, and leaves a
+    bundle that stood there as it was.
+
+    Raises:
+        VtexportError: every way in which the input, the machine or the self-check can say no.
+    """
+    shown = progress or Silent()
+    target = get_target(options.target)
+    _check_options(options, target)
+    check_destination(out, force)
+    folder = resolve_model(options.model)
+    spec = read_spec(folder)
+    plan = make_plan(
+        options.method,
+        tokens=spec.vision.num_visual_tokens,
+        layers=spec.decoder.num_layers,
+        keep=options.keep,
+        leading=spec.vision.num_visual_tokens - spec.vision.num_patches,
+        options=dict(options.method_options),
+    )
+    checkpoint = Checkpoint.open(folder)
+    check_space(out, _needed_bytes(spec, options.dtype))
+    with write_folder(out) as building:
+        graphs = _trace(spec, plan, options, shown)
+        _write_weights(graphs, building, checkpoint, spec, plan, shown)
+        _copy_processor(folder, building)
+        ports = {graph.name: _ports(graph) for graph in graphs}
+        compiled = target.compile(
+            CompileJob(
+                folder=building,
+                models={graph.name: graph.model for graph in graphs},
+                spec=spec,
+                plan=plan,
+                dtype=options.dtype,
+                options={**target.options, **options.target_options},
+                report=shown.stage,
+                advance=shown.advance,
+                warn=shown.warn,
+            )
+        )
+        verification = None
+        if options.verify:
+            verification = _verify(target, compiled, building, folder, spec, plan, options, shown)
+        target.finish(building)
+        shown.stage("hash files")
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            vtexport=version("vtexport"),
+            model=_model_entry(options.model, spec),
+            plan=PlanEntry.of(plan),
+            target=TargetEntry(
+                name=target.name,
+                dtype=options.dtype,
+                options={**target.options, **options.target_options},
+                versions=dict(compiled.versions),
+                facts=dict(compiled.facts),
+                graphs=dict(compiled.files),
+            ),
+            graphs=ports,
+            debug=options.debug,
+            verification=verification,
+            files=list_files(building),
+        )
+        (building / MANIFEST).write_bytes(encode(manifest))
+    return Bundle.open(out)
+
+
+def _check_options(options: BuildOptions, target: Target) -> None:
+    if options.dtype not in target.dtypes:
+        raise InputError(
+            f"target {target.name} has no dtype {options.dtype!r}; choose one of {', '.join(target.dtypes)}"
+        )
+    for name in options.target_options:
+        if name not in target.options:
+            raise InputError(f"--{name.replace('_', '-')} has no effect with target {target.name}; leave it out")
+    target.check_options({**target.options, **options.target_options})
+    if options.method not in METHODS:
+        raise InputError(f"unknown method {options.method!r}; choose one of {', '.join(METHODS)}")
+    if options.debug and not METHODS[options.method].scores:
+        raise InputError(f"--debug has no effect with method {options.method}, which rates no tokens; leave it out")
+    available = target.can_build()
+    if not available.works:
+        raise TargetError(f"target {target.name} cannot build here: {available.reason}")
+
+
+def _needed_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Weights once, and a tenth for graphs, engines' own data and processor files."""
+    return int(spec.num_parameters() * (4 if dtype == "fp32" else 2) * 1.1) + (4 << 20)
+
+
+def _trace(
+    spec: ModelSpec, plan: PruningPlan, options: BuildOptions, progress: Progress
+) -> list[TracedGraph]:
+    from vtexport.graph.export import trace_decode, trace_prefill, trace_vision
+
+    progress.stage("trace vision, prefill, decode", 3)
+    graphs = []
+    for trace in (
+        lambda: trace_vision(spec, plan, options.dtype, options.debug),
+        lambda: trace_prefill(spec, plan, options.dtype),
+        lambda: trace_decode(spec, options.dtype),
+    ):
+        graphs.append(trace())
+        progress.advance()
+    return graphs
+
+
+def _write_weights(
+    graphs: list[TracedGraph],
+    building: Path,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    plan: PruningPlan,
+    progress: Progress,
+) -> None:
+    from vtexport.graph.weights import weights_size, write_weights
+    from vtexport.models.llava import rope_tables
+
+    cos, sin = rope_tables(spec)
+    computed = {"rope.cos": cos.numpy(), "rope.sin": sin.numpy()}
+    constants = METHODS[plan.method].constants(plan, spec.vision.grid)
+    computed |= {f"pruning.{name}": array for name, array in constants.items()}
+    groups = {
+        place: [graph.model for graph in graphs if graph_folder(graph.name) == place]
+        for place in sorted({graph_folder(name) for name in GRAPHS})
+    }
+    progress.stage("write weights", sum(weights_size(models) for models in groups.values()))
+    for place, models in groups.items():
+        (building / place).mkdir()
+        write_weights(models, building / place, checkpoint, computed, progress.advance)
+
+
+def _copy_processor(folder: Path, building: Path) -> None:
+    (building / PROCESSOR_FOLDER).mkdir()
+    for name in PROCESSOR_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, building / PROCESSOR_FOLDER / name)
+
+
+def _ports(graph: TracedGraph) -> GraphEntry:
+    def entry(value: object) -> PortEntry:
+        shape = [extent if isinstance(extent, int) else str(extent.value) for extent in value.shape]  # type: ignore[attr-defined]
+        return PortEntry(value.name, str(value.dtype.name).lower(), shape)  # type: ignore[attr-defined]
+
+    model = graph.model.graph
+    return GraphEntry([entry(v) for v in model.inputs], [entry(v) for v in model.outputs])
+
+
+def _model_entry(name: str, spec: ModelSpec) -> ModelEntry:
+    return ModelEntry(
+        name=name,
+        family=spec.family,
+        config=spec.config,
+        image_token_id=spec.image_token_id,
+        eos_token_ids=list(spec.eos_token_ids),
+        image_size=spec.vision.image_size,
+        grid=spec.vision.grid,
+        vocabulary=spec.decoder.vocab_size,
+        max_positions=spec.decoder.max_positions,
+    )
+
+
+def _verify(
+    target: Target,
+    compiled: Compiled,
+    building: Path,
+    folder: Path,
+    spec: ModelSpec,
+    plan: PruningPlan,
+    options: BuildOptions,
+    progress: Progress,
+) -> VerificationEntry:
+    from vtexport.verify import SAMPLES, verify_engine
+
+    progress.stage("verify against transformers", SAMPLES)
+    engine, ran = _verifiable(target, compiled, building)
+    return verify_engine(engine, ran, folder, spec, plan, options.dtype, progress.advance)
+
+
+def _verifiable(target: Target, compiled: Compiled, building: Path) -> tuple[Engine, str]:
+    """The compiled engine, or where it cannot run here, the ONNX files it was compiled from."""
+    if target.can_run().works:
+        return target.open(building, compiled.files, 0), target.name
+    from vtexport.targets.onnxruntime.session import OrtEngine
+
+    sources = {name: f"{graph_folder(name)}/{name}.onnx" for name in GRAPHS}
+    return OrtEngine(building, sources), f"the ONNX files of {target.name}, on onnxruntime"

@@ -1,0 +1,185 @@
+"""The engine folder: written whole or not at all, opened only if its manifest holds."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtexport.errors import BundleError, InputError, StorageError
+from vtexport.manifest import MANIFEST, FileEntry, Manifest, decode
+
+PROCESSOR_FOLDER = "processor"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened engine folder."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> Bundle:
+        """Read and validate the manifest, and see that every file it lists is there with its size.
+
+        Raises:
+            BundleError: no manifest, another schema version, a damaged manifest, or a missing or resized file.
+        """
+        path = folder / MANIFEST
+        if not folder.is_dir():
+            raise BundleError(f"{folder} is not a folder; give a bundle made by vtexport build")
+        if not path.is_file():
+            raise BundleError(f"{folder} has no {MANIFEST}; give a bundle made by vtexport build")
+        manifest = decode(path.read_bytes(), str(path))
+        for entry in manifest.files:
+            file = _inside(folder, entry.path)
+            if not file.is_file():
+                raise BundleError(f"{file} is missing; build the bundle again")
+            if file.stat().st_size != entry.bytes:
+                raise BundleError(
+                    f"{file} has {file.stat().st_size} bytes, the manifest says {entry.bytes}; build the bundle again"
+                )
+        return cls(folder, manifest)
+
+    @property
+    def processor_folder(self) -> Path:
+        return self.folder / PROCESSOR_FOLDER
+
+    def size(self) -> int:
+        """Bytes of all listed files."""
+        return sum(entry.bytes for entry in self.manifest.files)
+
+    def verify(self, advance: Callable[[int], None]) -> None:
+        """Hash every file against the manifest; `advance` is called with bytes read.
+
+        Raises:
+            BundleError: a file was changed.
+        """
+        for entry in self.manifest.files:
+            file = self.folder / entry.path
+            if _sha256(file, advance) != entry.sha256:
+                raise BundleError(f"{file} was changed since the build; build the bundle again")
+
+
+def _inside(folder: Path, relative: str) -> Path:
+    """`folder / relative`, refusing a path that leads out of the bundle."""
+    path = Path(relative)
+    if path.is_absolute() or ".." in path.parts:
+        raise BundleError(f"{folder / MANIFEST} lists {relative!r}, a path outside the bundle; build it again")
+    return folder / path
+
+
+def _sha256(path: Path, advance: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def list_files(folder: Path) -> list[FileEntry]:
+    """Entries of all files below `folder`, sorted by path."""
+    entries = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        sha256 = _sha256(path, lambda _bytes: None)
+        entries.append(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, sha256))
+    return entries
+
+
+def check_destination(out: Path, force: bool) -> None:
+    """Refuse before any work what `write_folder` would refuse after it.
+
+    Raises:
+        InputError: `out` exists without `force`, or is something else than a bundle or an empty folder.
+        StorageError: no folder can be made there.
+    """
+    if out.exists():
+        if not out.is_dir():
+            raise InputError(f"{out} is a file; give another --out")
+        occupied = any(out.iterdir())
+        # --force replaces a bundle, never a folder of the user's own.
+        if occupied and not (out / MANIFEST).is_file():
+            raise InputError(f"{out} is not empty and holds no bundle; give another --out")
+        if occupied and not force:
+            raise InputError(f"{out} already holds a bundle; give --force to replace it, or another --out")
+    parent = out.absolute().parent
+    existing = next(p for p in [parent, *parent.parents] if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(f"{out}: {existing} is not a writable folder; give another --out")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse a build that cannot fit.
+
+    Raises:
+        StorageError: fewer than `needed` bytes are free where `out` will be.
+    """
+    parent = out.absolute().parent
+    existing = next(p for p in [parent, *parent.parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise StorageError(
+            f"{out}: the bundle needs about {needed / 1e6:.0f} MB but {existing} has {free / 1e6:.0f} MB free; "
+            "free some space or give another --out"
+        )
+
+
+@contextlib.contextmanager
+def write_folder(out: Path) -> Iterator[Path]:
+    """A temporary sibling of `out` that takes its place when the block ends well and vanishes when it does not.
+
+    What stood at `out` before survives a failed block untouched.
+
+    Raises:
+        StorageError: the disk is full or read-only, or permission is lacking.
+    """
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.building-", dir=out.parent))
+    except OSError as error:
+        raise StorageError(f"{out}: {error.strerror or error}; give another --out") from error
+    try:
+        yield folder
+        # mkdtemp makes private folders; a bundle is as readable as any other output.
+        folder.chmod(0o777 & ~_umask())
+        _swap(folder, out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise StorageError(
+                f"{out}: {error.strerror}; free some space or give another --out, nothing was written"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _swap(folder: Path, out: Path) -> None:
+    """Move `folder` to `out`; what was there is removed last, and put back if the move fails."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    out.rename(old / "bundle")
+    try:
+        folder.rename(out)
+    except OSError:
+        (old / "bundle").rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,37 @@
+"""doctor: which targets work on this machine, and what is missing for those that do not."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from vtexport.targets import TARGETS
+from vtexport.targets.base import Availability
+
+_PACKAGES = ("vtexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class TargetHealth:
+    """One target: whether it builds and whether it runs here."""
+
+    name: str
+    build: Availability
+    run: Availability
+
+
+def examine() -> list[TargetHealth]:
+    """Ask every target."""
+    return [TargetHealth(name, target.can_build(), target.can_run()) for name, target in TARGETS.items()]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter, "not installed" where they are not."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,68 @@
+"""eval: exact match on micro-llava's held-out questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from vtexport.errors import InputError
+from vtexport.micro import heldout, scenes
+from vtexport.runtime import Runner
+
+BATCH = 16
+# "bottom right" and the end token are three; anything longer is no answer to these questions.
+MAX_NEW_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact matches of all questions, and by kind of question."""
+
+    right: int
+    total: int
+    by_kind: dict[str, tuple[int, int]]
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.total
+
+
+def evaluate(
+    runner: Runner,
+    limit: int = heldout.NUM_QUESTIONS,
+    advance: Callable[[int], None] = lambda _n: None,
+    *,
+    blank: bool = False,
+) -> Score:
+    """Ask `runner` the first `limit` held-out questions.
+
+    Args:
+        runner: an opened bundle.
+        limit: number of questions, 1 … `heldout.NUM_QUESTIONS`.
+        advance: called with questions done.
+        blank: black out the images, to see what the questions alone give away.
+
+    Raises:
+        InputError: a limit out of range.
+    """
+    from PIL import Image
+
+    if not 1 <= limit <= heldout.NUM_QUESTIONS:
+        raise InputError(f"--limit {limit} is out of range; give 1 to {heldout.NUM_QUESTIONS}")
+    counts = {kind: [0, 0] for kind in scenes.KINDS}
+    for batch in _batches(heldout.examples(limit)):
+        pairs = [
+            (Image.fromarray(example.image * (0 if blank else 1)), example.question.text) for example in batch
+        ]
+        for example, answer in zip(batch, runner.ask(pairs, MAX_NEW_TOKENS), strict=True):
+            counts[example.question.kind][0] += answer.text == example.question.answer
+            counts[example.question.kind][1] += 1
+        advance(len(batch))
+    by_kind = {kind: (right, total) for kind, (right, total) in counts.items() if total}
+    return Score(sum(r for r, _ in by_kind.values()), sum(t for _, t in by_kind.values()), by_kind)
+
+
+def _batches(examples: Iterator[heldout.Example]) -> Iterator[list[heldout.Example]]:
+    while batch := list(islice(examples, BATCH)):
+        yield batch

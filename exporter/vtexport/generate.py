@@ -1,0 +1,133 @@
+"""Greedy generation over any engine: a ragged batch, each row stopping at its own end token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vtexport.errors import InputError
+from vtexport.models.prompt import Prompt
+from vtexport.pruning.plan import PruningPlan
+from vtexport.targets.base import Array, Engine
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question: its prompt, and its image as float32 [3, S, S]."""
+
+    prompt: Prompt
+    pixels: Array
+
+
+@dataclass
+class Result:
+    """One answer.
+
+    Attributes:
+        token_ids: the generated tokens, the end token included if it came.
+        kept: indices of the kept visual tokens [K'] int32, or None where no token stays as it was.
+        score: the patches' scores [V] of a debug build, or None.
+        logits: [len(token_ids), vocabulary] fp32 if asked for.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    kept: Array | None = None
+    score: Array | None = None
+    logits: Array | None = None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds of a batch, and the bytes of its KV cache."""
+
+    vision: float
+    prefill: float
+    decode: tuple[float, ...]
+    cache_bytes: int
+
+    @property
+    def per_token(self) -> float | None:
+        """Median time of a decode step; None if there was none."""
+        return float(np.median(self.decode)) if self.decode else None
+
+
+def generate(
+    engine: Engine,
+    plan: PruningPlan,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    *,
+    eos_token_ids: Sequence[int],
+    max_positions: int,
+    on_token: Callable[[int, int], None] | None = None,
+    keep_logits: bool = False,
+) -> tuple[list[Result], Timings]:
+    """Answer `requests` greedily, as one batch.
+
+    Args:
+        engine: an opened engine.
+        plan: the plan compiled into it.
+        requests: at least one.
+        max_new_tokens: at least 1.
+        eos_token_ids: tokens that end a row.
+        max_positions: the model's longest sequence.
+        on_token: called with (row, token) as tokens come.
+        keep_logits: whether results carry logits.
+
+    Raises:
+        InputError: prompt, visual and new tokens together exceed `max_positions`.
+    """
+    lengths = np.array([len(request.prompt.token_ids) for request in requests], dtype=np.int64)
+    longest = int(lengths.max()) + plan.vision_tokens
+    if longest + max_new_tokens > max_positions:
+        raise InputError(
+            f"{longest} prompt tokens and {max_new_tokens} new ones exceed the model's {max_positions} positions; "
+            "shorten the prompt or give a smaller --max-new-tokens"
+        )
+    input_ids = np.zeros((len(requests), int(lengths.max())), dtype=np.int64)
+    for row, request in enumerate(requests):
+        input_ids[row, : lengths[row]] = request.prompt.token_ids
+    at = np.array([request.prompt.image_position for request in requests], dtype=np.int64)
+
+    start = time.perf_counter()
+    vision = engine.vision(np.stack([request.pixels for request in requests]))
+    seen = time.perf_counter()
+    logits, cache = engine.prefill(input_ids, at, lengths, vision.visual, longest + max_new_tokens)
+    filled = time.perf_counter()
+
+    results = [
+        Result(
+            kept=None if vision.kept is None else vision.kept[row],
+            score=None if vision.score is None else vision.score[row],
+        )
+        for row in range(len(requests))
+    ]
+    history: list[list[Array]] = [[] for _ in requests]
+    running = np.ones(len(requests), dtype=bool)
+    cached = lengths + plan.vision_tokens
+    steps: list[float] = []
+    for step in range(max_new_tokens):
+        tokens = logits.argmax(axis=1)
+        for row in np.flatnonzero(running):
+            token = int(tokens[row])
+            results[row].token_ids.append(token)
+            if keep_logits:
+                history[row].append(logits[row].copy())
+            if on_token is not None:
+                on_token(int(row), token)
+            running[row] = token not in eos_token_ids
+        if step + 1 == max_new_tokens or not running.any():
+            break
+        began = time.perf_counter()
+        # Rows that have ended go on with the batch; what they yield is not read.
+        logits = engine.decode(cache, tokens, cached)
+        steps.append(1000 * (time.perf_counter() - began))
+        cached = cached + 1
+    if keep_logits:
+        for result, rows in zip(results, history, strict=True):
+            result.logits = np.stack(rows)
+    timings = Timings(1000 * (seen - start), 1000 * (filled - seen), tuple(steps), cache.nbytes)
+    return results, timings

@@ -1,0 +1,129 @@
+"""Tracing: a graph module on fake tensors -> an ONNX model without weights."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+
+from vtexport.graph.functions import OPSET, attach_functions
+from vtexport.graph.graphs import DecodeGraph, PrefillGraph, VisionGraph, cache_names
+from vtexport.models.spec import ModelSpec
+from vtexport.pruning import PruningPlan
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """An ONNX model whose initialisers have names and shapes but no data yet."""
+
+    name: str
+    model: ir.Model
+
+
+def trace_vision(spec: ModelSpec, plan: PruningPlan, dtype: str, debug: bool) -> TracedGraph:
+    """The vision graph; batch is dynamic, the visual counts are the plan's."""
+    with _fake(dtype):
+        module = VisionGraph(spec, plan, debug)
+        size = spec.vision.image_size
+        pixels = torch.empty(2, spec.vision.channels, size, size, dtype=torch.float32)
+        names = module.output_names()
+        return _trace("vision", module, (pixels,), ["pixel_values"], names, ({0: Dim("batch")},))
+
+
+def trace_prefill(spec: ModelSpec, plan: PruningPlan, dtype: str) -> TracedGraph:
+    """The prefill graph; batch and text length are dynamic."""
+    with _fake(dtype):
+        module = PrefillGraph(spec, plan.vision_tokens)
+        visual = torch.empty(2, plan.vision_tokens, spec.decoder.hidden_size)
+        numbers = torch.zeros(2, dtype=torch.int64)
+        ids, at, length = (torch.zeros(shape, dtype=torch.int64) for shape in ((2, 7), (2,), (2,)))
+        inputs = (ids, at, length, visual)
+        batch, text = Dim("batch"), Dim("text")
+        return _trace(
+            "prefill",
+            module,
+            inputs,
+            ["input_ids", "image_position", "text_length", "visual"],
+            ["logits", *cache_names("present", spec.decoder.num_layers)],
+            ({0: batch, 1: text}, {0: batch}, {0: batch}, {0: batch}),
+        )
+
+
+def trace_decode(spec: ModelSpec, dtype: str) -> TracedGraph:
+    """The decode graph; batch and cache capacity are dynamic."""
+    with _fake(dtype):
+        d = spec.decoder
+        module = DecodeGraph(spec)
+        past = [torch.empty(2, d.num_kv_heads, 9, d.head_size) for _ in range(2 * d.num_layers)]
+        batch, room = Dim("batch"), Dim("capacity")
+        return _trace(
+            "decode",
+            module,
+            (torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), past),
+            ["input_ids", "length", *cache_names("past", d.num_layers)],
+            ["logits", *cache_names("present", d.num_layers)],
+            ({0: batch}, {0: batch}, [{0: batch, 2: room}] * (2 * d.num_layers)),
+        )
+
+
+def _trace(
+    name: str,
+    module: torch.nn.Module,
+    inputs: tuple[Any, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_shapes: tuple[Any, ...],
+) -> TracedGraph:
+    # The exporter prints and warns for its own developers; what concerns a user, verification finds.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript"):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(),
+            inputs,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=list(input_names),
+            output_names=list(output_names),
+            dynamic_shapes=dynamic_shapes,
+        )
+    assert program is not None
+    attach_functions(program.model)
+    return TracedGraph(name, program.model)
+
+
+@contextlib.contextmanager
+def _fake(dtype: str) -> Iterator[None]:
+    """Modules and tensors made inside have shapes and `dtype` but no storage."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype])
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,186 @@
+"""Building blocks shared by the graphs; parameters are named as in Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from vtexport.graph import nn_ops
+from vtexport.models.spec import DecoderSpec, VisionSpec
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        width = spec.hidden_size
+        self.num_heads = spec.num_heads
+        self.scale = spec.head_size**-0.5
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, and the queries and keys that scores are made of; all [B, S, C]."""
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(nn_ops.full_attention(query, key, value, self.num_heads, self.scale)), query, key
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(spec.hidden_size, spec.intermediate_size)
+        self.fc2 = nn.Linear(spec.intermediate_size, spec.hidden_size)
+        self.activation = ACT2FN[spec.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return result
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.self_attn = VisionAttention(spec)
+        self.layer_norm1 = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
+        self.mlp = VisionMLP(spec)
+        self.layer_norm2 = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mixed, query, key = self.self_attn(self.layer_norm1(x))
+        x = x + mixed
+        return x + self.mlp(self.layer_norm2(x)), query, key
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.empty(spec.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            spec.channels, spec.hidden_size, spec.patch_size, stride=spec.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding(spec.num_patches + 1, spec.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, 1 + V, C], CLS first."""
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        cls = self.class_embedding.expand(patches.shape[0], 1, -1)
+        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
+
+
+class VisionTower(nn.Module):
+    """The CLIP tower up to the feature layer; what lies after it never runs."""
+
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embeddings = VisionEmbeddings(spec)
+        self.pre_layrnorm = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(VisionLayer(spec) for _ in range(spec.feature_layer))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [B, 1 + V, C], the last layer's CLS queries [B, H, 1, D] and keys [B, H, 1 + V, D]."""
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        query = key = x
+        for layer in self.encoder.layers:
+            x, query, key = layer(x)
+        heads = (self.spec.num_heads, self.spec.head_size)
+        return x, query[:, :1].unflatten(2, heads).transpose(1, 2), key.unflatten(2, heads).transpose(1, 2)
+
+
+class Projector(nn.Module):
+    def __init__(self, vision_size: int, hidden_size: int, bias: bool, activation: str) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(vision_size, hidden_size, bias=bias)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.activation = ACT2FN[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear_2(self.activation(self.linear_1(x)))
+        return result
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn_ops.rms_norm(x, self.weight, self.epsilon)
+
+
+class RotaryTables(nn.Module):
+    """cos and sin [max_positions, D / 2]; `vtexport.models.llava.rope_tables` computes what they hold."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        size = (spec.max_positions, spec.head_size // 2)
+        self.register_buffer("cos", torch.empty(size))
+        self.register_buffer("sin", torch.empty(size))
+
+
+class DecoderAttention(nn.Module):
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads = spec.num_heads, spec.num_kv_heads
+        self.scale = spec.head_size**-0.5
+        wide, narrow = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
+        self.q_proj = nn.Linear(spec.hidden_size, wide, bias=spec.attention_bias)
+        self.k_proj = nn.Linear(spec.hidden_size, narrow, bias=spec.attention_bias)
+        self.v_proj = nn.Linear(spec.hidden_size, narrow, bias=spec.attention_bias)
+        self.o_proj = nn.Linear(wide, spec.hidden_size, bias=spec.attention_bias)
+
+    def project(self, x: Tensor, positions: Tensor, rope: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values; [B, S, heads * D]."""
+        query = nn_ops.rotary(self.q_proj(x), positions, rope.cos, rope.sin, self.num_heads)
+        key = nn_ops.rotary(self.k_proj(x), positions, rope.cos, rope.sin, self.kv_heads)
+        return query, key, self.v_proj(x)
+
+    def prefill(self, x: Tensor, positions: Tensor, rope: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.project(x, positions, rope)
+        mixed, keys, values = nn_ops.causal_attention(
+            query, key, value, self.num_heads, self.kv_heads, self.scale
+        )
+        return self.o_proj(mixed), keys, values
+
+    def decode(
+        self, x: Tensor, positions: Tensor, rope: RotaryTables, past: tuple[Tensor, Tensor], length: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.project(x, positions, rope)
+        mixed, keys, values = nn_ops.cached_attention(
+            query, key, value, *past, length, self.num_heads, self.kv_heads, self.scale
+        )
+        return self.o_proj(mixed), keys, values
+
+
+class DecoderMLP(nn.Module):
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
+        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
+        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)
+        self.activation = ACT2FN[spec.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return result
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.self_attn = DecoderAttention(spec)
+        self.mlp = DecoderMLP(spec)
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(spec) for _ in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)

@@ -1,0 +1,133 @@
+"""Composite ops of the domain `vtexport.nn`: parts of a transformer that runtimes have kernels for.
+
+Under tracing each becomes one node, so that a target can put its own fused kernel in their place
+(`vtexport.targets.onnxruntime.lowering`) and any other runtime runs the ONNX function body
+(`vtexport.graph.functions`). Each function here is the eager statement of the same contract.
+
+Shapes: hidden rows are [B, S, H * D], caches [B, G, M, D]; H query heads share G key heads in groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtexport.pruning.onnx_node import NN, node, nodes
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """[B, S, heads * D] -> [B, heads, S, D]."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _merge(x: Tensor) -> Tensor:
+    """[B, heads, S, D] -> [B, S, heads * D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x²) + epsilon) * weight over the last axis, the mean in fp32; [..., C]."""
+    if torch.compiler.is_exporting():
+        return node(NN, "RMSNorm", (x, weight), {"epsilon": epsilon}, like=x)
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return weight * normed.to(x.dtype)
+
+
+def rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """Rotary position embedding, halves convention (not interleaved).
+
+    Args:
+        x: [B, S, H * D].
+        positions: [B, S] int64, rows of the tables.
+        cos: [max_positions, D / 2].
+        sin: [max_positions, D / 2].
+        num_heads: H.
+    """
+    if torch.compiler.is_exporting():
+        return node(NN, "Rotary", (x, positions, cos, sin), {"num_heads": num_heads}, like=x)
+    low, high = _split(x, num_heads).chunk(2, dim=-1)
+    c, s = cos[positions][:, None], sin[positions][:, None]
+    return _merge(torch.cat([low * c - high * s, high * c + low * s], dim=-1))
+
+
+def full_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float) -> Tensor:
+    """Attention without a mask, [B, S, H * D] each; returns [B, S, H * D]."""
+    if torch.compiler.is_exporting():
+        attributes = {"num_heads": num_heads, "scale": scale}
+        return node(NN, "FullAttention", (query, key, value), attributes, like=query)
+    rows = [_split(x, num_heads) for x in (query, key, value)]
+    return _merge(F.scaled_dot_product_attention(*rows, scale=scale))
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, kv_heads: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention over a whole prompt, padded on the right (later rows never reach earlier ones).
+
+    Args:
+        query: [B, S, H * D].
+        key: [B, S, G * D].
+        value: [B, S, G * D].
+        num_heads: H.
+        kv_heads: G.
+        scale: factor on query · key.
+
+    Returns:
+        output [B, S, H * D] and the cache entries key, value [B, G, S, D].
+    """
+    if torch.compiler.is_exporting():
+        batch, rows, width = key.shape
+        cache = key.new_empty(batch, kv_heads, rows, width // kv_heads)
+        attributes = {"num_heads": num_heads, "kv_heads": kv_heads, "scale": scale}
+        output, keys, values = nodes(
+            NN, "CausalAttention", (query, key, value), attributes, like=(query, cache, cache)
+        )
+        return output, keys, values
+    q, k, v = _split(query, num_heads), _split(key, kv_heads), _split(value, kv_heads)
+    output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return _merge(output), k, v
+
+
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    length: Tensor,
+    num_heads: int,
+    kv_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One new token per row against that row's cache, which has room to spare.
+
+    Args:
+        query: [B, 1, H * D].
+        key: [B, 1, G * D].
+        value: [B, 1, G * D].
+        past_key: [B, G, M, D], filled up to `length`.
+        past_value: as `past_key`.
+        length: [B] int64, tokens already in each row's cache, below M.
+        num_heads: H.
+        kv_heads: G.
+        scale: factor on query · key.
+
+    Returns:
+        output [B, 1, H * D] and the caches with the new token at place `length`.
+    """
+    if torch.compiler.is_exporting():
+        inputs = (query, key, value, past_key, past_value, length)
+        attributes = {"num_heads": num_heads, "kv_heads": kv_heads, "scale": scale}
+        output, keys, values = nodes(
+            NN, "CachedAttention", inputs, attributes, like=(query, past_key, past_value)
+        )
+        return output, keys, values
+    q, k, v = _split(query, num_heads), _split(key, kv_heads), _split(value, kv_heads)
+    place = torch.arange(past_key.shape[2], device=length.device)
+    new = (place == length[:, None])[:, None, :, None]
+    keys, values = torch.where(new, k, past_key), torch.where(new, v, past_value)
+    mask = (place <= length[:, None])[:, None, None, :]
+    output = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    return _merge(output), keys, values

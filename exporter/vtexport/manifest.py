@@ -1,0 +1,173 @@
+"""manifest.json: what a bundle says of itself, a schema that is checked whenever one is opened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from vtexport.errors import BundleError
+from vtexport.pruning.plan import PruningPlan, Stage
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class ModelEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The checkpoint: the name it was asked by, its config.json, and its end tokens."""
+
+    name: str
+    family: str
+    config: dict[str, Any]
+    image_token_id: int
+    eos_token_ids: list[int]
+    image_size: int
+    grid: int
+    vocabulary: int
+    max_positions: int
+
+
+class StageEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A stage of the plan: `vtexport.pruning.Stage`."""
+
+    where: str
+    tokens_in: int
+    kept: int
+    recycled: int
+
+
+class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The plan: `vtexport.pruning.PruningPlan`, and what it averages to."""
+
+    method: str
+    keep: float
+    num_visual_tokens: int
+    num_layers: int
+    leading: int
+    stages: list[StageEntry]
+    options: dict[str, int]
+    mean_visual_tokens: float
+
+    @classmethod
+    def of(cls, plan: PruningPlan) -> PlanEntry:
+        stages = [StageEntry(s.where, s.tokens_in, s.kept, s.recycled) for s in plan.stages]
+        return cls(
+            plan.method,
+            plan.keep,
+            plan.num_visual_tokens,
+            plan.num_layers,
+            plan.leading,
+            stages,
+            dict(plan.options),
+            plan.mean_visual_tokens,
+        )
+
+    def plan(self) -> PruningPlan:
+        """The plan this entry was made of."""
+        stages = tuple(Stage(s.where, s.tokens_in, s.kept, s.recycled) for s in self.stages)
+        return PruningPlan(
+            self.method,
+            self.keep,
+            self.num_visual_tokens,
+            self.num_layers,
+            self.leading,
+            stages,
+            self.options,
+        )
+
+
+class TargetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the bundle was compiled for, with what, and which file is which graph."""
+
+    name: str
+    dtype: str
+    options: dict[str, str | int]
+    versions: dict[str, str]
+    facts: dict[str, str | int]
+    graphs: dict[str, str]
+
+
+class PortEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An input or output of a graph; named extents are dynamic."""
+
+    name: str
+    dtype: str
+    shape: list[str | int]
+
+
+class GraphEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Inputs and outputs of a graph, in order."""
+
+    inputs: list[PortEntry]
+    outputs: list[PortEntry]
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the bundle, by its path in it."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class VerificationEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the self-check at build compared: see `vtexport.verify`."""
+
+    ran: str
+    against: str
+    samples: int
+    tokens: int
+    same_kept: bool
+    same_tokens: bool
+    max_logit_error: float
+    tolerance: float
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole of manifest.json."""
+
+    schema_version: int
+    vtexport: str
+    model: ModelEntry
+    plan: PlanEntry
+    target: TargetEntry
+    graphs: dict[str, GraphEntry]
+    debug: bool
+    verification: VerificationEntry | None
+    files: list[FileEntry]
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
+def encode(manifest: Manifest) -> bytes:
+    """`manifest` as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """Parse and validate manifest.json.
+
+    Args:
+        data: the file's bytes.
+        where: its path, for messages.
+
+    Raises:
+        BundleError: not JSON, another schema version, or fields that are missing, unknown or of another type.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{where} is not a vtexport manifest ({error}); build the bundle again") from error
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{where} has schema version {version}, this vtexport reads version {SCHEMA_VERSION}; "
+            "build the bundle again with this vtexport"
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest.plan.plan()
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+        raise BundleError(f"{where} is damaged ({error}); build the bundle again") from error
+    return manifest

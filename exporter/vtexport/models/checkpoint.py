@@ -1,0 +1,123 @@
+"""Where each tensor of a checkpoint lies: safetensors headers only, never a weight in memory."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtexport.errors import ModelError
+
+# safetensors' names of the types a weight may have -> bytes an element.
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor: which file, its safetensors dtype, its shape and its bytes [start, end) in the file."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a folder of `.safetensors` files, by name."""
+
+    folder: Path
+    tensors: dict[str, TensorRecord]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read the headers of every shard and check each file against its own header.
+
+        Raises:
+            ModelError: no safetensors, a missing shard, or a file shorter than its header says.
+        """
+        tensors: dict[str, TensorRecord] = {}
+        for path in _shards(folder):
+            for record in _read_header(path):
+                tensors[record.name] = record
+        return cls(folder, tensors)
+
+    def find(self, prefixes: tuple[str, ...], suffix: str) -> TensorRecord:
+        """The tensor named by any of `prefixes` + `suffix`.
+
+        Raises:
+            ModelError: the checkpoint has none of them.
+        """
+        for prefix in prefixes:
+            if prefix + suffix in self.tensors:
+                return self.tensors[prefix + suffix]
+        raise ModelError(
+            f"{self.folder} has no tensor {prefixes[0]}{suffix}; the checkpoint is incomplete, get it again"
+        )
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is not a safetensors index ({error}); download it again") from error
+        # Names come from a file: one that leads out of the folder is not a shard of this checkpoint.
+        strange = [name for name in names if Path(name).name != name]
+        if strange:
+            raise ModelError(f"{index} names {strange[0]!r}, a file outside the folder; get the checkpoint again")
+        paths = [folder / name for name in names]
+    elif single.is_file():
+        paths = [single]
+    else:
+        binaries = sorted(folder.glob("*.bin"))
+        hint = f" (pickled weights such as {binaries[0].name} are not read)" if binaries else ""
+        raise ModelError(f"{folder} has no model.safetensors{hint}; get the checkpoint in safetensors form")
+    for path in paths:
+        if not path.is_file():
+            raise ModelError(f"{path} is missing although {index.name} names it; finish the download")
+    return paths
+
+
+def _read_header(path: Path) -> Iterator[TensorRecord]:
+    size = path.stat().st_size
+    problem = ModelError(f"{path} is truncated or not safetensors ({size} bytes); download it again")
+    with path.open("rb") as file:
+        lead = file.read(8)
+        if len(lead) < 8:
+            raise problem
+        (length,) = struct.unpack("<Q", lead)
+        if length > size - 8:
+            raise problem
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            records = [
+                TensorRecord(
+                    path,
+                    name,
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    8 + length + entry["data_offsets"][0],
+                    8 + length + entry["data_offsets"][1],
+                )
+                for name, entry in header.items()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise problem from error
+    for record in records:
+        if not 8 + length <= record.start <= record.end <= size:
+            raise problem
+        if record.dtype in _BYTES:
+            elements = 1
+            for extent in record.shape:
+                elements *= extent
+            if elements * _BYTES[record.dtype] != record.end - record.start:
+                raise problem
+        yield record

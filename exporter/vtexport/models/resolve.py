@@ -1,0 +1,72 @@
+"""A model's name, folder or hub id -> a local checkpoint folder."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from vtexport.errors import InputError, ModelError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# What vtexport reads of a hub repository: never pickled weights.
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+def engines_folder() -> Path:
+    """The recipes: beside the package once installed, at the root of the repository in development."""
+    installed = _PACKAGE / "engines"
+    return installed if installed.is_dir() else _PACKAGE.parents[1] / "engines"
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes, sorted."""
+    return sorted(path.stem for path in engines_folder().glob("*.toml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The recipe `name`: `summary`, and either `checkpoint` (a folder beside it) or `hub` (an id)."""
+    path = engines_folder() / f"{name}.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def resolve_model(model: str) -> Path:
+    """The folder that holds checkpoint `model`.
+
+    Args:
+        model: a recipe's name, a folder, or a Hugging Face hub id (`owner/name`), downloaded with
+            huggingface_hub's own progress into its own cache.
+
+    Raises:
+        InputError: none of the three.
+        ModelError: the hub could not be reached or has no such model.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model in recipe_names():
+        recipe = read_recipe(model)
+        if "checkpoint" in recipe:
+            return engines_folder() / str(recipe["checkpoint"])
+        return _download(str(recipe["hub"]))
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not folder.exists():
+        return _download(model)
+    raise InputError(
+        f"unknown model {model!r}; give a folder, a hub id such as llava-hf/llava-1.5-7b-hf, "
+        f"or one of {', '.join(recipe_names())}"
+    )
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_PATTERNS))
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"the hub has no model {hub_id!r}, or it needs a login; check the id") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"cannot download {hub_id!r} ({first}); check the connection, or give a local folder"
+        ) from error

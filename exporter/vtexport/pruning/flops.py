@@ -1,0 +1,61 @@
+"""What a plan costs, before anything is measured: 2 FLOPs a multiply-add, attention included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vtexport.models.spec import DecoderSpec, ModelSpec
+from vtexport.pruning import METHODS
+from vtexport.pruning.plan import PruningPlan
+
+#: text tokens assumed where no prompt is at hand
+NOMINAL_TEXT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one image and prompt.
+
+    Attributes:
+        vision: tower up to the feature layer, scoring, and projector on the kept tokens.
+        prefill: the decoder over visual and text tokens, and the head on the last one.
+        decode: one further token behind them.
+    """
+
+    vision: float
+    prefill: float
+    decode: float
+
+    @property
+    def first_token(self) -> float:
+        """Vision and prefill together."""
+        return self.vision + self.prefill
+
+
+def plan_flops(spec: ModelSpec, plan: PruningPlan, text_tokens: int = NOMINAL_TEXT_TOKENS) -> Flops:
+    """FLOPs of `plan` on `spec` for a prompt of `text_tokens` tokens beside the image.
+
+    Attention counts full rows (2n²·width multiply-adds a layer), as the papers do (SparseVLM, section 3.4).
+    """
+    layers = [_layer(spec.decoder, n + text_tokens, n + text_tokens) for n in plan.per_layer]
+    step = [_layer(spec.decoder, 1, n + text_tokens + 1) for n in plan.per_layer]
+    head = 2 * spec.decoder.hidden_size * spec.decoder.vocab_size
+    return Flops(_vision(spec, plan), float(sum(layers) + head), float(sum(step) + head))
+
+
+def _layer(d: DecoderSpec, rows: int, keys: int) -> int:
+    heads = d.num_heads * d.head_size
+    weights = d.hidden_size * (2 * heads + 2 * d.num_kv_heads * d.head_size)
+    weights += 3 * d.hidden_size * d.intermediate_size
+    return 2 * rows * weights + 2 * 2 * rows * keys * heads
+
+
+def _vision(spec: ModelSpec, plan: PruningPlan) -> float:
+    v, width = spec.vision, spec.decoder.hidden_size
+    rows = v.num_patches + 1
+    patches = 2 * v.num_patches * v.channels * v.patch_size**2 * v.hidden_size
+    weights = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
+    layer = 2 * rows * weights + 2 * 2 * rows * rows * v.hidden_size
+    scoring = 2 * rows * v.hidden_size if METHODS[plan.method].scores else 0
+    projector = 2 * plan.vision_tokens * (v.hidden_size * width + width * width)
+    return float(patches + v.feature_layer * layer + scoring + projector)

@@ -1,0 +1,32 @@
+"""random: a seeded choice of patches, the baseline a method must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vtexport.pruning.base import Pruned, TowerState, VisionMethod
+from vtexport.pruning.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Random(VisionMethod):
+    """The same patches of every image, drawn once from `seed` without replacement."""
+
+    name = "random"
+    summary = "a seeded random choice of patches, the same for every image (baseline)"
+    options = {"seed": 0}
+
+    def constants(self, plan: PruningPlan, grid: int) -> dict[str, np.ndarray[Any, Any]]:
+        # NumPy documents this generator's bit stream as stable: the same seed, the same patches.
+        drawn = np.random.default_rng(plan.options["seed"]).permutation(grid * grid)
+        return {"index": np.sort(drawn[: plan.patch_budget]).astype(np.int32)}
+
+    def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
+        index = constants["index"]
+        tokens = state.features[:, 1:].index_select(1, index)
+        return Pruned(tokens, index.expand(tokens.shape[0], -1))

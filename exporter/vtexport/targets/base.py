@@ -1,0 +1,130 @@
+"""What a target is: how a bundle is compiled for a runtime, and how that runtime is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from vtexport.models.spec import ModelSpec
+    from vtexport.pruning import PruningPlan
+
+Array = np.ndarray[Any, Any]
+GRAPHS = ("vision", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether something works on this machine; `reason` says why not and what to do, or names what was found."""
+
+    works: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class VisionOutput:
+    """visual [B, K, C]; kept [B, K'] int32 or None; score [B, V] of a debug build or None."""
+
+    visual: Array
+    kept: Array | None
+    score: Array | None
+
+
+class Cache(Protocol):
+    """A batch's KV cache, owned by the runtime that made it."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Engine(Protocol):
+    """An opened bundle: three calls, NumPy in and out."""
+
+    def vision(self, pixels: Array) -> VisionOutput:
+        """pixels [B, 3, S, S] fp32."""
+        ...
+
+    def prefill(
+        self, input_ids: Array, image_position: Array, text_length: Array, visual: Array, capacity: int
+    ) -> tuple[Array, Cache]:
+        """Logits [B, vocabulary] fp32 of each row's last token, and a cache with room for `capacity` tokens a row."""
+        ...
+
+    def decode(self, cache: Cache, tokens: Array, length: Array) -> Array:
+        """Logits [B, vocabulary] after one more token a row; `length` [B] tokens are in the cache before it."""
+        ...
+
+
+@dataclass(frozen=True)
+class CompileJob:
+    """What a target gets to compile.
+
+    Attributes:
+        folder: the bundle under construction; graphs and weights lie in `vision/` and `decoder/`.
+        models: the traced graphs by name, weights attached.
+        spec, plan, dtype: what they were traced from.
+        options: the target's own options, every one resolved.
+        report: called with (line, steps) when a piece of work begins; steps None if unknown.
+        advance: called with steps done.
+        warn: called with a runtime's own warnings and errors.
+    """
+
+    folder: Path
+    models: Mapping[str, ir.Model]
+    spec: ModelSpec
+    plan: PruningPlan
+    dtype: str
+    options: Mapping[str, str | int]
+    report: Callable[[str, int | None], None]
+    advance: Callable[[int], None]
+    warn: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a target made: files by graph, relative to the bundle, and facts for the manifest."""
+
+    files: Mapping[str, str]
+    versions: Mapping[str, str]
+    facts: Mapping[str, str | int] = field(default_factory=dict)
+
+
+class Target(Protocol):
+    """To add one: a class with these members in a folder of its own, listed in `vtexport.targets.TARGETS`."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    dtypes: ClassVar[tuple[str, ...]]
+    #: names and defaults of the options that the target takes
+    options: ClassVar[Mapping[str, str | int]]
+
+    def can_build(self) -> Availability: ...
+
+    def can_run(self) -> Availability: ...
+
+    def check_options(self, options: Mapping[str, str | int]) -> None:
+        """Raise InputError for an option's value that cannot be."""
+        ...
+
+    def compile(self, job: CompileJob) -> Compiled:
+        """Turn the graphs of `job` into what the runtime loads, in `job.folder`."""
+        ...
+
+    def finish(self, folder: Path) -> None:
+        """Remove from the bundle what only compiling and verifying needed."""
+        ...
+
+    def open(self, folder: Path, files: Mapping[str, str], threads: int) -> Engine:
+        """Open the compiled files; `threads` 0 leaves the number to the runtime."""
+        ...
+
+
+def graph_folder(name: str) -> str:
+    """The folder of graph `name` inside a bundle: prefill and decode share weights, so they share a folder."""
+    return "vision" if name == "vision" else "decoder"

@@ -1,0 +1,107 @@
+"""ONNX Runtime's own kernels in place of the `vtexport.nn` functions.
+
+Rewrites, one node for one:
+    FullAttention    -> com.microsoft.MultiHeadAttention
+    CausalAttention  -> com.microsoft.GroupQueryAttention without a past
+    CachedAttention  -> com.microsoft.GroupQueryAttention, which writes the new token into the cache in place
+    Rotary           -> com.microsoft.RotaryEmbedding
+    RMSNorm          -> SimplifiedLayerNormalization
+The `vtexport` functions stay as they are: their bodies run on the standard kernels.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir import passes
+
+from vtexport.pruning.onnx_node import NN
+
+_MS = "com.microsoft"
+
+
+class LowerToContrib(passes.InPlacePass):
+    """Replace every `vtexport.nn` node of the main graph; refuses none, leaves no function of that domain."""
+
+    def call(self, model: ir.Model) -> passes.PassResult:
+        graph = model.graph
+        lengths = _Lengths(graph)
+        replaced = [node for node in graph if node.domain == NN]
+        for node in replaced:
+            new = _lowered(node, lengths)
+            for old_value, new_value in zip(node.outputs, new.outputs, strict=True):
+                new_value.name, new_value.shape, new_value.type = old_value.name, old_value.shape, old_value.type
+                # A graph output is named and ordered by the caller: it must keep its place.
+                ir.convenience.replace_all_uses_with(old_value, new_value, replace_graph_outputs=True)
+            graph.insert_before(node, new)
+            graph.remove(node)
+        for identifier in [key for key in model.functions if key[0] == NN]:
+            del model.functions[identifier]
+        graph.opset_imports.pop(NN, None)
+        if replaced:
+            graph.opset_imports[_MS] = 1
+        return passes.PassResult(model, bool(replaced))
+
+
+def _lowered(node: ir.Node, lengths: _Lengths) -> ir.Node:
+    attributes = node.attributes
+    if node.op_type == "RMSNorm":
+        values: list[ir.Attr] = [
+            ir.AttrInt64("axis", -1),
+            ir.AttrFloat32("epsilon", attributes.get_float("epsilon")),
+            ir.AttrInt64("stash_type", 1),
+        ]
+        return ir.Node("", "SimplifiedLayerNormalization", node.inputs, values)
+    if node.op_type == "Rotary":
+        heads = ir.AttrInt64("num_heads", attributes.get_int("num_heads"))
+        return ir.Node(_MS, "RotaryEmbedding", node.inputs, [heads, ir.AttrInt64("interleaved", 0)])
+    heads = ir.AttrInt64("num_heads", attributes.get_int("num_heads"))
+    scale = ir.AttrFloat32("scale", attributes.get_float("scale"))
+    if node.op_type == "FullAttention":
+        return ir.Node(_MS, "MultiHeadAttention", node.inputs, [heads, scale])
+    values = [heads, scale, ir.AttrInt64("kv_num_heads", attributes.get_int("kv_heads"))]
+    if node.op_type == "CausalAttention":
+        # A padded row needs no length of its own: causality keeps its padding, on the right, unseen.
+        inputs = [*node.inputs, None, None, *lengths.of_prompt(node)]
+    else:
+        inputs = [*node.inputs[:5], *lengths.of_cache(node)]
+    return ir.Node(_MS, "GroupQueryAttention", inputs, values, num_outputs=3)
+
+
+class _Lengths:
+    """GroupQueryAttention's seqlens_k [B] (tokens before the last one) and total length, int32; made once a graph."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._made: tuple[ir.Value, ir.Value] | None = None
+
+    def of_prompt(self, node: ir.Node) -> tuple[ir.Value, ir.Value]:
+        if self._made is None:
+            query = node.inputs[0]
+            rows = self._add(node, "Shape", [query], start=1, end=2)
+            batch = self._add(node, "Shape", [query], start=0, end=1)
+            total = self._cast(node, self._add(node, "Squeeze", [rows]))
+            before = self._cast(node, self._add(node, "Sub", [rows, self._constant(node, [1])]))
+            self._made = self._add(node, "Expand", [before, batch]), total
+        return self._made
+
+    def of_cache(self, node: ir.Node) -> tuple[ir.Value, ir.Value]:
+        if self._made is None:
+            length = node.inputs[5]
+            longest = self._add(node, "ReduceMax", [length], keepdims=0)
+            total = self._add(node, "Add", [longest, self._constant(node, 1)])
+            self._made = self._cast(node, length), self._cast(node, total)
+        return self._made
+
+    def _add(self, before: ir.Node, op_type: str, inputs: list[ir.Value | None], **attributes: int) -> ir.Value:
+        values = [ir.AttrInt64(name, value) for name, value in attributes.items()]
+        new = ir.Node("", op_type, inputs, values)
+        self._graph.insert_before(before, new)
+        return new.outputs[0]
+
+    def _cast(self, before: ir.Node, value: ir.Value) -> ir.Value:
+        return self._add(before, "Cast", [value], to=int(ir.DataType.INT32))
+
+    def _constant(self, before: ir.Node, value: int | list[int]) -> ir.Value:
+        new = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(value, dtype=ir.DataType.INT64))])
+        self._graph.insert_before(before, new)
+        return new.outputs[0]

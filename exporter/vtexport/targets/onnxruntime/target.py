@@ -1,0 +1,56 @@
+"""The target `onnxruntime`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from vtexport.targets.base import Availability, Compiled, CompileJob, Engine, graph_folder
+
+
+class OnnxRuntimeTarget:
+    """ONNX graphs with ONNX Runtime's fused kernels; weights in one safetensors file a folder."""
+
+    name: ClassVar[str] = "onnxruntime"
+    summary: ClassVar[str] = "ONNX Runtime on the CPU"
+    dtypes: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    options: ClassVar[Mapping[str, str | int]] = {}
+
+    def can_build(self) -> Availability:
+        return self.can_run()
+
+    def can_run(self) -> Availability:
+        if importlib.util.find_spec("onnxruntime") is None:
+            return Availability(
+                False, "onnxruntime is not installed; install it with: pip install onnxruntime"
+            )
+        from importlib.metadata import version
+
+        return Availability(True, f"onnxruntime {version('onnxruntime')}")
+
+    def check_options(self, options: Mapping[str, str | int]) -> None:
+        """This target has no options."""
+
+    def compile(self, job: CompileJob) -> Compiled:
+        import onnx_ir as ir
+        import onnxruntime
+
+        from vtexport.targets.onnxruntime.lowering import LowerToContrib
+
+        files = {}
+        for name, model in job.models.items():
+            job.report(f"lower {name} to ONNX Runtime's kernels", None)
+            LowerToContrib()(model)
+            files[name] = f"{graph_folder(name)}/{name}.onnx"
+            ir.save(model, job.folder / files[name])
+        return Compiled(files, {"onnxruntime": onnxruntime.__version__})
+
+    def finish(self, folder: Path) -> None:
+        """Graphs and weights are the bundle."""
+
+    def open(self, folder: Path, files: Mapping[str, str], threads: int) -> Engine:
+        from vtexport.targets.onnxruntime.session import OrtEngine
+
+        return OrtEngine(folder, files, threads)

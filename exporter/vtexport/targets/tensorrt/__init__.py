@@ -1,0 +1,1 @@
+"""TensorRT engines; today through TensorRT for RTX, which builds without a GPU."""

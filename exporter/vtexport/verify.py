@@ -1,0 +1,139 @@
+"""The self-check at build: the engine against the reference model, on images and prompts of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from vtexport.errors import VerificationError
+from vtexport.generate import Request, generate
+from vtexport.manifest import VerificationEntry
+from vtexport.models import ModelSpec, Prompter
+from vtexport.pruning import PruningPlan
+from vtexport.reference import Array, ReferenceModel
+from vtexport.targets.base import Engine
+
+SAMPLES = 4
+NEW_TOKENS = 16
+_PROMPTS = (
+    "What is shown in this image?",
+    "How many things are there, and what colour has the largest one?",
+    "Where is it?",
+    "Describe the image in one sentence.",
+)
+# Largest absolute error of a logit, as a share of the largest absolute logit. fp16 keeps 11 bits, and its
+# errors add up over the layers; fp32 differs by the order of summation only.
+_TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
+# How near to the K-th score another score must be for fp16 to exchange the two: relative.
+_SCORE_SLACK = {"fp32": 0.0, "fp16": 2e-2}
+
+
+def sample_images(size: int) -> list[Array]:
+    """Four images uint8 [size, size, 3]: noise on gradients, fixed for all time, no file needed."""
+    images = []
+    for seed in range(SAMPLES):
+        rng = np.random.default_rng(seed)
+        y, x = np.mgrid[0:size, 0:size] / size
+        plane = rng.uniform(0, 255, 3) * x[..., None] + rng.uniform(0, 255, 3) * y[..., None]
+        for _ in range(4):
+            cy, cx = rng.integers(0, size, 2)
+            radius = rng.integers(max(2, size // 12), max(3, size // 5))
+            disc = (np.mgrid[0:size, 0:size][0] - cy) ** 2 + (np.mgrid[0:size, 0:size][1] - cx) ** 2 < radius**2
+            plane[disc] = rng.uniform(0, 255, 3)
+        images.append(np.clip(plane / 2 + rng.uniform(0, 64, plane.shape), 0, 255).astype(np.uint8))
+    return images
+
+
+def verify_engine(
+    engine: Engine,
+    ran: str,
+    folder: Path,
+    spec: ModelSpec,
+    plan: PruningPlan,
+    dtype: str,
+    advance: Callable[[], None],
+) -> VerificationEntry:
+    """Run `engine` and the reference on the samples, as one ragged batch and row by row.
+
+    Kept indices must be equal (in fp16 two tokens of nearly equal score may change places), logits within
+    tolerance, and every greedy token the reference's own choice, or one that its logits do not tell apart
+    from it by more than the tolerance. The reference is fed the engine's kept tokens where fp16 changed them.
+
+    Args:
+        engine: the opened engine.
+        ran: what was opened, for the manifest: a target, or the ONNX files where a target cannot run here.
+        folder: the checkpoint.
+        spec: its geometry.
+        plan: the plan compiled into the engine.
+        dtype: "fp32" or "fp16".
+        advance: called once a sample.
+
+    Raises:
+        VerificationError: the engine does not do what the reference does.
+    """
+    from PIL import Image
+
+    prompter = Prompter(folder, spec.image_token_id, spec.vision.image_size)
+    reference = ReferenceModel(folder, spec)
+    pixels = np.stack(
+        [prompter.pixels(Image.fromarray(image)) for image in sample_images(spec.vision.image_size)]
+    )
+    prompts = [prompter.prompt(text) for text in _PROMPTS]
+    vision = engine.vision(pixels)
+    requests = [Request(prompt, pixels[row]) for row, prompt in enumerate(prompts)]
+    # Without end tokens every row runs the full length.
+    answers, _ = generate(
+        engine,
+        plan,
+        requests,
+        NEW_TOKENS,
+        eos_token_ids=(),
+        max_positions=spec.decoder.max_positions,
+        keep_logits=True,
+    )
+    worst, same_kept, same_tokens = 0.0, True, True
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        expected = reference.vision(pixels[row : row + 1], plan)
+        visual = expected.visual
+        if vision.kept is not None:
+            assert expected.kept is not None
+            if not np.array_equal(vision.kept[row], expected.kept[0]):
+                same_kept = False
+                _check_swaps(vision.kept[row] - plan.leading, expected.kept[0] - plan.leading, expected.score, dtype)
+                visual = vision.visual[row : row + 1].astype(np.float32)
+        logits = reference.logits(prompt, visual, answer.token_ids[:-1])
+        error = float(np.abs(logits - answer.logits).max() / max(1.0, np.abs(logits).max()))
+        worst = max(worst, error)
+        if not error <= _TOLERANCE[dtype]:
+            raise VerificationError(
+                f"the engine's logits differ from the reference's by {error:.2g} of their range "
+                f"(allowed {_TOLERANCE[dtype]:g}); please report this model"
+            )
+        margin = logits.max(axis=1) - np.take_along_axis(logits, np.array(answer.token_ids)[:, None], 1)[:, 0]
+        same_tokens &= bool((margin == 0).all())
+        if (margin > 2 * _TOLERANCE[dtype] * max(1.0, np.abs(logits).max())).any():
+            raise VerificationError("the engine's greedy tokens differ from the reference's; please report this model")
+        advance()
+    return VerificationEntry(
+        ran=ran,
+        against="transformers, fp32, eager attention",
+        samples=len(prompts),
+        tokens=NEW_TOKENS,
+        same_kept=same_kept,
+        same_tokens=same_tokens,
+        max_logit_error=worst,
+        tolerance=_TOLERANCE[dtype],
+    )
+
+
+def _check_swaps(got: Array, expected: Array, score: Array | None, dtype: str) -> None:
+    """Kept patches may differ only in those whose scores fp16 cannot tell apart."""
+    assert score is not None, "only rated patches can change places"
+    line = score[0][expected].min()
+    moved = np.setxor1d(got, expected)
+    if not (np.abs(score[0][moved] - line) <= _SCORE_SLACK[dtype] * abs(line)).all():
+        raise VerificationError(
+            f"the engine keeps other visual tokens than the reference ({len(moved)} differ); please report this model"
+        )
