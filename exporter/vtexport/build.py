@@ -34,7 +34,7 @@ from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
 from vtexport.models.prompt import PROCESSOR_FILES
 from vtexport.pruning import DEFAULT_METHOD, METHODS, PruningPlan, make_plan
 from vtexport.targets import DEFAULT_TARGET, get_target
-from vtexport.targets.base import GRAPHS, CompileJob, Compiled, Engine, Target, graph_folder
+from vtexport.targets.base import GRAPHS, WEIGHTS_FILE, CompileJob, Compiled, Engine, Target, graph_folder
 
 if TYPE_CHECKING:
     from vtexport.graph.export import TracedGraph
@@ -115,12 +115,66 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
         leading=spec.vision.num_visual_tokens - spec.vision.num_patches,
         options=dict(options.method_options),
     )
-    checkpoint = Checkpoint.open(folder)
+    source = _Source(options.model, folder, folder, Checkpoint.open(folder), spec)
+    return _assemble(source, plan, target, options, out, shown)
+
+
+def build_dense_twin(bundle: Bundle, out: Path, progress: Progress | None = None) -> Bundle:
+    """Build at `out` the dense bundle of the same model, target and dtype, from `bundle`'s own weights.
+
+    It is not checked against transformers: the weights of layers that no engine runs are not in a bundle.
+
+    Raises:
+        InputError: `bundle` is dense itself, or its target keeps weights inside its engines.
+    """
+    manifest = bundle.manifest
+    if not manifest.plan.stages:
+        raise InputError(f"{bundle.folder} is dense itself; give another bundle to compare it with")
+    weights = [bundle.folder / place / WEIGHTS_FILE for place in ("vision", "decoder")]
+    if not all(path.is_file() for path in weights):
+        raise InputError(
+            f"{bundle.folder} holds compiled engines, not weights; build a dense bundle and give its folder"
+        )
+    spec = read_spec(bundle.processor_folder)
+    checkpoint = Checkpoint.of_files(bundle.folder, weights)
+    source = _Source(manifest.model.name, bundle.folder, bundle.processor_folder, checkpoint, spec)
+    plan = make_plan(
+        "dense", tokens=manifest.plan.num_visual_tokens, layers=manifest.plan.num_layers, keep=1.0,
+        leading=manifest.plan.leading,
+    )  # fmt: skip
+    options = BuildOptions(
+        model=manifest.model.name,
+        keep=1.0,
+        method="dense",
+        target=manifest.target.name,
+        dtype=manifest.target.dtype,
+        target_options=manifest.target.options,
+        verify=False,
+    )
+    return _assemble(source, plan, get_target(options.target), options, out, progress or Silent())
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a bundle is made from: the model's name, its folder, its processor's folder, weights, geometry."""
+
+    name: str
+    folder: Path
+    processor: Path
+    checkpoint: Checkpoint
+    spec: ModelSpec
+
+
+def _assemble(
+    source: _Source, plan: PruningPlan, target: Target, options: BuildOptions, out: Path, shown: Progress
+) -> Bundle:
+    spec = source.spec
     check_space(out, _needed_bytes(spec, options.dtype))
+    resolved = {**target.options, **options.target_options}
     with write_folder(out) as building:
         graphs = _trace(spec, plan, options, shown)
-        _write_weights(graphs, building, checkpoint, spec, plan, shown)
-        _copy_processor(folder, building)
+        _write_weights(graphs, building, source.checkpoint, spec, plan, shown)
+        _copy_processor(source.processor, building)
         ports = {graph.name: _ports(graph) for graph in graphs}
         compiled = target.compile(
             CompileJob(
@@ -129,7 +183,7 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
                 spec=spec,
                 plan=plan,
                 dtype=options.dtype,
-                options={**target.options, **options.target_options},
+                options=resolved,
                 report=shown.stage,
                 advance=shown.advance,
                 warn=shown.warn,
@@ -137,18 +191,18 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
         )
         verification = None
         if options.verify:
-            verification = _verify(target, compiled, building, folder, spec, plan, options, shown)
+            verification = _verify(target, compiled, building, source.folder, spec, plan, options, shown)
         target.finish(building)
         shown.stage("hash files")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             vtexport=version("vtexport"),
-            model=_model_entry(options.model, spec),
+            model=_model_entry(source.name, spec),
             plan=PlanEntry.of(plan),
             target=TargetEntry(
                 name=target.name,
                 dtype=options.dtype,
-                options={**target.options, **options.target_options},
+                options=resolved,
                 versions=dict(compiled.versions),
                 facts=dict(compiled.facts),
                 graphs=dict(compiled.files),

@@ -93,6 +93,7 @@ class Runner:
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
         """Answer (image, question) pairs as one batch; see `vtexport.generate.generate`."""
+        self.engine.load()
         start = time.perf_counter()
         requests = [self.request(image, question) for image, question in pairs]
         preprocess = 1000 * (time.perf_counter() - start)

@@ -42,17 +42,29 @@ def draw(runner: Runner, image: Any, question: str | None = None) -> Any:
     return _beside(panels)
 
 
-def save(picture: Any, path: Path) -> None:
-    """Write `picture` to `path`, in the format its suffix names.
+def check_destination(path: Path) -> None:
+    """Refuse before any work what `save` would refuse after it.
 
     Raises:
         InputError: a suffix that names no image format.
+        StorageError: the folder is not there.
+    """
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"{path}: unknown image format; give a name that ends in .png")
+    if not path.absolute().parent.is_dir():
+        raise StorageError(f"{path}: {path.absolute().parent} is not a folder; give another -o")
+
+
+def save(picture: Any, path: Path) -> None:
+    """Write `picture` to `path`; see `check_destination`.
+
+    Raises:
         StorageError: the file cannot be written.
     """
     try:
         picture.save(path)
-    except ValueError as error:
-        raise InputError(f"{path}: unknown image format; give a name that ends in .png") from error
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror or error}; give another -o") from error
 

@@ -15,8 +15,7 @@ import onnx_ir as ir
 from vtexport.errors import ModelError
 from vtexport.models.checkpoint import Checkpoint, TensorRecord
 from vtexport.models.llava import PREFIXES
-
-WEIGHTS_FILE = "weights.safetensors"
+from vtexport.targets.base import WEIGHTS_FILE
 
 # ONNX type -> its safetensors name and NumPy type.
 _TYPES = {

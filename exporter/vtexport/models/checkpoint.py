@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +40,13 @@ class Checkpoint:
         Raises:
             ModelError: no safetensors, a missing shard, or a file shorter than its header says.
         """
+        return cls.of_files(folder, _shards(folder))
+
+    @classmethod
+    def of_files(cls, folder: Path, paths: Iterable[Path]) -> Checkpoint:
+        """As `open`, of the files named."""
         tensors: dict[str, TensorRecord] = {}
-        for path in _shards(folder):
+        for path in paths:
             for record in _read_header(path):
                 tensors[record.name] = record
         return cls(folder, tensors)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 GRAPHS = ("vision", "prefill", "decode")
+#: the weights of a folder's graphs, while they are compiled and in bundles whose runtime reads them
+WEIGHTS_FILE = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Cache(Protocol):
 
 class Engine(Protocol):
     """An opened bundle: three calls, NumPy in and out."""
+
+    def load(self) -> None:
+        """Load all graphs now rather than at their first call, so that no call's time includes it."""
+        ...
 
     def vision(self, pixels: Array) -> VisionOutput:
         """pixels [B, 3, S, S] fp32."""

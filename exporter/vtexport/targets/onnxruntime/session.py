@@ -37,6 +37,10 @@ class OrtEngine:
         self._threads = threads
         self._sessions: dict[str, Any] = {}
 
+    def load(self) -> None:
+        for name in self._paths:
+            self.session(name)
+
     def session(self, name: str) -> Any:
         """The ONNX Runtime session of graph `name`."""
         if name not in self._sessions:

@@ -75,6 +75,10 @@ class TensorRTEngine:
         self._paths = paths
         self._graphs: dict[str, _Graph] = {}
 
+    def load(self) -> None:
+        for name in self._paths:
+            self._graph(name)
+
     def _graph(self, name: str) -> _Graph:
         if name not in self._graphs:
             self._graphs[name] = _Graph(self._paths[name])

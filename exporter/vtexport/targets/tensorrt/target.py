@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vtexport.errors import InputError
-from vtexport.targets.base import GRAPHS, Availability, Compiled, CompileJob, Engine, graph_folder
+from vtexport.targets.base import GRAPHS, WEIGHTS_FILE, Availability, Compiled, CompileJob, Engine, graph_folder
 
 #: compute capabilities to compile for; TensorRT for RTX also knows 75, but has no fp32 matmul there, and scores
 #: are fp32 on every target so that every target keeps the same tokens
@@ -81,8 +81,6 @@ class TensorRTRTXTarget:
         return Compiled(files, {"tensorrt-rtx": builder.version()}, facts)
 
     def finish(self, folder: Path) -> None:
-        from vtexport.graph.weights import WEIGHTS_FILE
-
         for name in GRAPHS:
             place = folder / graph_folder(name)
             (place / f"{name}.onnx").unlink()

@@ -1,0 +1,312 @@
+"""The command line: each command parses, calls the library and prints; nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vtexport.errors import InputError, StorageError, VtexportError
+
+_BUNDLE = click.argument("bundle", metavar="DIR", type=click.Path(path_type=Path))
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="vtexport")
+def cli() -> None:
+    """Compile LLaVA into inference engines that prune visual tokens inside.
+
+    \b
+    vtexport build --model micro-llava --keep 0.25 --out micro
+    vtexport run micro --image photo.png --prompt "what digit is red?"
+    """
+
+
+@cli.command()
+@click.option("--model", required=True, help="A model of `vtexport list`, a checkpoint folder, or a hub id.")
+@click.option("--keep", type=float, help="Share of the visual tokens kept, above 0 and at most 1.")
+@click.option("--method", help="Pruning method of `vtexport list`.  [default: fastervlm]")
+@click.option("--target", help="Runtime to build for.  [default: onnxruntime]")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="[default: the target's first]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-METHOD-KEEP]")
+@click.option("--force", is_flag=True, help="Replace a bundle that stands at --out.")
+@click.option("--debug", is_flag=True, help="Let the vision engine also give out the patches' scores.")
+@click.option("--seed", type=int, help="Which patches method random draws.  [default: 0]")
+@click.option("--sm", help="GPU architectures of a TensorRT target, such as 86,89,120.")
+@click.option("--max-batch", type=int, help="Largest batch of a TensorRT target.  [default: 4]")
+@click.option("--max-text", type=int, help="Most text tokens, prompt and answer, of a TensorRT target.  [default: 512]")
+def build(
+    model: str,
+    keep: float | None,
+    method: str | None,
+    target: str | None,
+    dtype: str | None,
+    out: Path | None,
+    force: bool,
+    debug: bool,
+    **extra: Any,
+) -> None:
+    """Build a bundle: a folder of engine files to deploy.
+
+    \b
+    vtexport build --model micro-llava --keep 0.25 --out micro
+    vtexport build --model llava-hf/llava-1.5-7b-hf --keep 0.25 --target tensorrt-rtx --sm 89,120
+    """
+    from vtexport.build import BuildOptions
+    from vtexport.build import build as build_bundle
+    from vtexport.console import stage_progress, stdout
+    from vtexport.pruning import DEFAULT_METHOD
+    from vtexport.report import build_summary
+    from vtexport.targets import DEFAULT_TARGET, get_target
+
+    method = method or DEFAULT_METHOD
+    if keep is None:
+        if method != "dense":
+            raise InputError("--keep is missing; give the share of visual tokens to keep, such as --keep 0.25")
+        keep = 1.0
+    chosen = get_target(target or DEFAULT_TARGET)
+    options = BuildOptions(
+        model=model,
+        keep=keep,
+        method=method,
+        target=chosen.name,
+        dtype=dtype or chosen.dtypes[0],
+        method_options=_given(extra, "seed"),
+        target_options=_given(extra, "sm", "max_batch", "max_text"),
+        debug=debug,
+    )
+    destination = out or Path(f"{Path(model).name}-{method}-{keep:g}")
+    with stage_progress() as progress:
+        bundle = build_bundle(options, destination, force=force, progress=progress)
+    stdout.print(build_summary(bundle))
+
+
+@cli.command()
+@_BUNDLE
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image file.")
+@click.option("--prompt", "prompts", multiple=True, help="The question about it; <image> says where the image stands.")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a question, one a line.")
+def run(
+    bundle: Path, images: tuple[Path, ...], prompts: tuple[str, ...], max_new_tokens: int, as_json: bool
+) -> None:
+    """Answer questions about images; several --image/--prompt pairs make a batch.
+
+    \b
+    vtexport run micro --image photo.png --prompt "what digit is red?"
+    """
+    from vtexport.console import stderr
+    from vtexport.models.prompt import open_image
+    from vtexport.report import TokenStream, run_summary
+    from vtexport.runtime import Runner
+
+    pairs = _pairs(images, prompts)
+    opened = [(open_image(image), prompt) for image, prompt in pairs]
+    runner = Runner.open(bundle)
+    if as_json:
+        for answer in runner.ask(opened, max_new_tokens):
+            click.echo(json.dumps(answer.to_json()))
+        return
+    stream = TokenStream(runner.prompter, len(opened), click.echo)
+    answers = runner.ask(opened, max_new_tokens, stream.add)
+    stream.close()
+    stderr.print(run_summary(answers), style="dim")
+
+
+@cli.command()
+@_BUNDLE
+@click.option("--image", required=True, type=click.Path(path_type=Path), help="An image file.")
+@click.option("--prompt", help="A question, asked too and shown with its answer.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Picture to write, such as kept.png.")
+def show(bundle: Path, image: Path, prompt: str | None, out: Path) -> None:
+    """Draw which parts of an image a bundle keeps.
+
+    \b
+    vtexport show micro --image photo.png -o kept.png
+    """
+    from vtexport import show as drawing
+    from vtexport.models.prompt import open_image
+    from vtexport.runtime import Runner
+
+    opened = open_image(image)
+    drawing.check_destination(out)
+    drawing.save(drawing.draw(Runner.open(bundle), opened, prompt), out)
+    click.echo(out)
+
+
+@cli.command()
+@_BUNDLE
+@click.option("--against", help="Another bundle, or `dense`: the same model unpruned, built for the occasion.")
+@click.option("--batch", default=1, show_default=True)
+@click.option("--new-tokens", default=16, show_default=True, help="Tokens decoded a run.")
+@click.option("--runs", default=10, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the report to this file.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Also draw the report into this file.")
+def profile(
+    bundle: Path,
+    against: str | None,
+    batch: int,
+    new_tokens: int,
+    runs: int,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    """Measure latency by stage, alone or in turns with another bundle.
+
+    \b
+    vtexport profile micro --against dense --plot latency.png
+    """
+    from vtexport import profile as profiling
+    from vtexport.build import build_dense_twin
+    from vtexport.bundle import Bundle
+    from vtexport.console import stage_progress, stdout
+    from vtexport.report import profile_table
+    from vtexport.show import check_destination
+
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise StorageError(f"{json_file}: {json_file.absolute().parent} is not a folder; give another --json")
+    if plot_file is not None:
+        check_destination(plot_file)
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(stage_progress())
+        other = None if against is None else Path(against)
+        if against == "dense":
+            other = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "dense"
+            build_dense_twin(Bundle.open(bundle), other, progress)
+        progress.stage("measure", profiling.WARM_UP + runs)
+        report = profiling.profile(
+            bundle,
+            other,
+            batch=batch,
+            new_tokens=new_tokens,
+            runs=runs,
+            against_label=against,
+            advance=progress.advance,
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    if plot_file is not None:
+        profiling.plot(report, plot_file)
+    stdout.print(profile_table(report))
+
+
+@cli.command("eval")
+@_BUNDLE
+@click.option("--limit", type=int, help="Ask only the first so many questions.")
+@_JSON
+def evaluate(bundle: Path, limit: int | None, as_json: bool) -> None:
+    """Exact match on micro-llava's held-out questions.
+
+    \b
+    vtexport eval micro --limit 200
+    """
+    from vtexport.console import stage_progress, stdout
+    from vtexport.evaluate import evaluate as evaluate_bundle
+    from vtexport.micro.heldout import NUM_QUESTIONS
+    from vtexport.report import score_table
+    from vtexport.runtime import Runner
+
+    number = NUM_QUESTIONS if limit is None else limit
+    runner = Runner.open(bundle)
+    with stage_progress() as progress:
+        progress.stage("ask held-out questions", number)
+        score = evaluate_bundle(runner, number, progress.advance)
+    if as_json:
+        kinds = {kind: right / total for kind, (right, total) in score.by_kind.items()}
+        click.echo(json.dumps({"accuracy": score.accuracy, "questions": score.total, "by_kind": kinds}))
+    else:
+        stdout.print(score_table(score))
+
+
+@cli.command()
+@_BUNDLE
+@click.option("--verify", is_flag=True, help="Also hash every file against the manifest.")
+@_JSON
+def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
+    """Say what a bundle is, and with --verify that it is unchanged.
+
+    \b
+    vtexport inspect micro --verify
+    """
+    from vtexport.bundle import Bundle
+    from vtexport.console import stage_progress, stdout
+    from vtexport.manifest import encode
+    from vtexport.report import bundle_table
+
+    opened = Bundle.open(bundle)
+    if verify:
+        with stage_progress() as progress:
+            progress.stage("hash files", opened.size())
+            opened.verify(progress.advance)
+    if as_json:
+        click.echo(encode(opened.manifest), nl=False)
+    else:
+        stdout.print(bundle_table(opened, verified=verify))
+
+
+@cli.command("list")
+@_JSON
+def list_(as_json: bool) -> None:
+    """List models, methods and targets."""
+    from vtexport.console import stdout
+    from vtexport.report import catalogue, catalogue_tables
+
+    if as_json:
+        click.echo(json.dumps(catalogue()))
+    else:
+        stdout.print(catalogue_tables())
+
+
+@cli.command()
+@_JSON
+def doctor(as_json: bool) -> None:
+    """Say which targets work on this machine, and what is missing for the others."""
+    from dataclasses import asdict
+
+    from vtexport.console import stdout
+    from vtexport.doctor import examine, versions
+    from vtexport.report import health_tables
+
+    if as_json:
+        click.echo(json.dumps({"versions": versions(), "targets": [asdict(health) for health in examine()]}))
+    else:
+        stdout.print(health_tables())
+
+
+def _given(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Those of `names` that were given on the command line."""
+    return {name: options[name] for name in names if options[name] is not None}
+
+
+def _pairs(images: tuple[Path, ...], prompts: tuple[str, ...]) -> list[tuple[Path, str]]:
+    if not prompts:
+        raise InputError("--prompt is missing; ask something about the image")
+    if len(images) != len(prompts):
+        raise InputError(
+            f"{len(images)} --image and {len(prompts)} --prompt given; give one image for every prompt, in pairs"
+        )
+    return list(zip(images, prompts, strict=True))
+
+
+def main() -> None:
+    """Run the command line; errors meant for the user become one line and exit code 2."""
+    try:
+        cli.main(standalone_mode=False)
+    except VtexportError as error:
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped; nothing was written", err=True)
+        sys.exit(130)

@@ -1,0 +1,223 @@
+"""What the command line prints: tables and summaries, made from the library's results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from vtexport.bundle import Bundle
+from vtexport.doctor import examine, versions
+from vtexport.evaluate import Score
+from vtexport.models.prompt import Prompter
+from vtexport.models.resolve import read_recipe, recipe_names
+from vtexport.models.spec import read_spec
+from vtexport.profile import STAGES, Report, Side
+from vtexport.pruning import DEFAULT_METHOD, METHODS, make_plan
+from vtexport.pruning.flops import NOMINAL_TEXT_TOKENS, plan_flops
+from vtexport.runtime import Answer
+from vtexport.targets import DEFAULT_TARGET, TARGETS
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def _facts(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _verification(bundle: Bundle) -> str:
+    found = bundle.manifest.verification
+    if found is None:
+        return "not checked"
+    kept = "same kept tokens" if found.same_kept else "kept tokens equal up to rounding"
+    answers = "same greedy tokens" if found.same_tokens else "greedy tokens equal up to rounding"
+    return (
+        f"{kept}, {answers}, largest logit error {found.max_logit_error:.1e} of {found.tolerance:g} allowed "
+        f"({found.samples} samples x {found.tokens} tokens; {found.ran} against {found.against})"
+    )
+
+
+def _plan_rows(bundle: Bundle) -> list[tuple[str, str]]:
+    plan = bundle.manifest.plan.plan()
+    dense = make_plan("dense", tokens=plan.num_visual_tokens, layers=plan.num_layers, keep=1.0, leading=plan.leading)
+    spec = read_spec(bundle.processor_folder)
+    cost, full = plan_flops(spec, plan), plan_flops(spec, dense)
+    flops = (
+        f"{cost.first_token / 1e9:.4g} GFLOPs to the first token, {cost.first_token / full.first_token:.0%} of dense "
+        f"(decoder alone {cost.prefill / full.prefill:.0%}; {NOMINAL_TEXT_TOKENS} text tokens)"
+    )
+    rows = [
+        ("method", f"{plan.method}, keep {plan.keep:g}"),
+        ("visual tokens", f"{plan.mean_visual_tokens:g} of {plan.num_visual_tokens}, mean over decoder layers"),
+    ]
+    rows += [
+        (f"  {s.where}", f"{s.tokens_in} in, {s.kept} kept, {s.recycled} merged") for s in plan.stages
+    ]
+    return [*rows, ("cost", flops)]
+
+
+def build_summary(bundle: Bundle) -> RenderableType:
+    """What `vtexport build` ends with: tokens, cost, sizes, verification, and the next command to type."""
+    target = bundle.manifest.target
+    rows = [
+        *_plan_rows(bundle),
+        ("target", f"{target.name}, {target.dtype}"),
+        ("size", ", ".join(f"{name} {_megabytes(size)}" for name, size in _sizes(bundle).items())),
+        ("verified", _verification(bundle)),
+        ("next", f'vtexport run {bundle.folder} --image FILE --prompt "what is in the image?"'),
+    ]
+    return _facts([("bundle", str(bundle.folder)), *rows])
+
+
+def _sizes(bundle: Bundle) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for entry in bundle.manifest.files:
+        place = Path(entry.path).parts[0] if "/" in entry.path else "manifest"
+        sizes[place] = sizes.get(place, 0) + entry.bytes
+    return {**sizes, "total": bundle.size()}
+
+
+def bundle_table(bundle: Bundle, *, verified: bool) -> RenderableType:
+    """What `vtexport inspect` prints."""
+    manifest = bundle.manifest
+    files = _table("file", "bytes", "sha256")
+    for entry in manifest.files:
+        files.add_row(entry.path, f"{entry.bytes:,}", entry.sha256[:16])
+    rows = [
+        ("model", f"{manifest.model.name} ({manifest.model.family})"),
+        *_plan_rows(bundle),
+        ("target", f"{manifest.target.name}, {manifest.target.dtype}"),
+        ("versions", ", ".join(f"{n} {v}" for n, v in {"vtexport": manifest.vtexport, **manifest.target.versions}.items())),
+        ("verified", _verification(bundle)),
+    ]
+    if verified:
+        rows.append(("files", "all as they were built"))
+    return Group(_facts(rows), "", files)
+
+
+class TokenStream:
+    """Prints answers as tokens come: one row as it grows, a batch row by row at the end."""
+
+    def __init__(self, prompter: Prompter, rows: int, write: Callable[..., Any]) -> None:
+        self._prompter, self._write = prompter, write
+        self._tokens: list[list[int]] = [[] for _ in range(rows)]
+        self._printed = 0
+
+    def add(self, row: int, token: int) -> None:
+        """A token of `row` came."""
+        self._tokens[row].append(token)
+        if len(self._tokens) == 1:
+            text = self._prompter.decode(self._tokens[0])
+            # A character may need several tokens: what is not whole yet waits.
+            if not text.endswith("\ufffd"):
+                self._write(text[self._printed :], nl=False)
+                self._printed = len(text)
+
+    def close(self) -> None:
+        """All tokens have come."""
+        if len(self._tokens) == 1:
+            self._write(self._prompter.decode(self._tokens[0])[self._printed :])
+            return
+        for number, tokens in enumerate(self._tokens, start=1):
+            self._write(f"{number}. {self._prompter.decode(tokens)}")
+
+
+def run_summary(answers: Sequence[Answer]) -> str:
+    """One line on tokens and time."""
+    tokens, times = answers[0].visual_tokens, answers[0].timings_ms
+    step = "" if times["per_token"] is None else f", {times['per_token']:.1f} ms a token"
+    return (
+        f"{tokens['mean']:g} of {tokens['total']:g} visual tokens; preprocess {times['preprocess']:.1f} ms, "
+        f"vision {times['vision']:.1f} ms, prefill {times['prefill']:.1f} ms{step}"
+    )
+
+
+def profile_table(report: Report) -> RenderableType:
+    """What `vtexport profile` prints."""
+    sides = [side for side in (report.this, report.against) if side is not None]
+    table = _table("stage, ms")
+    for side in sides:
+        for column in (f"{side.bundle} median", "p90", "p99"):
+            table.add_column(column, justify="right", overflow="fold")
+    if report.against is not None:
+        table.add_column("speed-up", justify="right")
+        table.add_column("by FLOPs", justify="right")
+    for stage in (s for s in STAGES if s in report.this.stages):
+        cells = [f"{v:.2f}" for side in sides for v in vars(side.stages[stage]).values()]
+        if report.against is not None:
+            predicted = report.flops_speedup.get(stage)
+            cells += [f"{report.speedup[stage]:.2f}x", "" if predicted is None else f"{predicted:.2f}x"]
+        table.add_row(stage.replace("_", " "), *cells)
+    return Group(table, "", _facts([_side_row(side) for side in sides]), _conditions(report))
+
+
+def _side_row(side: Side) -> tuple[str, str]:
+    return (
+        side.bundle,
+        f"{side.method}, {side.mean_visual_tokens:g} visual tokens, peak memory {_megabytes(side.peak_memory_bytes)}, "
+        f"KV cache {_megabytes(side.cache_bytes)}, {side.gflops['first_token']:.4g} GFLOPs to the first token",
+    )
+
+
+def _conditions(report: Report) -> str:
+    known = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    return (
+        f"{report.device}; {known}; batch {report.batch}, {report.text_tokens} text tokens, {report.new_tokens} new "
+        f"tokens, {report.runs} runs after {report.warm_up} to warm up; first token = preprocess + vision + prefill, "
+        "pruning inside vision"
+    )
+
+
+def score_table(score: Score) -> RenderableType:
+    """What `vtexport eval` prints."""
+    table = _table("questions", "right", "of", "accuracy")
+    for kind, (right, total) in score.by_kind.items():
+        table.add_row(kind, str(right), str(total), f"{right / total:.1%}")
+    table.add_row("all", str(score.right), str(score.total), f"{score.accuracy:.1%}")
+    return table
+
+
+def catalogue() -> dict[str, dict[str, str]]:
+    """Models, methods and targets, each name with its summary."""
+    return {
+        "models": {name: str(read_recipe(name)["summary"]) for name in recipe_names()},
+        "methods": {name: method.summary for name, method in METHODS.items()},
+        "targets": {name: target.summary for name, target in TARGETS.items()},
+    }
+
+
+def catalogue_tables() -> RenderableType:
+    """What `vtexport list` prints."""
+    defaults = (DEFAULT_METHOD, DEFAULT_TARGET)
+    parts: list[RenderableType] = []
+    for title, entries in catalogue().items():
+        rows = [(name, text + (" (default)" if name in defaults else "")) for name, text in entries.items()]
+        parts += [f"[bold]{title}[/bold]", _facts([(f"  {name}", text) for name, text in rows]), ""]
+    parts.append("Any LLaVA-1.5 checkpoint in Hugging Face form works too: give its folder or hub id as --model.")
+    return Group(*parts)
+
+
+def health_tables() -> RenderableType:
+    """What `vtexport doctor` prints."""
+    rows = []
+    for health in examine():
+        for what, state in (("build", health.build), ("run", health.run)):
+            rows.append((f"{health.name} {what}", f"{'works' if state.works else 'does not work'}: {state.reason}"))
+    return Group(_facts(rows), "", _facts(list(versions().items())))

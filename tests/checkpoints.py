@@ -1,0 +1,85 @@
+"""Random LLaVA checkpoints of any geometry, made by transformers' own classes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from vtexport.models.prompt import PROCESSOR_FILES
+from vtexport.models.resolve import engines_folder
+
+MICRO = engines_folder() / "micro-llava"
+
+
+def random_checkpoint(
+    folder: Path,
+    seed: int,
+    *,
+    vision: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    **config: Any,
+) -> Path:
+    """Write a random checkpoint into `folder`; micro-llava's tokenizer, an image processor of its size.
+
+    Weights are scaled up from their initial values so that attention is not flat and ties are absent.
+    """
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "image_size": 40,
+        "patch_size": 8,
+    }
+    language = {
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
+    made = LlavaConfig(
+        vision_config=CLIPVisionConfig(**{**sizes, **(vision or {})}),
+        text_config=LlamaConfig(**{**language, **(text or {})}),
+        image_token_index=4,
+        **{"vision_feature_layer": -2, "vision_feature_select_strategy": "default", **config},
+    )
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(made)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    for name in PROCESSOR_FILES:
+        if name not in ("config.json", "generation_config.json") and (MICRO / name).is_file():
+            shutil.copyfile(MICRO / name, folder / name)
+    processor = json.loads((folder / "processor_config.json").read_text())
+    size = made.vision_config.image_size
+    processor["image_processor"]["size"] = {"shortest_edge": size}
+    processor["image_processor"]["crop_size"] = {"height": size, "width": size}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def rename_tensors(folder: Path, rules: dict[str, str]) -> None:
+    """Rename tensors of `folder` by prefix, as older and newer transformers wrote them."""
+    path = folder / "model.safetensors"
+    renamed = {}
+    for name, tensor in load_file(path).items():
+        old = next((prefix for prefix in rules if name.startswith(prefix)), None)
+        renamed[name if old is None else rules[old] + name.removeprefix(old)] = tensor
+    save_file(renamed, path, metadata={"format": "pt"})

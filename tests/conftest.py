@@ -1,0 +1,82 @@
+"""Bundles and checkpoints that several tests share; each is made once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from tests.checkpoints import MICRO, random_checkpoint
+from vtexport.build import BuildOptions, build
+from vtexport.bundle import Bundle
+from vtexport.micro import heldout
+from vtexport.runtime import Runner
+
+BuildBundle = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> BuildBundle:
+    """Builds a bundle, or hands out the one built before with the same options."""
+    built: dict[str, Path] = {}
+
+    def get(model: Path = MICRO, keep: float = 0.25, method: str = "fastervlm", **more: object) -> Path:
+        key = repr((model, keep, method, sorted(more.items())))
+        if key not in built:
+            out = tmp_path_factory.mktemp("bundle") / "bundle"
+            build(BuildOptions(str(model), keep, method, **more), out)  # type: ignore[arg-type]
+            built[key] = out
+        return built[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def micro_bundle(build_bundle: BuildBundle) -> Path:
+    """micro-llava, fastervlm, keep 0.25, onnxruntime, fp32. Tests read it only."""
+    return build_bundle()
+
+
+@pytest.fixture(scope="session")
+def micro_runner(micro_bundle: Path) -> Runner:
+    return Runner.open(micro_bundle)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA small enough to build in seconds."""
+    return random_checkpoint(tmp_path_factory.mktemp("tiny"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A held-out image as a file."""
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.fromarray(next(heldout.examples()).image).save(path)
+    return path
+
+
+@pytest.fixture
+def bundle_copy(micro_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the micro bundle that a test may damage."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(micro_bundle, copy)
+    return copy
+
+
+def noise_images(count: int, size: tuple[int, int] = (120, 90), seed: int = 7) -> list[Image.Image]:
+    """Random images, each with structure: coarse noise enlarged."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (count, 9, 12, 3), dtype=np.uint8)
+    return [Image.fromarray(one).resize(size, Image.Resampling.BICUBIC) for one in coarse]
+
+
+__all__ = ["Bundle"]
