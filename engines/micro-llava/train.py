@@ -12,7 +12,8 @@ The tower learns from labels of its own (per-patch digit and colour; on CLS the 
 as CLIP's CLS learns what a caption names). Left there, CLS gathers some digits in early layers and the
 feature layer's attention passes them by (80 % of held-out digits within the top 22 of 144 patches). So `cls`
 adds attention-based multiple-instance learning (Ilse et al., 2018): the patches' own predictions, pooled by the
-feature layer's head-mean CLS attention, must name every digit present. The decoder learns from answers only. All questions about an
+feature layer's head-mean CLS attention, must name every digit present; and patches must tell which half of the
+image they lie in, which nothing else asks of them. The decoder learns from answers only. All questions about an
 image share one sequence, but a mask keeps each question to the image and itself, at the positions it would
 have alone: exactly the single-question prompt, at a fraction of the cost. No stage trains on pruned or
 compacted sequences: pruning stays training-free.
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -48,7 +50,8 @@ from vtexport.micro import scenes
 HERE = Path(__file__).parent
 WORK = HERE / "training"
 PATCH = 8
-TOKENS = (scenes.IMAGE_SIZE // PATCH) ** 2
+PATCH_GRID = scenes.IMAGE_SIZE // PATCH
+TOKENS = PATCH_GRID**2
 FEATURE_LAYER = -2
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -152,19 +155,21 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
 
 
 class Heads(nn.Module):
-    """The tower's training heads: digit and colour of every patch, set of coloured digits on CLS."""
+    """The tower's training heads: digit, colour and place of every patch, set of coloured digits on CLS."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.digit = nn.Linear(width, 11)
         self.colour = nn.Linear(width, len(scenes.COLOUR_NAMES) + 1)
+        self.place = nn.Linear(width, 2)
         self.present = nn.Linear(width, PAIRS)
         self.present_last = nn.Linear(width, PAIRS)
 
 
 def optimizers(modules: list[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, norms, biases and heads."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
@@ -194,7 +199,7 @@ def pixels(batch: list[scenes.Scene]) -> torch.Tensor:
 def tower_step(
     model: Any, heads: Heads, batch: list[scenes.Scene], gather: bool
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """One batch's loss; with `gather` also on what CLS attends to in the feature layer."""
+    """One batch's loss; with `gather` also on places and on what CLS attends to in the feature layer."""
     values, colours = (torch.from_numpy(a) for a in scenes.patch_labels(batch, PATCH))
     present = torch.zeros(len(batch), PAIRS)
     for row, scene in enumerate(batch):
@@ -219,12 +224,19 @@ def tower_step(
     )
     gather_loss = patch_loss.new_zeros(())
     if gather:
+        half = torch.arange(PATCH_GRID) >= PATCH_GRID // 2
+        low = half.repeat_interleave(PATCH_GRID).expand(len(batch), -1)
+        right_half = half.repeat(PATCH_GRID).expand(len(batch), -1)
+        place = torch.stack([low, right_half], dim=-1).float()
+        place_loss = F.binary_cross_entropy_with_logits(
+            heads.place(patches), place, weight=(weight / weight.mean())[..., None]
+        )
         attention = out.attentions[FEATURE_LAYER][:, :, 0, 1:].float().mean(1)
         named = digit_logits.softmax(-1)[..., :10, None] * colour_logits.softmax(-1)[..., None, :-1]
         pooled = torch.einsum("bv,bvp->bp", attention, named.flatten(2).detach())
         # A digit's fair share of the attention is 1 / (digits present).
         share = pooled * present.sum(1, keepdim=True)
-        gather_loss = -(present * torch.log(share + 1e-3)).sum() / present.sum()
+        gather_loss = -(present * torch.log(share + 1e-3)).sum() / present.sum() + 4 * place_loss
     front = values < 10
     with torch.no_grad():
         right = (digit_logits.argmax(-1) == values) & (colour_logits.argmax(-1) == colours)
@@ -258,10 +270,11 @@ class Packer:
 
     def prompt(self, question: str) -> str:
         parts = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.tokenizer.apply_chat_template(
+        text: str = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": parts}], chat_template=CHAT_TEMPLATE, tokenize=False,
             add_generation_prompt=True,
         )  # fmt: skip
+        return text
 
     def segment(self, question: scenes.Question) -> tuple[list[int], list[int]]:
         """(ids after the image, labels) of one question and its answer; labels -100 on the question."""
@@ -321,9 +334,18 @@ def decoder_loss(
         visual = model.model.multi_modal_projector(feature)
         embed = language.get_input_embeddings()
         hidden = torch.cat([embed(prefix), visual.to(embed.weight.dtype), embed(text["ids"])], dim=1)
-        # Dropped background leaves holes: every token keeps the position it has in the full sequence.
+        # Dropped background leaves holes: every token keeps its order and distance to the others. Random gaps
+        # before and behind the image (randomized positions, Ruoss et al., 2023) keep the decoder from reading a
+        # patch's row off its RoPE distance, which no other image size or prompt would have.
+        ahead, behind = torch.randint(0, 64, (2, rows, 1))
+        image = before + ahead
         positions = torch.cat(
-            [torch.arange(before).expand(rows, -1), before + place, before + TOKENS + text["offsets"]], dim=1
+            [
+                torch.arange(before).expand(rows, -1),
+                image + place,
+                image + TOKENS + behind + text["offsets"],
+            ],
+            dim=1,
         )
         shared = before + visible
         segments = torch.cat([torch.zeros(rows, shared, dtype=torch.long), text["segments"]], dim=1)
@@ -354,16 +376,19 @@ def save(stage: str, step: int, model: Any, heads: Heads, opts: list[torch.optim
 
 
 def start_projector(model: Any, heads: Heads) -> None:
-    """Begin the projector with the tower's own read-outs, so that digits are as loud as colours.
+    """Begin the projector with read-outs of the tower, so that digits and places are as loud as colours.
 
     From a random start the decoder soon looks up digits by colour, but colours by digit not within 1,600 steps:
     what tells digits apart is a small part of the features' norm, too faint for a key.
     """
     projector = model.model.multi_modal_projector
     with torch.no_grad():
-        read_outs = torch.cat([heads.digit.weight, heads.colour.weight])
-        projector.linear_1.weight[: len(read_outs)] = read_outs
-        projector.linear_1.bias[: len(read_outs)] = torch.cat([heads.digit.bias, heads.colour.bias])
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = [(h.weight, h.bias) for h in (heads.digit, heads.colour)]
+        # gelu lets only one sign through, and a place has two; its two-way logits are small beside the others'.
+        parts += [(sign * 4 * heads.place.weight, sign * 4 * heads.place.bias) for sign in (1, -1)]
+        rows = sum(len(weight) for weight, _ in parts)
+        projector.linear_1.weight[:rows] = torch.cat([weight for weight, _ in parts])
+        projector.linear_1.bias[:rows] = torch.cat([bias for _, bias in parts])
         nn.init.orthogonal_(projector.linear_2.weight)
 
 
@@ -442,6 +467,14 @@ def export(stage: str) -> None:
         do_sample=False,
     )
     model.half().save_pretrained(HERE)
+    # The names that llava-hf's checkpoints have, which every version of transformers reads.
+    weights = load_file(HERE / "model.safetensors")
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    renamed = {
+        new + name.removeprefix(old) if name.startswith(old) and not name.startswith(new) else name: tensor
+        for name, tensor in weights.items()
+    }
+    save_file(renamed, HERE / "model.safetensors", metadata={"format": "pt"})
     build_processor(tokenizer).save_pretrained(HERE)
 
 
@@ -457,9 +490,9 @@ def main() -> None:
     elif arguments.stage == "tower":
         train("tower", arguments.steps or 2200, 64, 0.02, TOKENS, 0)
     elif arguments.stage == "cls":
-        train("cls", arguments.steps or 500, 64, 0.008, TOKENS, 0)
+        train("cls", arguments.steps or 750, 64, 0.008, TOKENS, 0)
     elif arguments.stage == "decoder":
-        train("decoder", arguments.steps or 2400, 32, 0.02, 40, 300)
+        train("decoder", arguments.steps or 2600, 32, 0.02, 40, 300)
     else:
         train("full", arguments.steps or 1200, 32, 0.01, TOKENS, 0)
 

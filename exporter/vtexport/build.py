@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,7 @@ from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
 from vtexport.models.prompt import PROCESSOR_FILES
 from vtexport.pruning import DEFAULT_METHOD, METHODS, PruningPlan, make_plan
 from vtexport.targets import DEFAULT_TARGET, get_target
-from vtexport.targets.base import GRAPHS, WEIGHTS_FILE, CompileJob, Compiled, Engine, Target, graph_folder
+from vtexport.targets.base import GRAPHS, WEIGHTS_FILE, Compiled, CompileJob, Engine, Target, graph_folder
 
 if TYPE_CHECKING:
     from vtexport.graph.export import TracedGraph
@@ -239,9 +239,7 @@ def _needed_bytes(spec: ModelSpec, dtype: str) -> int:
     return int(spec.num_parameters() * (4 if dtype == "fp32" else 2) * 1.1) + (4 << 20)
 
 
-def _trace(
-    spec: ModelSpec, plan: PruningPlan, options: BuildOptions, progress: Progress
-) -> list[TracedGraph]:
+def _trace(spec: ModelSpec, plan: PruningPlan, options: BuildOptions, progress: Progress) -> list[TracedGraph]:
     from vtexport.graph.export import trace_decode, trace_prefill, trace_vision
 
     progress.stage("trace vision, prefill, decode", 3)

@@ -93,9 +93,7 @@ def build(
 @click.option("--prompt", "prompts", multiple=True, help="The question about it; <image> says where the image stands.")
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a question, one a line.")
-def run(
-    bundle: Path, images: tuple[Path, ...], prompts: tuple[str, ...], max_new_tokens: int, as_json: bool
-) -> None:
+def run(bundle: Path, images: tuple[Path, ...], prompts: tuple[str, ...], max_new_tokens: int, as_json: bool) -> None:
     """Answer questions about images; several --image/--prompt pairs make a batch.
 
     \b

@@ -52,9 +52,7 @@ def evaluate(
         raise InputError(f"--limit {limit} is out of range; give 1 to {heldout.NUM_QUESTIONS}")
     counts = {kind: [0, 0] for kind in scenes.KINDS}
     for batch in _batches(heldout.examples(limit)):
-        pairs = [
-            (Image.fromarray(example.image * (0 if blank else 1)), example.question.text) for example in batch
-        ]
+        pairs = [(Image.fromarray(example.image * (0 if blank else 1)), example.question.text) for example in batch]
         for example, answer in zip(batch, runner.ask(pairs, MAX_NEW_TOKENS), strict=True):
             counts[example.question.kind][0] += answer.text == example.question.answer
             counts[example.question.kind][1] += 1

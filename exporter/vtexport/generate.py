@@ -111,13 +111,13 @@ def generate(
     steps: list[float] = []
     for step in range(max_new_tokens):
         tokens = logits.argmax(axis=1)
-        for row in np.flatnonzero(running):
+        for row in map(int, np.flatnonzero(running)):
             token = int(tokens[row])
             results[row].token_ids.append(token)
             if keep_logits:
                 history[row].append(logits[row].copy())
             if on_token is not None:
-                on_token(int(row), token)
+                on_token(row, token)
             running[row] = token not in eos_token_ids
         if step + 1 == max_new_tokens or not running.any():
             break

@@ -176,9 +176,7 @@ def profile(
         report.speedup = {
             stage: round(other.stages[stage].median / this.stages[stage].median, 3) for stage in this.stages
         }
-        report.flops_speedup = {
-            stage: round(other.gflops[stage] / this.gflops[stage], 3) for stage in this.gflops
-        }
+        report.flops_speedup = {stage: round(other.gflops[stage] / this.gflops[stage], 3) for stage in this.gflops}
     return report
 
 

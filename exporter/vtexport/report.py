@@ -67,9 +67,7 @@ def _plan_rows(bundle: Bundle) -> list[tuple[str, str]]:
         ("method", f"{plan.method}, keep {plan.keep:g}"),
         ("visual tokens", f"{plan.mean_visual_tokens:g} of {plan.num_visual_tokens}, mean over decoder layers"),
     ]
-    rows += [
-        (f"  {s.where}", f"{s.tokens_in} in, {s.kept} kept, {s.recycled} merged") for s in plan.stages
-    ]
+    rows += [(f"  {s.where}", f"{s.tokens_in} in, {s.kept} kept, {s.recycled} merged") for s in plan.stages]
     return [*rows, ("cost", flops)]
 
 
@@ -104,7 +102,10 @@ def bundle_table(bundle: Bundle, *, verified: bool) -> RenderableType:
         ("model", f"{manifest.model.name} ({manifest.model.family})"),
         *_plan_rows(bundle),
         ("target", f"{manifest.target.name}, {manifest.target.dtype}"),
-        ("versions", ", ".join(f"{n} {v}" for n, v in {"vtexport": manifest.vtexport, **manifest.target.versions}.items())),
+        (
+            "versions",
+            ", ".join(f"{n} {v}" for n, v in {"vtexport": manifest.vtexport, **manifest.target.versions}.items()),
+        ),
         ("verified", _verification(bundle)),
     ]
     if verified:

@@ -73,9 +73,7 @@ class Runner:
         self.bundle = bundle
         self.plan: PruningPlan = manifest.plan.plan()
         self.engine = target.open(bundle.folder, manifest.target.graphs, threads)
-        self.prompter = Prompter(
-            bundle.processor_folder, manifest.model.image_token_id, manifest.model.image_size
-        )
+        self.prompter = Prompter(bundle.processor_folder, manifest.model.image_token_id, manifest.model.image_size)
 
     @classmethod
     def open(cls, folder: Path, threads: int = 0) -> Runner:

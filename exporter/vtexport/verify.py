@@ -77,9 +77,7 @@ def verify_engine(
 
     prompter = Prompter(folder, spec.image_token_id, spec.vision.image_size)
     reference = ReferenceModel(folder, spec)
-    pixels = np.stack(
-        [prompter.pixels(Image.fromarray(image)) for image in sample_images(spec.vision.image_size)]
-    )
+    pixels = np.stack([prompter.pixels(Image.fromarray(image)) for image in sample_images(spec.vision.image_size)])
     prompts = [prompter.prompt(text) for text in _PROMPTS]
     vision = engine.vision(pixels)
     requests = [Request(prompt, pixels[row]) for row, prompt in enumerate(prompts)]

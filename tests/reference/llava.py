@@ -16,7 +16,7 @@ def load(folder) -> LlavaForConditionalGeneration:
 
 
 def visual_tokens(model, pixels: torch.Tensor, kept: np.ndarray | None) -> torch.Tensor:
-    """transformers' projected image features of one image, all or those at `kept` [1, K, C]."""
+    """The projected image features of one image by transformers, all or those at `kept` [1, K, C]."""
     with torch.inference_mode():
         features = model.model.get_image_features(pixels, return_dict=True).pooler_output[0]
     return features[None] if kept is None else features[None, torch.as_tensor(kept, dtype=torch.long)]

@@ -46,7 +46,6 @@ def trace_prefill(spec: ModelSpec, plan: PruningPlan, dtype: str) -> TracedGraph
     with _fake(dtype):
         module = PrefillGraph(spec, plan.vision_tokens)
         visual = torch.empty(2, plan.vision_tokens, spec.decoder.hidden_size)
-        numbers = torch.zeros(2, dtype=torch.int64)
         ids, at, length = (torch.zeros(shape, dtype=torch.int64) for shape in ((2, 7), (2,), (2,)))
         inputs = (ids, at, length, visual)
         batch, text = Dim("batch"), Dim("text")

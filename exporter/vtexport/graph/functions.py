@@ -14,7 +14,8 @@ parser goes by a node's name alone, so no function may be called like a standard
 from typing import TypeVar, Union
 
 import onnx_ir as ir
-from onnxscript import FLOAT, FLOAT16, INT32, INT64, opset18 as op, script
+from onnxscript import FLOAT, FLOAT16, INT32, INT64, script
+from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
 from vtexport.pruning.onnx_node import DOMAIN_VERSION, NN, PRUNING
@@ -51,9 +52,7 @@ def TokenSelect(hidden: T, score: FLOAT, keep: int) -> tuple[T, INT32]:
     other = op.Unsqueeze(clean, op.Constant(value_ints=[1]))
     total = op.Squeeze(op.Shape(score, start=1, end=2))
     place = op.Range(op.Constant(value_int=0), total, op.Constant(value_int=1))
-    before = op.Less(
-        op.Unsqueeze(place, op.Constant(value_ints=[0])), op.Unsqueeze(place, op.Constant(value_ints=[1]))
-    )
+    before = op.Less(op.Unsqueeze(place, op.Constant(value_ints=[0])), op.Unsqueeze(place, op.Constant(value_ints=[1])))
     beaten = op.Or(op.Greater(other, mine), op.And(op.Equal(other, mine), before))
     rank = op.ReduceSum(op.Cast(beaten, to=FLOAT.dtype), op.Constant(value_ints=[2]), keepdims=0)
     # Kept tokens get keys 0, -1, -2 … by place, the others keys below them: TopK then lists the kept in order.
@@ -99,9 +98,7 @@ def FullAttention(query: T, key: T, value: T, num_heads: int, scale: float) -> T
 
 
 @script(nn, default_opset=op)
-def CausalAttention(
-    query: T, key: T, value: T, num_heads: int, kv_heads: int, scale: float
-) -> tuple[T, T, T]:
+def CausalAttention(query: T, key: T, value: T, num_heads: int, kv_heads: int, scale: float) -> tuple[T, T, T]:
     groups = op.Reshape(op.Constant(value_int=kv_heads), op.Constant(value_ints=[1]))
     heads = op.Reshape(op.Constant(value_int=num_heads), op.Constant(value_ints=[1]))
     zeros = op.Constant(value_ints=[0, 0])

@@ -102,7 +102,7 @@ class PrefillGraph(_LanguageGraph):
         x = torch.cat([text, visual.to(text.dtype)], dim=1).gather(1, source[..., None].expand(-1, -1, width))
         positions = place.expand(batch, -1)
         caches = []
-        for layer in self.decoder.layers:
+        for layer in self.decoder.blocks():
             mixed, key, value = layer.self_attn.prefill(layer.input_layernorm(x), positions, self.rope)
             x = x + mixed
             x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -122,11 +122,9 @@ class DecodeGraph(_LanguageGraph):
         x = self.decoder.embed_tokens(input_ids)
         positions = length[:, None]
         caches = []
-        for number, layer in enumerate(self.decoder.layers):
+        for number, layer in enumerate(self.decoder.blocks()):
             cache = (past[2 * number], past[2 * number + 1])
-            mixed, key, value = layer.self_attn.decode(
-                layer.input_layernorm(x), positions, self.rope, cache, length
-            )
+            mixed, key, value = layer.self_attn.decode(layer.input_layernorm(x), positions, self.rope, cache, length)
             x = x + mixed
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             caches += [key, value]

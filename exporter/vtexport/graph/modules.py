@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -69,6 +71,12 @@ class VisionEmbeddings(nn.Module):
         return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
 
 
+class VisionEncoder(nn.Module):
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(spec) for _ in range(spec.feature_layer))
+
+
 class VisionTower(nn.Module):
     """The CLIP tower up to the feature layer; what lies after it never runs."""
 
@@ -77,8 +85,7 @@ class VisionTower(nn.Module):
         self.spec = spec
         self.embeddings = VisionEmbeddings(spec)
         self.pre_layrnorm = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(VisionLayer(spec) for _ in range(spec.feature_layer))
+        self.encoder = VisionEncoder(spec)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features [B, 1 + V, C], the last layer's CLS queries [B, H, 1, D] and keys [B, H, 1 + V, D]."""
@@ -117,6 +124,8 @@ class RotaryTables(nn.Module):
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
+        self.cos: Tensor
+        self.sin: Tensor
         size = (spec.max_positions, spec.head_size // 2)
         self.register_buffer("cos", torch.empty(size))
         self.register_buffer("sin", torch.empty(size))
@@ -141,9 +150,7 @@ class DecoderAttention(nn.Module):
 
     def prefill(self, x: Tensor, positions: Tensor, rope: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.project(x, positions, rope)
-        mixed, keys, values = nn_ops.causal_attention(
-            query, key, value, self.num_heads, self.kv_heads, self.scale
-        )
+        mixed, keys, values = nn_ops.causal_attention(query, key, value, self.num_heads, self.kv_heads, self.scale)
         return self.o_proj(mixed), keys, values
 
     def decode(
@@ -184,3 +191,9 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(spec) for _ in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+
+    def blocks(self) -> Iterator[DecoderLayer]:
+        """The layers, by their own type."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer

@@ -18,7 +18,8 @@ from vtexport.pruning.onnx_node import NN, node, nodes
 
 def _split(x: Tensor, heads: int) -> Tensor:
     """[B, S, heads * D] -> [B, heads, S, D]."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    batch, rows, width = x.shape
+    return x.reshape(batch, rows, heads, width // heads).transpose(1, 2)
 
 
 def _merge(x: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def _merge(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x²) + epsilon) * weight over the last axis, the mean in fp32; [..., C]."""
+    """Root-mean-square norm over the last axis, x / sqrt(mean(x²) + epsilon) * weight, the mean in fp32; [..., C]."""
     if torch.compiler.is_exporting():
         return node(NN, "RMSNorm", (x, weight), {"epsilon": epsilon}, like=x)
     wide = x.float()
@@ -57,8 +58,8 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, sc
     if torch.compiler.is_exporting():
         attributes = {"num_heads": num_heads, "scale": scale}
         return node(NN, "FullAttention", (query, key, value), attributes, like=query)
-    rows = [_split(x, num_heads) for x in (query, key, value)]
-    return _merge(F.scaled_dot_product_attention(*rows, scale=scale))
+    q, k, v = (_split(x, num_heads) for x in (query, key, value))
+    return _merge(F.scaled_dot_product_attention(q, k, v, scale=scale))
 
 
 def causal_attention(
@@ -81,9 +82,7 @@ def causal_attention(
         batch, rows, width = key.shape
         cache = key.new_empty(batch, kv_heads, rows, width // kv_heads)
         attributes = {"num_heads": num_heads, "kv_heads": kv_heads, "scale": scale}
-        output, keys, values = nodes(
-            NN, "CausalAttention", (query, key, value), attributes, like=(query, cache, cache)
-        )
+        output, keys, values = nodes(NN, "CausalAttention", (query, key, value), attributes, like=(query, cache, cache))
         return output, keys, values
     q, k, v = _split(query, num_heads), _split(key, kv_heads), _split(value, kv_heads)
     output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
@@ -120,9 +119,7 @@ def cached_attention(
     if torch.compiler.is_exporting():
         inputs = (query, key, value, past_key, past_value, length)
         attributes = {"num_heads": num_heads, "kv_heads": kv_heads, "scale": scale}
-        output, keys, values = nodes(
-            NN, "CachedAttention", inputs, attributes, like=(query, past_key, past_value)
-        )
+        output, keys, values = nodes(NN, "CachedAttention", inputs, attributes, like=(query, past_key, past_value))
         return output, keys, values
     q, k, v = _split(query, num_heads), _split(key, kv_heads), _split(value, kv_heads)
     place = torch.arange(past_key.shape[2], device=length.device)

@@ -18,7 +18,7 @@ from vtexport.models.llava import PREFIXES
 from vtexport.targets.base import WEIGHTS_FILE
 
 # ONNX type -> its safetensors name and NumPy type.
-_TYPES = {
+_TYPES: dict[ir.DataType, tuple[str, type[np.generic]]] = {
     ir.DataType.FLOAT: ("F32", np.float32),
     ir.DataType.FLOAT16: ("F16", np.float16),
     ir.DataType.INT32: ("I32", np.int32),
@@ -66,15 +66,14 @@ def write_weights(
     with path.open("wb") as file:
         data_start = _write_header(file, slots)
         for slot in slots:
-            if slot.name in computed:
-                array = computed[slot.name]
-            else:
-                array = _read(_source(checkpoint, slot.name))
+            known = computed.get(slot.name)
+            array = _read(_source(checkpoint, slot.name)) if known is None else known
             file.write(_converted(array, slot, checkpoint.folder))
             advance(slot.length)
+    by_name = {slot.name: slot for slot in slots}
     for model in models:
         for name, value in model.graph.initializers.items():
-            slot = next(s for s in slots if s.name == name)
+            slot = by_name[name]
             value.const_value = ir.ExternalTensor(
                 WEIGHTS_FILE,
                 data_start + slot.offset,
@@ -98,9 +97,9 @@ def _layout(wanted: Mapping[str, ir.Value]) -> list[_Slot]:
     slots, offset = [], 0
     for name, value in wanted.items():
         tensor = value.const_value
-        assert tensor is not None and tensor.dtype in _TYPES, f"initialiser {name} of type {value.dtype}"
-        shape = tuple(int(extent) for extent in tensor.shape)
-        length = int(np.prod(shape, dtype=np.int64)) * _TYPES[tensor.dtype][1]().itemsize
+        assert tensor is not None, f"initialiser {name} without shape"
+        shape = tuple(int(extent) for extent in tensor.shape.numpy())
+        length = int(np.prod(shape, dtype=np.int64)) * np.dtype(_TYPES[tensor.dtype][1]).itemsize
         slots.append(_Slot(name, tensor.dtype, shape, offset, length))
         offset += length
     return slots

@@ -174,9 +174,7 @@ def _positions(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     return found
 
 
-def compose(
-    rng: np.random.Generator, split: Split, count: int | None = None, max_digits: int = MAX_DIGITS
-) -> Scene:
+def compose(rng: np.random.Generator, split: Split, count: int | None = None, max_digits: int = MAX_DIGITS) -> Scene:
     """A random scene.
 
     Args:

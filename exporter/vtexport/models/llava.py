@@ -123,7 +123,7 @@ def _eos_ids(folder: Path, from_config: int | list[int] | None) -> tuple[int, ..
 
 
 def rope_tables(spec: ModelSpec) -> tuple[Any, Any]:
-    """cos and sin, float32 [max_positions, head_size / 2], by transformers' own RoPE initialisers.
+    """The tables cos and sin, float32 [max_positions, head_size / 2], by transformers' own RoPE initialisers.
 
     Attention scaling (yarn) is folded into both tables, as in transformers' rotary embedding.
     """

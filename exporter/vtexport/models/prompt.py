@@ -72,11 +72,7 @@ class Prompter:
             raise InputError(f"the prompt has {marks} {IMAGE_MARK} marks; give exactly one image a prompt")
         if not question.replace(IMAGE_MARK, "").strip():
             raise InputError("the prompt is empty; ask something about the image")
-        parts: Any
-        if marks:
-            parts = question
-        else:
-            parts = [{"type": "image"}, {"type": "text", "text": question}]
+        parts = question if marks else [{"type": "image"}, {"type": "text", "text": question}]
         if not getattr(self._processor, "chat_template", None):
             raise InputError("the checkpoint has no chat template; add chat_template.jinja to its folder")
         messages = [{"role": "user", "content": parts}]

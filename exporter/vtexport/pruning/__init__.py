@@ -10,9 +10,7 @@ from vtexport.pruning.plan import PruningPlan, Stage
 from vtexport.pruning.pool import Pool
 from vtexport.pruning.random import Random
 
-METHODS: dict[str, VisionMethod] = {
-    method.name: method for method in (Dense(), FasterVLM(), Random(), Pool())
-}
+METHODS: dict[str, VisionMethod] = {method.name: method for method in (Dense(), FasterVLM(), Random(), Pool())}
 DEFAULT_METHOD = FasterVLM.name
 
 __all__ = ["DEFAULT_METHOD", "METHODS", "PruningPlan", "Stage", "VisionMethod", "make_plan"]

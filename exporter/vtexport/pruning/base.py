@@ -55,9 +55,7 @@ class VisionMethod:
     #: whether the method rates patches, so that a debug build has scores to give out
     scores: ClassVar[bool] = False
 
-    def plan(
-        self, tokens: int, layers: int, keep: float, leading: int, options: Mapping[str, int]
-    ) -> PruningPlan:
+    def plan(self, tokens: int, layers: int, keep: float, leading: int, options: Mapping[str, int]) -> PruningPlan:
         """The static counts for `tokens` visual tokens; see `vtexport.pruning.make_plan`."""
         kept = token_budget(tokens, keep, leading)
         stage = Stage("vision", tokens, kept)
@@ -72,9 +70,7 @@ class VisionMethod:
         raise NotImplementedError
 
 
-def prune(
-    method: VisionMethod, plan: PruningPlan, state: TowerState, constants: Mapping[str, Tensor]
-) -> Pruned:
+def prune(method: VisionMethod, plan: PruningPlan, state: TowerState, constants: Mapping[str, Tensor]) -> Pruned:
     """Apply `plan` to a tower's state; `constants` are `method.constants` as tensors.
 
     Returns:

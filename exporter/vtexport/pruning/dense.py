@@ -15,9 +15,7 @@ class Dense(VisionMethod):
     name = "dense"
     summary = "no pruning: every visual token reaches the decoder"
 
-    def plan(
-        self, tokens: int, layers: int, keep: float, leading: int, options: Mapping[str, int]
-    ) -> PruningPlan:
+    def plan(self, tokens: int, layers: int, keep: float, leading: int, options: Mapping[str, int]) -> PruningPlan:
         if token_budget(tokens, keep, leading) != tokens:
             raise InputError(f"--keep {keep:g} has no effect with method dense; leave it out or give 1")
         return PruningPlan(self.name, 1.0, tokens, layers, leading, (), options)

@@ -27,7 +27,7 @@ class Stage:
     recycled: int = 0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.kept <= self.tokens_in and self.recycled >= 0 and 1 <= self.carried):
+        if not 0 <= self.kept <= self.tokens_in or self.recycled < 0 or self.carried < 1:
             raise ValueError(f"impossible stage {self.kept} + {self.recycled} of {self.tokens_in} tokens")
 
     @property

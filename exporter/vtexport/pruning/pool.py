@@ -36,9 +36,7 @@ class Pool(VisionMethod):
     name = "pool"
     summary = "average pooling on the patch grid (baseline)"
 
-    def plan(
-        self, tokens: int, layers: int, keep: float, leading: int, options: Mapping[str, int]
-    ) -> PruningPlan:
+    def plan(self, tokens: int, layers: int, keep: float, leading: int, options: Mapping[str, int]) -> PruningPlan:
         budget = token_budget(tokens, keep, leading) - leading
         rows, columns = pool_grid(budget, math.isqrt(tokens - leading))
         stage = Stage("vision", tokens, leading, rows * columns)

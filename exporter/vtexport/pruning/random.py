@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -19,7 +19,7 @@ class Random(VisionMethod):
 
     name = "random"
     summary = "a seeded random choice of patches, the same for every image (baseline)"
-    options = {"seed": 0}
+    options: ClassVar[Mapping[str, int]] = {"seed": 0}
 
     def constants(self, plan: PruningPlan, grid: int) -> dict[str, np.ndarray[Any, Any]]:
         # NumPy documents this generator's bit stream as stable: the same seed, the same patches.

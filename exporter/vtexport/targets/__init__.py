@@ -7,9 +7,7 @@ from vtexport.targets.base import Target
 from vtexport.targets.onnxruntime.target import OnnxRuntimeTarget
 from vtexport.targets.tensorrt.target import TensorRTRTXTarget
 
-TARGETS: dict[str, Target] = {
-    target.name: target for target in (OnnxRuntimeTarget(), TensorRTRTXTarget())
-}
+TARGETS: dict[str, Target] = {target.name: target for target in (OnnxRuntimeTarget(), TensorRTRTXTarget())}
 DEFAULT_TARGET = OnnxRuntimeTarget.name
 
 __all__ = ["DEFAULT_TARGET", "TARGETS", "Target", "get_target"]

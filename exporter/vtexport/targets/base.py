@@ -53,7 +53,7 @@ class Engine(Protocol):
         ...
 
     def vision(self, pixels: Array) -> VisionOutput:
-        """pixels [B, 3, S, S] fp32."""
+        """The vision graph on pixels [B, 3, S, S] fp32."""
         ...
 
     def prefill(

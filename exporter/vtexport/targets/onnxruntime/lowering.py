@@ -6,7 +6,8 @@ Rewrites, one node for one:
     CachedAttention  -> com.microsoft.GroupQueryAttention, which writes the new token into the cache in place
     Rotary           -> com.microsoft.RotaryEmbedding
     RMSNorm          -> SimplifiedLayerNormalization
-The `vtexport` functions stay as they are: their bodies run on the standard kernels.
+The `vtexport` functions stay as they are: their bodies run on the standard kernels. So do cached and causal
+attention with a head size that is no multiple of 8, which GroupQueryAttention does not take.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ _MS = "com.microsoft"
 
 
 class LowerToContrib(passes.InPlacePass):
-    """Replace every `vtexport.nn` node of the main graph; refuses none, leaves no function of that domain."""
+    """Replace the `vtexport.nn` nodes of the main graph, and drop the functions that no node calls any more."""
 
     def call(self, model: ir.Model) -> passes.PassResult:
         graph = model.graph
         lengths = _Lengths(graph)
-        replaced = [node for node in graph if node.domain == NN]
+        replaced = [node for node in graph if node.domain == NN and _has_kernel(node)]
         for node in replaced:
             new = _lowered(node, lengths)
             for old_value, new_value in zip(node.outputs, new.outputs, strict=True):
@@ -34,12 +35,24 @@ class LowerToContrib(passes.InPlacePass):
                 ir.convenience.replace_all_uses_with(old_value, new_value, replace_graph_outputs=True)
             graph.insert_before(node, new)
             graph.remove(node)
-        for identifier in [key for key in model.functions if key[0] == NN]:
+        called = {node.op_identifier() for node in graph}
+        for identifier in [key for key in model.functions if key not in called]:
             del model.functions[identifier]
-        graph.opset_imports.pop(NN, None)
+        if not any(domain == NN for domain, _, _ in called):
+            graph.opset_imports.pop(NN, None)
         if replaced:
             graph.opset_imports[_MS] = 1
         return passes.PassResult(model, bool(replaced))
+
+
+def _has_kernel(node: ir.Node) -> bool:
+    if node.op_type not in ("CausalAttention", "CachedAttention"):
+        return True
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    assert shape is not None, "traced graphs have shapes"
+    width = shape[2]
+    assert isinstance(width, int), "only batch and text length are dynamic"
+    return width // node.attributes.get_int("num_heads") % 8 == 0
 
 
 def _lowered(node: ir.Node, lengths: _Lengths) -> ir.Node:
@@ -87,6 +100,7 @@ class _Lengths:
     def of_cache(self, node: ir.Node) -> tuple[ir.Value, ir.Value]:
         if self._made is None:
             length = node.inputs[5]
+            assert length is not None, "CachedAttention has six inputs"
             longest = self._add(node, "ReduceMax", [length], keepdims=0)
             total = self._add(node, "Add", [longest, self._constant(node, 1)])
             self._made = self._cast(node, length), self._cast(node, total)

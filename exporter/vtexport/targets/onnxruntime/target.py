@@ -23,9 +23,7 @@ class OnnxRuntimeTarget:
 
     def can_run(self) -> Availability:
         if importlib.util.find_spec("onnxruntime") is None:
-            return Availability(
-                False, "onnxruntime is not installed; install it with: pip install onnxruntime"
-            )
+            return Availability(False, "onnxruntime is not installed; install it with: pip install onnxruntime")
         from importlib.metadata import version
 
         return Availability(True, f"onnxruntime {version('onnxruntime')}")

@@ -16,7 +16,6 @@ import tensorrt_rtx_bindings as trt
 
 from vtexport.errors import TargetError
 
-
 # Said of every int64 input; vtexport feeds int64, nothing is for the user to do.
 _BINDING = re.compile(r"Make sure input \S+ has Int64 binding")
 

@@ -1,0 +1,38 @@
+# `make demo` and `make test` make their own virtual environment from the tested versions in constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+BUNDLE := engines/builds/micro-llava-0.25
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/base.stamp
+	$(BIN)/vtexport build --model micro-llava --keep 0.25 --out $(BUNDLE) --force
+	$(BIN)/vtexport show $(BUNDLE) --image engines/micro-llava/example.png -o $(BUNDLE)-kept.png
+	$(BIN)/vtexport run $(BUNDLE) --image engines/micro-llava/example.png --prompt "what digit is yellow?"
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/accuracy.py --plot benchmarks/accuracy.png
+	$(BIN)/python benchmarks/cpu.py
+
+$(VENV)/base.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist engines/builds

@@ -1,0 +1,53 @@
+"""A LLaVA of about half a billion random weights: large enough that matrix products decide the time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vtexport.models.prompt import PROCESSOR_FILES
+from vtexport.models.resolve import resolve_model
+
+
+def half_billion_llava(folder: Path) -> Path:
+    """Write the checkpoint into `folder`: CLIP-B/14 at 336 pixels (576 visual tokens), a 24-layer Llama of width 1,024."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            image_size=336,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=32064,
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            max_position_embeddings=4096,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=3,
+        ),
+        image_token_index=4,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    micro = resolve_model("micro-llava")
+    for name in PROCESSOR_FILES:
+        if name not in ("config.json", "generation_config.json") and (micro / name).is_file():
+            shutil.copyfile(micro / name, folder / name)
+    path = folder / "processor_config.json"
+    processor: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    processor["image_processor"]["size"] = {"shortest_edge": 336}
+    processor["image_processor"]["crop_size"] = {"height": 336, "width": 336}
+    path.write_text(json.dumps(processor), encoding="utf-8")
+    return folder

@@ -1,0 +1,80 @@
+"""micro-llava itself: a real checkpoint that has learnt its task, and what pruning does to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from tests.checkpoints import MICRO
+from tests.conftest import BuildBundle
+from vtexport.evaluate import evaluate
+from vtexport.micro import heldout
+from vtexport.runtime import Runner
+
+KEEPS = (0.5, 0.25, 0.15, 0.1, 0.05)
+
+
+@pytest.fixture(scope="module")
+def accuracy(build_bundle: BuildBundle):
+    """Accuracy on all held-out questions, measured once for each plan."""
+    known: dict[tuple[str, float], float] = {}
+
+    def measure(method: str, keep: float) -> float:
+        if (method, keep) not in known:
+            known[method, keep] = evaluate(Runner.open(build_bundle(MICRO, keep, method))).accuracy
+        return known[method, keep]
+
+    return measure
+
+
+def test_transformers_loads_it_without_custom_code_and_it_answers() -> None:
+    processor = AutoProcessor.from_pretrained(MICRO)
+    model = LlavaForConditionalGeneration.from_pretrained(MICRO, dtype=torch.float32)
+    right = 0
+    for example in heldout.examples(20):
+        content = [{"type": "image"}, {"type": "text", "text": example.question.text}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(images=Image.fromarray(example.image), text=prompt, return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=6)
+        right += processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == (
+            example.question.answer
+        )
+    assert right >= 17
+
+
+def test_it_is_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in MICRO.glob("*.safetensors")) <= 10_000_000
+
+
+def test_dense_accuracy_and_what_the_questions_alone_give_away(accuracy, build_bundle: BuildBundle) -> None:
+    assert accuracy("dense", 1.0) >= 0.95
+    blank = evaluate(Runner.open(build_bundle(MICRO, 1.0, "dense")), blank=True)
+    assert blank.accuracy <= 0.35
+
+
+def test_fastervlm_keeps_nine_tenths_of_dense_accuracy_at_fifteen_percent(accuracy) -> None:
+    assert accuracy("fastervlm", 0.15) >= 0.9 * accuracy("dense", 1.0)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_fastervlm_beats_random(accuracy, keep: float) -> None:
+    assert accuracy("fastervlm", keep) > accuracy("random", keep)
+
+
+def test_a_limit_out_of_range_is_refused(micro_runner: Runner) -> None:
+    from vtexport.errors import InputError
+
+    for limit in (0, -1, heldout.NUM_QUESTIONS + 1):
+        with pytest.raises(InputError, match="--limit"):
+            evaluate(micro_runner, limit)
+
+
+def test_the_training_script_is_there_and_explains_itself() -> None:
+    script = (Path(__file__).parents[2] / "engines" / "micro-llava" / "train.py").read_text()
+    assert "train.py tower" in script
+    assert "torch.load" in script
+    assert "weights_only=True" in script

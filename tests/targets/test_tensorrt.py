@@ -1,0 +1,121 @@
+"""TensorRT for RTX: real plans, built without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import MICRO
+from vtexport.build import BuildOptions, build
+from vtexport.bundle import Bundle
+from vtexport.errors import InputError, TargetError
+from vtexport.pruning import METHODS
+from vtexport.runtime import Runner
+from vtexport.targets.tensorrt.target import TensorRTRTXTarget, parse_architectures
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="the extra tensorrt-rtx is not installed")
+
+
+class Recorder:
+    """A build's progress, kept."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int | None]] = []
+        self.steps: dict[str, int] = {}
+        self.warnings: list[str] = []
+
+    def stage(self, text: str, total: int | None = None) -> None:
+        self.stages.append((text, total))
+
+    def advance(self, steps: int = 1) -> None:
+        name = self.stages[-1][0]
+        self.steps[name] = self.steps.get(name, 0) + steps
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Recorder]:
+    out, recorder = tmp_path_factory.mktemp("rtx") / "bundle", Recorder()
+    options = BuildOptions(str(MICRO), 0.25, target="tensorrt-rtx", dtype="fp16", target_options={"sm": "89,120"})
+    return build(options, out, progress=recorder), recorder
+
+
+def test_vision_prefill_and_decode_are_real_plans(built: tuple[Bundle, Recorder]) -> None:
+    bundle, _ = built
+    weights = MICRO.joinpath("model.safetensors").stat().st_size
+    graphs = bundle.manifest.target.graphs
+    assert set(graphs) == {"vision", "prefill", "decode"}
+    sizes = {name: (bundle.folder / path).stat().st_size for name, path in graphs.items()}
+    # A plan holds its weights: prefill and decode most of the checkpoint each.
+    assert sizes["prefill"] > 0.5 * weights
+    assert sizes["decode"] > 0.5 * weights
+    assert not list(bundle.folder.rglob("*.onnx"))
+    assert not list(bundle.folder.rglob("weights.safetensors"))
+
+
+def test_the_onnx_files_were_verified_where_the_plans_cannot_run(built: tuple[Bundle, Recorder]) -> None:
+    verification = built[0].manifest.verification
+    assert verification is not None
+    assert "ONNX files of tensorrt-rtx" in verification.ran
+    assert verification.same_kept
+
+
+def test_tensorrts_progress_is_shown(built: tuple[Bundle, Recorder]) -> None:
+    recorder = built[1]
+    for graph in ("vision", "prefill", "decode"):
+        phase, total = next((text, total) for text, total in recorder.stages if text.startswith(f"compile {graph}:"))
+        assert total is not None
+        assert 0 < recorder.steps[phase] <= total
+
+
+def test_running_without_a_gpu_is_a_clear_error(built: tuple[Bundle, Recorder]) -> None:
+    if TensorRTRTXTarget().can_run().works:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(TargetError, match="cannot run here: no CUDA GPU"):
+        Runner.open(built[0].folder)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_builds(method: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    keep = 1.0 if method == "dense" else 0.4
+    options = BuildOptions(str(tiny_checkpoint), keep, method, target="tensorrt-rtx", dtype="fp32", verify=False)
+    bundle = build(options, tmp_path / "bundle")
+    assert all((bundle.folder / path).stat().st_size > 10_000 for path in bundle.manifest.target.graphs.values())
+
+
+def test_tensorrts_refusal_becomes_ours(tmp_path: Path) -> None:
+    from vtexport.targets.tensorrt.builder import Build, build_plan
+
+    source = tmp_path / "broken.onnx"
+    source.write_bytes(b"this is no model")
+    job = Build("vision", (89,), {}, lambda _text, _total: None, lambda _steps: None, lambda _text: None)
+    with pytest.raises(TargetError, match="TensorRT cannot parse vision"):
+        build_plan(source, job)
+
+
+def test_architectures() -> None:
+    assert parse_architectures("120,86,86") == (86, 120)
+    with pytest.raises(InputError, match="not a list of numbers"):
+        parse_architectures("ada")
+    with pytest.raises(InputError, match="--sm 75 is not supported"):
+        parse_architectures("75")
+
+
+@pytest.mark.parametrize("name", ["max_batch", "max_text"])
+def test_profiles_need_room(name: str) -> None:
+    target = TensorRTRTXTarget()
+    with pytest.raises(InputError, match="too small"):
+        target.check_options({**target.options, name: 0})
+
+
+@pytest.mark.gpu
+def test_plans_run_on_a_gpu(built: tuple[Bundle, Recorder], micro_runner: Runner, photo: Path) -> None:
+    from PIL import Image
+
+    if not TensorRTRTXTarget().can_run().works:
+        pytest.skip("needs an RTX GPU")
+    pair = (Image.open(photo).convert("RGB"), "how many digits are there?")
+    assert Runner.open(built[0].folder).ask([pair])[0].text == micro_runner.ask([pair])[0].text

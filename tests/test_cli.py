@@ -1,0 +1,349 @@
+"""The command line as a user meets it: what it prints, and one line and exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.checkpoints import MICRO
+from vtexport import cli
+from vtexport.manifest import MANIFEST
+from vtexport.micro import heldout
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def vtexport(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run the command in this process, in an empty folder, through the entry point that users have."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["vtexport", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+def check_refused(outcome: Outcome, message: str, folder: Path, left: Sequence[str] = ()) -> None:
+    """One line on stderr, exit code 2, nothing on stdout, nothing new in the folder."""
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert len(outcome.err.splitlines()) == 1
+    assert message in outcome.err
+    assert sorted(path.name for path in folder.iterdir()) == sorted(left)
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from vtexport import cli; sys.argv = ['vtexport', '--help']\n"
+        "try: cli.main()\n"
+        "finally: print([m for m in ('torch', 'transformers', 'onnxruntime', 'numpy', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "build" in done.stdout
+
+
+def test_every_command_is_in_the_readme_with_an_example_in_its_help() -> None:
+    readme = README.read_text(encoding="utf-8")
+    for name, command in cli.cli.commands.items():
+        assert f"vtexport {name}" in readme, name
+        if name not in ("list", "doctor"):
+            assert f"vtexport {name}" in (command.help or ""), name
+
+
+def test_the_version_is_the_packages(vtexport) -> None:
+    from importlib.metadata import version
+
+    assert version("vtexport") in vtexport("--version").out
+
+
+def test_no_command_shows_the_help(vtexport) -> None:
+    outcome = vtexport()
+    assert outcome.code == 2
+    assert "Commands:" in outcome.out
+
+
+def test_build_run_inspect_show_from_nothing(vtexport, photo: Path, tmp_path: Path) -> None:
+    built = vtexport("build", "--model", "micro-llava", "--keep", "0.25", "--out", "micro")
+    assert built.code == 0, built.err
+    for said in ("36 of 144", "same kept tokens, same greedy tokens", "vtexport run micro --image", "of dense", "MB"):
+        assert said in built.out
+    for stage in ("trace", "write weights", "verify", "hash files"):
+        assert stage in built.err
+    assert {path.name for path in tmp_path.iterdir()} == {"micro"}
+
+    again = vtexport("build", "--model", "micro-llava", "--keep", "0.5", "--out", "micro")
+    check_refused(again, "give --force to replace it", tmp_path, ["micro"])
+
+    example = next(iter(heldout.examples(1)))
+    ran = vtexport("run", "micro", "--image", photo, "--prompt", example.question.text)
+    assert ran.code == 0
+    assert ran.out == f"{example.question.answer}\n"
+    assert "36 of 144 visual tokens" in ran.err
+
+    seen = vtexport("inspect", "micro", "--verify")
+    assert "all as they were built" in seen.out
+    assert "decoder/weights.safetensors" in seen.out
+
+    drawn = vtexport("show", "micro", "--image", photo, "-o", "kept.png")
+    assert drawn.out == "kept.png\n"
+    picture = np.asarray(Image.open(tmp_path / "kept.png"), dtype=float)
+    # Two panels; of the second most cells are dimmed.
+    assert picture.shape == (508, 968, 3)
+    assert picture[40:, 500:].mean() < 0.7 * picture[40:, :470].mean()
+
+
+def test_the_default_folder_says_what_it_holds(vtexport, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    assert vtexport("build", "--model", "tiny", "--keep", "0.4", "--method", "random", "--seed", "3").code == 0
+    assert (tmp_path / "tiny-random-0.4" / MANIFEST).is_file()
+    manifest = json.loads(vtexport("inspect", "tiny-random-0.4", "--json").out)
+    assert manifest["plan"]["options"] == {"seed": 3}
+    assert vtexport("build", "--model", "tiny", "--method", "dense").code == 0
+    assert (tmp_path / "tiny-dense-1" / MANIFEST).is_file()
+
+
+def test_run_json_says_it_all(vtexport, micro_bundle: Path, photo: Path) -> None:
+    pairs = ["what digit is red?", "where is the <image> 3?", "how many digits are there?"]
+    arguments = [word for pair in pairs for word in ("--image", photo, "--prompt", pair)]
+    outcome = vtexport("run", micro_bundle, *arguments, "--json", "--max-new-tokens", "4")
+    lines = [json.loads(line) for line in outcome.out.splitlines()]
+    assert len(lines) == 3
+    for line in lines:
+        assert set(line) == {"text", "token_ids", "visual_tokens", "stages", "timings_ms"}
+        assert line["visual_tokens"] == {"total": 144, "mean": 36.0}
+        assert set(line["timings_ms"]) == {"preprocess", "vision", "prefill", "per_token"}
+        (stage,) = line["stages"]
+        assert set(stage) == {"where", "in", "kept", "recycled", "index", "grid"}
+        assert (stage["where"], stage["in"], stage["kept"], stage["recycled"]) == ("vision", 144, 36, 0)
+        assert stage["index"] == sorted(set(stage["index"]))
+        assert stage["grid"] == [list(divmod(index, 12)) for index in stage["index"]]
+        assert 1 <= len(line["token_ids"]) <= 4
+    # The same image keeps the same tokens whatever is asked: this method does not look at the text.
+    assert lines[0]["stages"] == lines[1]["stages"]
+
+
+def test_merged_tokens_have_no_cell(vtexport, build_bundle, photo: Path) -> None:
+    bundle = build_bundle(MICRO, 0.15, "pool")
+    outcome = vtexport("run", bundle, "--image", photo, "--prompt", "how many digits are there?", "--json")
+    (stage,) = json.loads(outcome.out)["stages"]
+    assert (stage["kept"], stage["recycled"], stage["index"]) == (0, 20, [])
+    assert stage["grid"] == [None] * 20
+
+
+def test_a_batch_prints_numbered_answers(vtexport, micro_bundle: Path, photo: Path) -> None:
+    examples = list(heldout.examples(2))
+    arguments = [word for e in examples for word in ("--image", photo, "--prompt", e.question.text)]
+    assert vtexport("run", micro_bundle, *arguments).out == "".join(
+        f"{n}. {e.question.answer}\n" for n, e in enumerate(examples, start=1)
+    )
+
+
+def test_show_with_a_question_puts_the_answer_into_the_caption(
+    vtexport, micro_bundle: Path, photo: Path, tmp_path: Path
+) -> None:
+    assert vtexport("show", micro_bundle, "--image", photo, "-o", "plain.png").code == 0
+    asked = vtexport(
+        "show", micro_bundle, "--image", photo, "--prompt", "how many digits are there?", "-o", "asked.png"
+    )
+    assert asked.code == 0
+    plain, answered = (np.asarray(Image.open(tmp_path / name)) for name in ("plain.png", "asked.png"))
+    assert (plain[:28] != answered[:28]).any()
+    np.testing.assert_array_equal(plain[28:], answered[28:])
+
+
+def test_profile_measures_both_sides(vtexport, micro_bundle: Path, tmp_path: Path) -> None:
+    outcome = vtexport(
+        "profile", micro_bundle, "--against", "dense", "--runs", "2", "--new-tokens", "3", "--batch", "2",
+        "--json", "report.json", "--plot", "plot.png",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "first token" in outcome.out
+    report = json.loads((tmp_path / "report.json").read_text())
+    stages = {"preprocess", "vision", "prefill", "first_token", "per_token"}
+    assert set(report["this"]["stages"]) == set(report["against"]["stages"]) == set(report["speedup"]) == stages
+    assert report["against"]["mean_visual_tokens"] == 144
+    for side in (report["this"], report["against"]):
+        assert side["peak_memory_bytes"] > 50e6
+        for stats in side["stages"].values():
+            assert 0 < stats["median"] <= stats["p90"] <= stats["p99"]
+    assert report["this"]["cache_bytes"] < report["against"]["cache_bytes"]
+    assert report["flops_speedup"]["prefill"] > 2
+    assert Image.open(tmp_path / "plot.png").size[0] > 400
+
+
+def test_profile_alone(vtexport, micro_bundle: Path) -> None:
+    outcome = vtexport("profile", micro_bundle, "--runs", "1", "--new-tokens", "2")
+    assert outcome.code == 0
+    assert "speed-up" not in outcome.out
+
+
+def test_eval_counts_exact_matches(vtexport, micro_bundle: Path) -> None:
+    outcome = vtexport("eval", micro_bundle, "--limit", "40", "--json")
+    score = json.loads(outcome.out)
+    assert score["questions"] == 40
+    assert 0.8 <= score["accuracy"] <= 1
+    assert set(score["by_kind"]) == {"digit", "colour", "where", "count"}
+    assert "all" in vtexport("eval", micro_bundle, "--limit", "8").out
+
+
+def test_list_and_doctor(vtexport) -> None:
+    listed = json.loads(vtexport("list", "--json").out)
+    assert set(listed["methods"]) == {"dense", "fastervlm", "random", "pool"}
+    assert set(listed["targets"]) == {"onnxruntime", "tensorrt-rtx"}
+    assert "micro-llava" in listed["models"]
+    plain = vtexport("list").out
+    assert all(name in plain for names in listed.values() for name in names)
+    health = json.loads(vtexport("doctor", "--json").out)
+    assert health["targets"][0]["name"] == "onnxruntime"
+    assert health["targets"][0]["run"]["works"] is True
+    assert health["versions"]["torch"] in vtexport("doctor").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep", "0"], "--keep 0 is out of range"),
+        (["--keep", "-0.5"], "out of range"),
+        (["--keep", "1.5"], "out of range"),
+        (["--keep", "nan"], "out of range"),
+        (["--keep", "0.001"], "leaves no image token of 144; the least"),
+        (["--keep", "many"], "'many' is not a valid float"),
+        ([], "--keep is missing"),
+        (["--keep", "0.5", "--method", "best"], "unknown method 'best'; choose one of dense"),
+        (["--keep", "0.5", "--method", "dense"], "has no effect with method dense"),
+        (["--keep", "0.5", "--seed", "1"], "--seed has no effect with method fastervlm"),
+        (["--keep", "0.5", "--method", "pool", "--debug"], "--debug has no effect with method pool"),
+        (["--keep", "0.5", "--target", "npu"], "unknown target 'npu'; choose one of onnxruntime"),
+        (["--keep", "0.5", "--sm", "89"], "--sm has no effect with target onnxruntime"),
+        (["--keep", "0.5", "--max-batch", "2"], "--max-batch has no effect with target onnxruntime"),
+        (["--keep", "0.5", "--dtype", "int3"], "'int3' is not one of"),
+        (["--keep", "0.5", "--nonsense"], "No such option"),
+    ],
+)
+def test_bad_options_of_build(vtexport, arguments: list[str], message: str, tmp_path: Path) -> None:
+    check_refused(vtexport("build", "--model", "micro-llava", "--out", "out", *arguments), message, tmp_path)
+
+
+def test_bad_models(vtexport, broken_models: dict[str, Path], tmp_path: Path) -> None:
+    left = [folder.name for folder in broken_models.values()]
+    for name, message in {
+        "bert": "holds a 'bert' model, not LLaVA",
+        "missing": "has no model.safetensors",
+        "truncated": "truncated or not safetensors",
+    }.items():
+        outcome = vtexport("build", "--model", broken_models[name], "--keep", "0.5", "--out", "out")
+        check_refused(outcome, message, tmp_path, left)
+    outcome = vtexport("build", "--model", "llava-9000", "--keep", "0.5", "--out", "out")
+    check_refused(outcome, "or one of llava-1.5-13b, llava-1.5-7b, micro-llava", tmp_path, left)
+
+
+@pytest.fixture
+def broken_models(tiny_checkpoint: Path, tmp_path: Path) -> dict[str, Path]:
+    folders = {name: tmp_path / name for name in ("bert", "missing", "truncated")}
+    for folder in folders.values():
+        shutil.copytree(tiny_checkpoint, folder)
+    (folders["bert"] / "config.json").write_text('{"model_type": "bert"}')
+    (folders["missing"] / "model.safetensors").unlink()
+    weights = folders["truncated"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return folders
+
+
+def test_bad_destinations(vtexport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = vtexport("build", "--model", "micro-llava", "--keep", "0.5", "--out", "/proc/nowhere/out")
+    check_refused(outcome, "is not a writable folder; give another --out", tmp_path)
+    from vtexport import bundle
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(bundle.shutil, "disk_usage", lambda _path: usage._replace(free=10))
+    outcome = vtexport("build", "--model", "micro-llava", "--keep", "0.5", "--out", "out")
+    check_refused(outcome, "free some space", tmp_path)
+
+
+def test_a_target_that_is_not_installed(vtexport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if "tensorrt" in name else real(name, *rest)
+    )
+    outcome = vtexport("build", "--model", "micro-llava", "--keep", "0.5", "--target", "tensorrt-rtx", "--out", "out")
+    check_refused(outcome, "pip install 'vtexport[tensorrt-rtx]'", tmp_path)
+    assert "pip install 'vtexport[tensorrt-rtx]'" in vtexport("doctor").out
+
+
+def test_bad_questions(vtexport, micro_bundle: Path, photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    for arguments, message in (
+        (["--image", photo], "--prompt is missing"),
+        (["--prompt", "what?"], "0 --image and 1 --prompt given"),
+        (["--image", photo, "--image", photo, "--prompt", "what?"], "2 --image and 1 --prompt given"),
+        (["--image", photo, "--prompt", "<image> <image> what?"], "2 <image> marks; give exactly one"),
+        (["--image", photo, "--prompt", " "], "the prompt is empty"),
+        (["--image", "nowhere.png", "--prompt", "what?"], "no such image"),
+        (["--image", "text.png", "--prompt", "what?"], "not a readable image"),
+        (["--image", photo, "--prompt", "what?", "--max-new-tokens", "0"], "0 is not in the range"),
+        (["--image", photo, "--prompt", "what?", "--max-new-tokens", "5000"], "exceed the model's 2048 positions"),
+    ):
+        check_refused(vtexport("run", micro_bundle, *arguments), message, tmp_path, ["text.png"])
+
+
+def test_bad_bundles(vtexport, bundle_copy: Path, photo: Path, tmp_path: Path) -> None:
+    weights = bundle_copy / "vision" / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 255
+    weights.write_bytes(data)
+    check_refused_inspect = vtexport("inspect", bundle_copy, "--verify")
+    assert check_refused_inspect.code == 2
+    assert check_refused_inspect.err.splitlines()[-1].endswith("was changed since the build; build the bundle again")
+    manifest = json.loads((bundle_copy / MANIFEST).read_text())
+    (bundle_copy / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 2}))
+    for command in (
+        ["run", bundle_copy, "--image", photo, "--prompt", "what?"],
+        ["show", bundle_copy, "--image", photo, "-o", "out.png"],
+        ["profile", bundle_copy],
+        ["eval", bundle_copy],
+        ["inspect", bundle_copy],
+    ):
+        check_refused(vtexport(*command), "has schema version 2, this vtexport reads version 1", tmp_path, ["copy"])
+    check_refused(vtexport("inspect", tmp_path), "has no manifest.json", tmp_path, ["copy"])
+
+
+def test_bad_outputs(vtexport, micro_bundle: Path, photo: Path, tmp_path: Path) -> None:
+    for command, message in (
+        (["show", micro_bundle, "--image", photo, "-o", "kept.xyz"], "unknown image format"),
+        (["show", micro_bundle, "--image", photo, "-o", "nowhere/kept.png"], "is not a folder"),
+        (["profile", micro_bundle, "--json", "nowhere/report.json"], "is not a folder"),
+        (["profile", micro_bundle, "--plot", "plot.xyz"], "unknown image format"),
+        (["eval", micro_bundle, "--limit", "0"], "--limit 0 is out of range"),
+    ):
+        check_refused(vtexport(*command), message, tmp_path)
+    for name, value in (("--runs", 0), ("--batch", 0), ("--new-tokens", 1)):
+        outcome = vtexport("profile", micro_bundle, name, value)
+        assert outcome.code == 2
+        assert f"{name} {value} is too small" in outcome.err.splitlines()[-1]
