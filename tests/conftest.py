@@ -14,7 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tests.checkpoints import MICRO, random_checkpoint
 from vtexport.build import BuildOptions, build
-from vtexport.bundle import Bundle
 from vtexport.micro import heldout
 from vtexport.runtime import Runner
 
@@ -77,6 +76,3 @@ def noise_images(count: int, size: tuple[int, int] = (120, 90), seed: int = 7) -
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, 9, 12, 3), dtype=np.uint8)
     return [Image.fromarray(one).resize(size, Image.Resampling.BICUBIC) for one in coarse]
-
-
-__all__ = ["Bundle"]

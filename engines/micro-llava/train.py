@@ -182,9 +182,11 @@ def optimizers(modules: list[nn.Module], lr: float) -> list[torch.optim.Optimize
     ]
 
 
-def set_rate(opts: list[torch.optim.Optimizer], step: int, steps: int) -> None:
-    """Warm-up over 50 steps, then constant, then linear to zero over the last 40 %."""
-    factor = min(1.0, (step + 1) / 50, max(0.0, (steps - step) / (0.4 * steps)))
+def set_rate(opts: list[torch.optim.Optimizer], step: int, steps: int, tail: float) -> None:
+    """Warm-up over 50 steps, then constant, then linear to zero over the last share `tail` of the steps."""
+    factor = min(1.0, (step + 1) / 50)
+    if tail:
+        factor = min(factor, max(0.0, (steps - step) / (tail * steps)))
     for opt in opts:
         for group in opt.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -337,7 +339,7 @@ def decoder_loss(
         # Dropped background leaves holes: every token keeps its order and distance to the others. Random gaps
         # before and behind the image (randomized positions, Ruoss et al., 2023) keep the decoder from reading a
         # patch's row off its RoPE distance, which no other image size or prompt would have.
-        ahead, behind = torch.randint(0, 64, (2, rows, 1))
+        ahead, behind = torch.randint(0, 512, (2, rows, 1))
         image = before + ahead
         positions = torch.cat(
             [
@@ -384,12 +386,13 @@ def start_projector(model: Any, heads: Heads) -> None:
     projector = model.model.multi_modal_projector
     with torch.no_grad():
         parts: list[tuple[torch.Tensor, torch.Tensor]] = [(h.weight, h.bias) for h in (heads.digit, heads.colour)]
-        # gelu lets only one sign through, and a place has two; its two-way logits are small beside the others'.
-        parts += [(sign * 4 * heads.place.weight, sign * 4 * heads.place.bias) for sign in (1, -1)]
+        # gelu lets only one sign through, and a place has two.
+        parts += [(heads.place.weight, heads.place.bias), (-heads.place.weight, -heads.place.bias)]
         rows = sum(len(weight) for weight, _ in parts)
         projector.linear_1.weight[:rows] = torch.cat([weight for weight, _ in parts])
         projector.linear_1.bias[:rows] = torch.cat([bias for _, bias in parts])
-        nn.init.orthogonal_(projector.linear_2.weight)
+        # Visual tokens must not drown what the layers add to them.
+        nn.init.orthogonal_(projector.linear_2.weight, gain=0.2)
 
 
 def train(stage: str, steps: int, batch_size: int, lr: float, visible: int, max_digits_from: int) -> None:
@@ -429,7 +432,7 @@ def train(stage: str, steps: int, batch_size: int, lr: float, visible: int, max_
         # One generator a step: a resumed run sees the images it would have seen.
         rng = np.random.default_rng([{"tower": 1, "decoder": 2, "full": 3, "cls": 4}[stage], step])
         torch.manual_seed(step)
-        set_rate(opts, step, steps)
+        set_rate(opts, step, steps, {"decoder": 0.0, "full": 0.8}.get(stage, 0.4))
         limit = 2 if step < max_digits_from else scenes.MAX_DIGITS
         batch = [scenes.compose(rng, "train", max_digits=limit) for _ in range(batch_size)]
         facts: dict[str, float]
@@ -438,9 +441,12 @@ def train(stage: str, steps: int, batch_size: int, lr: float, visible: int, max_
         else:
             asked = []
             for scene in batch:
-                pool = scenes.questions(scene)
-                picked = [pool[i] for i in rng.permutation(len(pool) - 1)[:8]]
-                asked.append([*picked, pool[-1], *scenes.descriptions(scene)])
+                *pool, count = scenes.questions(scene)
+                # Places come last and slowest: every question about one is asked.
+                places = [question for question in pool if question.kind == "where"]
+                others = [question for question in pool if question.kind != "where"]
+                picked = [others[i] for i in rng.permutation(len(others))[:3]]
+                asked.append([*places, *picked, count, *scenes.descriptions(scene)])
             loss, right, target = decoder_loss(model, packer, batch, asked, visible)
             content = target != tokenizer.eos_token_id
             facts = {"loss": loss.item(), "token_acc": right[content].float().mean().item()}
@@ -492,9 +498,9 @@ def main() -> None:
     elif arguments.stage == "cls":
         train("cls", arguments.steps or 750, 64, 0.008, TOKENS, 0)
     elif arguments.stage == "decoder":
-        train("decoder", arguments.steps or 2600, 32, 0.02, 40, 300)
+        train("decoder", arguments.steps or 1200, 32, 0.02, 40, 100)
     else:
-        train("full", arguments.steps or 1200, 32, 0.01, TOKENS, 0)
+        train("full", arguments.steps or 100, 32, 0.012, TOKENS, 0)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
@@ -71,10 +69,3 @@ def test_a_limit_out_of_range_is_refused(micro_runner: Runner) -> None:
     for limit in (0, -1, heldout.NUM_QUESTIONS + 1):
         with pytest.raises(InputError, match="--limit"):
             evaluate(micro_runner, limit)
-
-
-def test_the_training_script_is_there_and_explains_itself() -> None:
-    script = (Path(__file__).parents[2] / "engines" / "micro-llava" / "train.py").read_text()
-    assert "train.py tower" in script
-    assert "torch.load" in script
-    assert "weights_only=True" in script

@@ -214,12 +214,13 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def descriptions(scene: Scene) -> list[Question]:
-    """Two open questions that only training asks: every digit, in the order of `COLOURS`, and of the digits."""
+    """Open questions that only training asks: every digit, in the order of `COLOURS` or of the digits."""
     by_colour = sorted(scene.digits, key=lambda digit: COLOUR_NAMES.index(digit.colour))
     by_value = sorted(scene.digits, key=lambda digit: digit.value)
     return [
         Question("list", "list the digits.", " and ".join(f"{d.colour} {d.value}" for d in by_colour)),
         Question("list", "list the colours.", " and ".join(f"{d.value} {d.colour}" for d in by_value)),
+        Question("list", "where are the digits?", " and ".join(f"{d.value} {d.where}" for d in by_value)),
     ]
 
 

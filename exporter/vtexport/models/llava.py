@@ -38,9 +38,9 @@ def spec_from_config(folder: Path, config: dict[str, Any]) -> ModelSpec:
     try:
         parsed = LlavaConfig.from_dict(config)
     except Exception as error:  # transformers raises whatever its validators raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
-            f"{folder / 'config.json'} is not a valid LLaVA config ({first}); get the checkpoint again"
+            f"{folder / 'config.json'} is not a valid LLaVA config ({reason}); get the checkpoint again"
         ) from error
 
     def refuse(what: str, remedy: str) -> ModelError:
