@@ -111,10 +111,17 @@ def check_destination(out: Path, force: bool) -> None:
             raise InputError(f"{out} is not empty and holds no bundle; give another --out")
         if occupied and not force:
             raise InputError(f"{out} already holds a bundle; give --force to replace it, or another --out")
+    existing = _existing_parent(out)
+    try:
+        # Asking for permission is not enough: root is granted it on a read-only file system too.
+        Path(tempfile.mkdtemp(prefix=".vtexport-", dir=existing)).rmdir()
+    except OSError as error:
+        raise StorageError(f"{out}: {existing} is not a writable folder; give another --out") from error
+
+
+def _existing_parent(out: Path) -> Path:
     parent = out.absolute().parent
-    existing = next(p for p in [parent, *parent.parents] if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise StorageError(f"{out}: {existing} is not a writable folder; give another --out")
+    return next(path for path in [parent, *parent.parents] if path.exists())
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -123,8 +130,7 @@ def check_space(out: Path, needed: int) -> None:
     Raises:
         StorageError: fewer than `needed` bytes are free where `out` will be.
     """
-    parent = out.absolute().parent
-    existing = next(p for p in [parent, *parent.parents] if p.exists())
+    existing = _existing_parent(out)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise StorageError(

@@ -52,7 +52,14 @@ def stage_progress() -> Iterator[StageProgress]:
         BarColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=stderr, transient=True) as bar:
+    bar = Progress(*columns, console=stderr, transient=True)
+    # Off a terminal nothing moves: the finished stages' lines are all there is to see.
+    if stderr.is_terminal:
+        bar.start()
+    try:
         progress = StageProgress(bar)
         yield progress
         progress.close()
+    finally:
+        if stderr.is_terminal:
+            bar.stop()

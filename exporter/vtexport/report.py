@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from vtexport.bundle import Bundle
 from vtexport.doctor import examine, versions
@@ -29,13 +30,11 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def _facts(rows: Sequence[tuple[str, str]]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _facts(rows: Sequence[tuple[str, str]]) -> RenderableType:
+    """Names and values, a line each however long: a path or command in it can be copied whole."""
+    width = max(len(name) for name, _ in rows)
+    lines = [Text.assemble((name.ljust(width), "bold"), "  ", value) for name, value in rows]
+    return Text("\n", no_wrap=True, overflow="ignore").join(lines)
 
 
 def _megabytes(size: int) -> str:
