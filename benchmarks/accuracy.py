@@ -86,7 +86,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     dense = next(row for row in rows if row["method"] == "dense")
     for method in ("fastervlm", "pool", "random"):
-        line = [row for row in rows if row["method"] == method] + [dense]
+        line = [dense, *(row for row in rows if row["method"] == method)]
         axes.plot([r["tokens"] for r in line], [100 * float(str(r["accuracy"])) for r in line], "o-", label=method)
     axes.set_xscale("log", base=2)
     ticks = sorted({float(str(row["tokens"])) for row in rows if row["method"] in ("dense", "fastervlm")})
