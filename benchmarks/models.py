@@ -47,6 +47,7 @@ def half_billion_llava(folder: Path) -> Path:
             shutil.copyfile(micro / name, folder / name)
     path = folder / "processor_config.json"
     processor: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    processor["patch_size"] = config.vision_config.patch_size
     processor["image_processor"]["size"] = {"shortest_edge": 336}
     processor["image_processor"]["crop_size"] = {"height": 336, "width": 336}
     path.write_text(json.dumps(processor), encoding="utf-8")

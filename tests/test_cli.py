@@ -193,7 +193,8 @@ def test_profile_measures_both_sides(vtexport, micro_bundle: Path, tmp_path: Pat
             assert 0 < stats["median"] <= stats["p90"] <= stats["p99"]
     assert report["this"]["cache_bytes"] < report["against"]["cache_bytes"]
     assert report["flops_speedup"]["prefill"] > 2
-    assert Image.open(tmp_path / "plot.png").size[0] > 400
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.size[0] > 400
 
 
 def test_profile_alone(vtexport, micro_bundle: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 
 from tests.checkpoints import MICRO
@@ -89,8 +90,10 @@ def test_every_method_builds(method: str, tiny_checkpoint: Path, tmp_path: Path)
 def test_tensorrts_refusal_becomes_ours(tmp_path: Path) -> None:
     from vtexport.targets.tensorrt.builder import Build, build_plan
 
-    source = tmp_path / "broken.onnx"
-    source.write_bytes(b"this is no model")
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("NoSuchOp", ["x"], ["y"])], "strange", [x], [y])
+    source = tmp_path / "strange.onnx"
+    onnx.save(onnx.helper.make_model(graph), source)
     job = Build("vision", (89,), {}, lambda _text, _total: None, lambda _steps: None, lambda _text: None)
     with pytest.raises(TargetError, match="TensorRT cannot parse vision"):
         build_plan(source, job)
