@@ -114,7 +114,7 @@ def run(bundle: Path, images: tuple[Path, ...], prompts: tuple[str, ...], max_ne
     stream = TokenStream(runner.prompter, len(opened), click.echo)
     answers = runner.ask(opened, max_new_tokens, stream.add)
     stream.close()
-    stderr.print(run_summary(answers), style="dim")
+    stderr.print(run_summary(answers), style="dim", soft_wrap=True)
 
 
 @cli.command()
