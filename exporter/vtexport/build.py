@@ -32,7 +32,7 @@ from vtexport.manifest import (
 )
 from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
 from vtexport.models.prompt import PROCESSOR_FILES
-from vtexport.pruning import DEFAULT_METHOD, METHODS, PruningPlan, make_plan
+from vtexport.pruning import DEFAULT_METHOD, METHODS, PruningPlan, dense_plan, make_plan
 from vtexport.targets import DEFAULT_TARGET, get_target
 from vtexport.targets.base import GRAPHS, WEIGHTS_FILE, Compiled, CompileJob, Engine, Target, graph_folder
 
@@ -138,10 +138,7 @@ def build_dense_twin(bundle: Bundle, out: Path, progress: Progress | None = None
     spec = read_spec(bundle.processor_folder)
     checkpoint = Checkpoint.of_files(bundle.folder, weights)
     source = _Source(manifest.model.name, bundle.folder, bundle.processor_folder, checkpoint, spec)
-    plan = make_plan(
-        "dense", tokens=manifest.plan.num_visual_tokens, layers=manifest.plan.num_layers, keep=1.0,
-        leading=manifest.plan.leading,
-    )  # fmt: skip
+    plan = dense_plan(manifest.plan.plan())
     options = BuildOptions(
         model=manifest.model.name,
         keep=1.0,

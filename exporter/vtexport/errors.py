@@ -50,3 +50,8 @@ class VerificationError(VtexportError):
 
 class StorageError(VtexportError):
     """The disk refused: full, read-only, or no permission."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says in one line: the first of its message, or its type's name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

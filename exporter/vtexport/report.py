@@ -17,7 +17,7 @@ from vtexport.models.prompt import Prompter
 from vtexport.models.resolve import read_recipe, recipe_names
 from vtexport.models.spec import read_spec
 from vtexport.profile import STAGES, Report, Side
-from vtexport.pruning import DEFAULT_METHOD, METHODS, make_plan
+from vtexport.pruning import DEFAULT_METHOD, METHODS, dense_plan
 from vtexport.pruning.flops import NOMINAL_TEXT_TOKENS, plan_flops
 from vtexport.runtime import Answer
 from vtexport.targets import DEFAULT_TARGET, TARGETS
@@ -55,7 +55,7 @@ def _verification(bundle: Bundle) -> str:
 
 def _plan_rows(bundle: Bundle) -> list[tuple[str, str]]:
     plan = bundle.manifest.plan.plan()
-    dense = make_plan("dense", tokens=plan.num_visual_tokens, layers=plan.num_layers, keep=1.0, leading=plan.leading)
+    dense = dense_plan(plan)
     spec = read_spec(bundle.processor_folder)
     cost, full = plan_flops(spec, plan), plan_flops(spec, dense)
     flops = (

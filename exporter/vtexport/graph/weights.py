@@ -58,10 +58,7 @@ def write_weights(
     Raises:
         ModelError: a tensor is missing, has another shape, or overflows fp16.
     """
-    wanted: dict[str, ir.Value] = {}
-    for model in models:
-        wanted.update(model.graph.initializers)
-    slots = _layout(wanted)
+    slots = _layout(models)
     path = folder / WEIGHTS_FILE
     with path.open("wb") as file:
         data_start = _write_header(file, slots)
@@ -87,13 +84,13 @@ def write_weights(
 
 def weights_size(models: list[ir.Model]) -> int:
     """Bytes that `write_weights` will write for `models`, the header not counted."""
+    return sum(slot.length for slot in _layout(models))
+
+
+def _layout(models: list[ir.Model]) -> list[_Slot]:
     wanted: dict[str, ir.Value] = {}
     for model in models:
         wanted.update(model.graph.initializers)
-    return sum(slot.length for slot in _layout(wanted))
-
-
-def _layout(wanted: Mapping[str, ir.Value]) -> list[_Slot]:
     slots, offset = [], 0
     for name, value in wanted.items():
         tensor = value.const_value

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vtexport.errors import InputError, ModelError
+from vtexport.errors import InputError, ModelError, first_line
 
 IMAGE_MARK = "<image>"
 # What a processor is made of; copied into every bundle when present.
@@ -49,7 +49,7 @@ class Prompter:
         try:
             self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a missing or broken file
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             raise ModelError(
                 f"{folder} has no usable processor ({first}); get tokenizer and processor files"
             ) from error

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from vtexport.errors import InputError, ModelError
+from vtexport.errors import InputError, ModelError, first_line
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What vtexport reads of a hub repository: never pickled weights.
@@ -66,7 +66,7 @@ def _download(hub_id: str) -> Path:
     except RepositoryNotFoundError as error:
         raise ModelError(f"the hub has no model {hub_id!r}, or it needs a login; check the id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise ModelError(
             f"cannot download {hub_id!r} ({first}); check the connection, or give a local folder"
         ) from error

@@ -13,7 +13,7 @@ from vtexport.pruning.random import Random
 METHODS: dict[str, VisionMethod] = {method.name: method for method in (Dense(), FasterVLM(), Random(), Pool())}
 DEFAULT_METHOD = FasterVLM.name
 
-__all__ = ["DEFAULT_METHOD", "METHODS", "PruningPlan", "Stage", "VisionMethod", "make_plan"]
+__all__ = ["DEFAULT_METHOD", "METHODS", "PruningPlan", "Stage", "VisionMethod", "dense_plan", "make_plan"]
 
 
 def make_plan(
@@ -48,3 +48,8 @@ def make_plan(
         if name not in chosen.options:
             raise InputError(f"--{name} has no effect with method {method}; leave it out")
     return chosen.plan(tokens, layers, keep, leading, {**chosen.options, **given})
+
+
+def dense_plan(plan: PruningPlan) -> PruningPlan:
+    """The dense plan of the model that `plan` is for."""
+    return make_plan(Dense.name, tokens=plan.num_visual_tokens, layers=plan.num_layers, keep=1.0, leading=plan.leading)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from vtexport.errors import TargetError
+from vtexport.errors import TargetError, first_line
 from vtexport.targets.base import Array, Cache, VisionOutput
 
 
@@ -52,7 +52,7 @@ class OrtEngine:
                     self._paths[name], options, providers=["CPUExecutionProvider"]
                 )
             except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
-                first = str(error).splitlines()[0]
+                first = first_line(error)
                 raise TargetError(
                     f"ONNX Runtime cannot load {self._paths[name]} ({first}); build the bundle again"
                 ) from error
