@@ -1,11 +1,12 @@
 """Train micro-llava, the LLaVA checkpoint that ships with vtexport.
 
-Three stages, each resumable, from the root of the repository (about 80 minutes on two cores):
+Five stages, each resumable, from the root of the repository (about 90 minutes on two cores):
 
     python engines/micro-llava/train.py tower      # CLIP tower: what lies under each patch, what CLS saw
     python engines/micro-llava/train.py cls        # the same with the feature layer's CLS attention pooling patches
     python engines/micro-llava/train.py decoder    # projector and Llama on frozen features, background thinned
     python engines/micro-llava/train.py full       # the same on all 144 visual tokens, dense as it will be used
+    python engines/micro-llava/train.py align      # embeddings of the question's content words near the image's
     python engines/micro-llava/train.py export     # the Hugging Face checkpoint, fp16 safetensors
 
 The tower learns from labels of its own (per-patch digit and colour; on CLS the set of coloured digits,
@@ -15,7 +16,11 @@ adds attention-based multiple-instance learning (Ilse et al., 2018): the patches
 feature layer's head-mean CLS attention, must name every digit present; and patches must tell which half of the
 image they lie in, which nothing else asks of them. The decoder learns from answers only. All questions about an
 image share one sequence, but a mask keeps each question to the image and itself, at the positions it would
-have alone: exactly the single-question prompt, at a fraction of the cost. No stage trains on pruned or
+have alone: exactly the single-question prompt, at a fraction of the cost.
+
+SparseVLM picks its text raters by the similarity of text and visual embeddings, which answers alone never ask for: after
+`full` the raters of every question are its line break and its verb. `align` adds what LLaVA's pre-training on captions
+gives: seen from the image (softmax over the text of visual · textᵀ), content words stand out evenly. No stage trains on pruned or
 compacted sequences: pruning stays training-free.
 """
 
@@ -268,6 +273,9 @@ class Packer:
         ids = self.tokenizer(text)["input_ids"]
         at = ids.index(self.tokenizer.convert_tokens_to_ids("<image>"))
         self.prefix = ids[:at]
+        after = self.tokenizer(self.prompt("is the are?"))["input_ids"]
+        self.function_words = after[after.index(self.tokenizer.convert_tokens_to_ids("<image>")) + 1 :]
+        self.function_words += self.tokenizer(" is the are", add_special_tokens=False)["input_ids"]
         self.cache: dict[str, tuple[list[int], list[int]]] = {}
 
     def prompt(self, question: str) -> str:
@@ -315,7 +323,12 @@ class Packer:
 
 
 def decoder_loss(
-    model: Any, packer: Packer, batch: list[scenes.Scene], asked: list[list[scenes.Question]], visible: int
+    model: Any,
+    packer: Packer,
+    batch: list[scenes.Scene],
+    asked: list[list[scenes.Question]],
+    visible: int,
+    align: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Answer loss, and per answer token whether it was right; `visible` < 144 thins the background only."""
     language = model.model.language_model
@@ -362,7 +375,33 @@ def decoder_loss(
         wanted = text["labels"] != -100
         logits = model.lm_head(states[wanted]).float()
     target = text["labels"][wanted]
-    return F.cross_entropy(logits, target), logits.argmax(-1) == target, target
+    loss = F.cross_entropy(logits, target)
+    if align:
+        ours = (text["labels"] == -100) & (text["segments"] > 0)
+        head = F.one_hot(text["segments"]).float()[..., 1:] * ours[..., None]
+        function_words = torch.tensor(packer.function_words)
+        content = ours & ~torch.isin(text["ids"], function_words)
+        loss = loss + 0.3 * alignment_loss(visual.float(), embed(text["ids"]).float(), head, content)
+    return loss, logits.argmax(-1) == target, target
+
+
+def alignment_loss(visual: torch.Tensor, words: torch.Tensor, head: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
+    """How far the image's similarity to a question's tokens is from its content words, evenly.
+
+    Args:
+        visual: [B, V, C] visual embeddings.
+        words: [B, L, C] text embeddings.
+        head: [B, L, n] float, whether a token belongs to the head of question n (before its answer).
+        content: [B, L] bool, whether it is a content word of it.
+    """
+    logits = visual @ words.transpose(1, 2)
+    weight = torch.exp(logits - logits.amax(dim=2, keepdim=True).detach()) * head.amax(dim=2)[:, None]
+    total = (weight @ head + 1e-9) @ head.transpose(1, 2)
+    share = (weight / total.clamp(min=1e-9)).mean(dim=1)
+    own = (content[..., None] * head).sum(dim=1, keepdim=True)
+    number = (own @ head.transpose(1, 2))[:, 0]
+    # Cross-entropy with the even distribution over content words, a question at a time.
+    return -(torch.log(share[content] + 1e-6) / number[content]).sum() / head.amax(dim=1).sum()
 
 
 def save(stage: str, step: int, model: Any, heads: Heads, opts: list[torch.optim.Optimizer]) -> None:
@@ -403,7 +442,7 @@ def train(stage: str, steps: int, batch_size: int, lr: float, visible: int, max_
     # On CPUs the backward pass of fused attention is the slowest part of a step at this size.
     model.set_attn_implementation("eager")
     heads = Heads(128)
-    before = {"tower": None, "cls": "tower", "decoder": "cls", "full": "decoder"}[stage]
+    before = {"tower": None, "cls": "tower", "decoder": "cls", "full": "decoder", "align": "full"}[stage]
     if before is not None:
         loaded = torch.load(WORK / f"{before}.pt", weights_only=True)
         model.load_state_dict(loaded["model"])
@@ -430,9 +469,9 @@ def train(stage: str, steps: int, batch_size: int, lr: float, visible: int, max_
     began = time.time()
     for step in range(start, steps):
         # One generator a step: a resumed run sees the images it would have seen.
-        rng = np.random.default_rng([{"tower": 1, "decoder": 2, "full": 3, "cls": 4}[stage], step])
+        rng = np.random.default_rng([{"tower": 1, "decoder": 2, "full": 3, "cls": 4, "align": 5}[stage], step])
         torch.manual_seed(step)
-        set_rate(opts, step, steps, {"decoder": 0.0, "full": 0.8}.get(stage, 0.4))
+        set_rate(opts, step, steps, {"decoder": 0.0, "full": 0.8, "align": 0.8}.get(stage, 0.4))
         limit = 2 if step < max_digits_from else scenes.MAX_DIGITS
         batch = [scenes.compose(rng, "train", max_digits=limit) for _ in range(batch_size)]
         facts: dict[str, float]
@@ -447,7 +486,7 @@ def train(stage: str, steps: int, batch_size: int, lr: float, visible: int, max_
                 others = [question for question in pool if question.kind != "where"]
                 picked = [others[i] for i in rng.permutation(len(others))[:3]]
                 asked.append([*places, *picked, count, *scenes.descriptions(scene)])
-            loss, right, target = decoder_loss(model, packer, batch, asked, visible)
+            loss, right, target = decoder_loss(model, packer, batch, asked, visible, stage == "align")
             content = target != tokenizer.eos_token_id
             facts = {"loss": loss.item(), "token_acc": right[content].float().mean().item()}
         loss.backward()
@@ -486,9 +525,9 @@ def export(stage: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["tower", "cls", "decoder", "full", "export"])
+    parser.add_argument("stage", choices=["tower", "cls", "decoder", "full", "align", "export"])
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--from-stage", default="full", help="which stage's weights `export` writes")
+    parser.add_argument("--from-stage", default="align", help="which stage's weights `export` writes")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.stage == "export":
@@ -499,8 +538,10 @@ def main() -> None:
         train("cls", arguments.steps or 750, 64, 0.008, TOKENS, 0)
     elif arguments.stage == "decoder":
         train("decoder", arguments.steps or 1200, 32, 0.02, 40, 100)
-    else:
+    elif arguments.stage == "full":
         train("full", arguments.steps or 100, 32, 0.012, TOKENS, 0)
+    else:
+        train("align", arguments.steps or 240, 32, 0.008, TOKENS, 0)
 
 
 if __name__ == "__main__":

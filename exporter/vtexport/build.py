@@ -31,8 +31,10 @@ from vtexport.manifest import (
     encode,
 )
 from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
+from vtexport.models.llava import rope_reach
 from vtexport.models.prompt import PROCESSOR_FILES
-from vtexport.pruning import DEFAULT_METHOD, METHODS, PruningPlan, dense_plan, make_plan
+from vtexport.pruning import DEFAULT_METHOD, PruningPlan, dense_plan, make_plan, methods_of
+from vtexport.pruning.plan import Option
 from vtexport.targets import DEFAULT_TARGET, get_target
 from vtexport.targets.base import GRAPHS, WEIGHTS_FILE, Compiled, CompileJob, Engine, Target, graph_folder
 
@@ -71,22 +73,22 @@ class BuildOptions:
 
     Attributes:
         model: recipe name, folder or hub id.
-        keep: share of the visual tokens kept, in (0, 1].
-        method: a key of `vtexport.pruning.METHODS`.
+        keep: share of the visual tokens kept, in (0, 1]; None where a method's options decide it.
+        method: a key of `vtexport.pruning.METHODS`, or a vision-stage and a decoder-stage method as `a+b`.
         target: a key of `vtexport.targets.TARGETS`.
         dtype: "fp32" or "fp16".
         method_options: the method's own options.
         target_options: the target's own options.
-        debug: also give out the patches' scores.
+        debug: also give out scores, raters and clusters.
         verify: run the self-check.
     """
 
     model: str
-    keep: float
+    keep: float | None = None
     method: str = DEFAULT_METHOD
     target: str = DEFAULT_TARGET
     dtype: str = "fp32"
-    method_options: Mapping[str, int] = field(default_factory=dict)
+    method_options: Mapping[str, Option] = field(default_factory=dict)
     target_options: Mapping[str, str | int] = field(default_factory=dict)
     debug: bool = False
     verify: bool = True
@@ -114,6 +116,8 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
         keep=options.keep,
         leading=spec.vision.num_visual_tokens - spec.vision.num_patches,
         options=dict(options.method_options),
+        reach=rope_reach(spec),
+        tower_layers=spec.vision.feature_layer,
     )
     source = _Source(options.model, folder, folder, Checkpoint.open(folder), spec)
     return _assemble(source, plan, target, options, out, shown)
@@ -222,9 +226,8 @@ def _check_options(options: BuildOptions, target: Target) -> None:
         if name not in target.options:
             raise InputError(f"--{name.replace('_', '-')} has no effect with target {target.name}; leave it out")
     target.check_options({**target.options, **options.target_options})
-    if options.method not in METHODS:
-        raise InputError(f"unknown method {options.method!r}; choose one of {', '.join(METHODS)}")
-    if options.debug and not METHODS[options.method].scores:
+    vision, decoder = methods_of(options.method)
+    if options.debug and not (vision.scores or (decoder is not None and decoder.scores)):
         raise InputError(f"--debug has no effect with method {options.method}, which rates no tokens; leave it out")
     available = target.can_build()
     if not available.works:
@@ -243,7 +246,7 @@ def _trace(spec: ModelSpec, plan: PruningPlan, options: BuildOptions, progress: 
     graphs = []
     for trace in (
         lambda: trace_vision(spec, plan, options.dtype, options.debug),
-        lambda: trace_prefill(spec, plan, options.dtype),
+        lambda: trace_prefill(spec, plan, options.dtype, options.debug),
         lambda: trace_decode(spec, options.dtype),
     ):
         graphs.append(trace())
@@ -264,7 +267,7 @@ def _write_weights(
 
     cos, sin = rope_tables(spec)
     computed = {"rope.cos": cos.numpy(), "rope.sin": sin.numpy()}
-    constants = METHODS[plan.method].constants(plan, spec.vision.grid)
+    constants = methods_of(plan.method)[0].constants(plan, spec.vision.grid)
     computed |= {f"pruning.{name}": array for name, array in constants.items()}
     groups = {
         place: [graph.model for graph in graphs if graph_folder(graph.name) == place]

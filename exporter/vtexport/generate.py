@@ -10,8 +10,8 @@ import numpy as np
 
 from vtexport.errors import InputError
 from vtexport.models.prompt import Prompt
-from vtexport.pruning.plan import PruningPlan
-from vtexport.targets.base import Array, Engine
+from vtexport.pruning.plan import VISION, PruningPlan
+from vtexport.targets.base import Array, Engine, PrefillOutput, VisionOutput
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Result:
 
     Attributes:
         token_ids: the generated tokens, the end token included if it came.
-        kept: indices of the kept visual tokens [K'] int32, or None where no token stays as it was.
-        score: the patches' scores [V] of a debug build, or None.
+        kept: by stage (`Stage.where`), the tokens that stay as they were, indices [K'] int32 into its input.
+        debug: what else a debug build gives out: by stage `score` and `cluster`, and `raters` over the text.
         logits: [len(token_ids), vocabulary] fp32 if asked for.
     """
 
     token_ids: list[int] = field(default_factory=list)
-    kept: Array | None = None
-    score: Array | None = None
+    kept: dict[str, Array] = field(default_factory=dict)
+    debug: dict[str, Array] = field(default_factory=dict)
     logits: Array | None = None
 
 
@@ -87,6 +87,7 @@ def generate(
             f"{longest} prompt tokens and {max_new_tokens} new ones exceed the model's {max_positions} positions; "
             "shorten the prompt or give a smaller --max-new-tokens"
         )
+    _check_reach(plan, requests)
     input_ids = np.zeros((len(requests), int(lengths.max())), dtype=np.int64)
     for row, request in enumerate(requests):
         input_ids[row, : lengths[row]] = request.prompt.token_ids
@@ -95,19 +96,17 @@ def generate(
     start = time.perf_counter()
     vision = engine.vision(np.stack([request.pixels for request in requests]))
     seen = time.perf_counter()
-    logits, cache = engine.prefill(input_ids, at, lengths, vision.visual, longest + max_new_tokens)
+    filled_by = engine.prefill(input_ids, at, lengths, vision.visual, max_new_tokens)
+    logits, cache = filled_by.logits, filled_by.cache
     filled = time.perf_counter()
 
-    results = [
-        Result(
-            kept=None if vision.kept is None else vision.kept[row],
-            score=None if vision.score is None else vision.score[row],
-        )
-        for row in range(len(requests))
-    ]
+    results = [_result(row, vision, filled_by) for row in range(len(requests))]
     history: list[list[Array]] = [[] for _ in requests]
     running = np.ones(len(requests), dtype=bool)
-    cached = lengths + plan.vision_tokens
+    # Every layer's cache holds all text and the visual tokens that entered it.
+    visual = np.array(plan.per_layer, dtype=np.int64)[:, None]
+    cached = lengths[None] + visual
+    ahead = 0 if plan.positions == "compact" else plan.vision_tokens - visual
     steps: list[float] = []
     for step in range(max_new_tokens):
         tokens = logits.argmax(axis=1)
@@ -123,7 +122,7 @@ def generate(
             break
         began = time.perf_counter()
         # Rows that have ended go on with the batch; what they yield is not read.
-        logits = engine.decode(cache, tokens, cached)
+        logits = engine.decode(cache, tokens, cached, cached + ahead)
         steps.append(1000 * (time.perf_counter() - began))
         cached = cached + 1
     if keep_logits:
@@ -131,3 +130,30 @@ def generate(
             result.logits = np.stack(rows)
     timings = Timings(1000 * (seen - start), 1000 * (filled - seen), tuple(steps), cache.nbytes)
     return results, timings
+
+
+def _check_reach(plan: PruningPlan, requests: Sequence[Request]) -> None:
+    """Refuse prompts whose text lies farther from the image than the plan's method can weigh."""
+    reach = int(plan.options.get("reach", 0))
+    farthest = max(request.prompt.num_after for request in requests) + plan.vision_tokens
+    if reach and farthest >= reach:
+        raise InputError(
+            f"the prompt's end lies {farthest} positions behind the image's first token, and method {plan.method} "
+            f"weighs distances below {reach} only; shorten the prompt"
+        )
+
+
+def _result(row: int, vision: VisionOutput, prefill: PrefillOutput) -> Result:
+    """What the graphs gave out for one row, by stage."""
+    result = Result()
+    if vision.kept is not None:
+        result.kept[VISION] = vision.kept[row]
+    if vision.score is not None:
+        result.debug[f"score.{VISION}"] = vision.score[row]
+    for name, array in prefill.stages.items():
+        kind, _, layer = name.partition(".")
+        if kind == "kept":
+            result.kept[f"decoder.{layer}"] = array[row]
+        else:
+            result.debug[f"{kind}.decoder.{layer}" if layer else kind] = array[row]
+    return result

@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 
 from vtexport.errors import BundleError
-from vtexport.pruning.plan import PruningPlan, Stage
+from vtexport.pruning.plan import Option, PruningPlan, Stage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -45,8 +45,9 @@ class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_layers: int
     leading: int
     stages: list[StageEntry]
-    options: dict[str, int]
+    options: dict[str, Option]
     mean_visual_tokens: float
+    mean_visual_tokens_sparsevlm: float
 
     @classmethod
     def of(cls, plan: PruningPlan) -> PlanEntry:
@@ -60,6 +61,7 @@ class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             stages,
             dict(plan.options),
             plan.mean_visual_tokens,
+            plan.mean_visual_tokens_sparsevlm,
         )
 
     def plan(self) -> PruningPlan:

@@ -1,12 +1,14 @@
-"""The model as transformers runs it, with a plan's method between tower and projector: what engines are held to.
+"""The model as transformers runs it, with a plan's methods in it: what engines are held to.
 
 Nothing of `vtexport.graph` is used here, so agreement with an engine means something.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ import numpy as np
 
 from vtexport.models.prompt import Prompt
 from vtexport.models.spec import ModelSpec
-from vtexport.pruning import METHODS, PruningPlan
-from vtexport.pruning.base import TowerState, prune
+from vtexport.pruning import PruningPlan, methods_of
+from vtexport.pruning.decoder import Attention, DecoderMethod, drop, rows_that_rate
+from vtexport.pruning.decoder import Sequence as Rows
+from vtexport.pruning.layout import Layout
+from vtexport.pruning.vision import TowerLayer, TowerState, prune
 
 Array = np.ndarray[Any, Any]
 
@@ -27,6 +32,29 @@ class ReferenceVision:
     visual: Any
     kept: Array | None
     score: Array | None
+
+
+@dataclass(frozen=True)
+class ReferenceAnswer:
+    """What the decoder gives.
+
+    Attributes:
+        logits: [1 + new tokens, vocabulary] after the prompt and after each further token.
+        kept: by stage, indices [K'] int32 into its input.
+        score: by stage, scores [V].
+    """
+
+    logits: Array
+    kept: dict[str, Array] = field(default_factory=dict)
+    score: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """Rotated queries [B, S, H * D] and keys [B, S, G * D] of one decoder layer."""
+
+    query: Any
+    key: Any
 
 
 class ReferenceModel:
@@ -49,43 +77,133 @@ class ReferenceModel:
 
         v = self.spec.vision
         tower = self.model.model.vision_tower
-        attention = getattr(tower, "vision_model", tower).encoder.layers[v.feature_layer - 1].self_attn
-        seen: dict[str, Any] = {}
-        hooks = [
-            getattr(attention, name).register_forward_hook(
-                lambda _module, _inputs, output, name=name: seen.__setitem__(name, output)
-            )
-            for name in ("q_proj", "k_proj")
-        ]
-        try:
-            with torch.inference_mode():
-                states = tower(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
-        finally:
-            for hook in hooks:
-                hook.remove()
-        query, key = (
-            seen[name].unflatten(2, (v.num_heads, v.head_size)).transpose(1, 2) for name in ("q_proj", "k_proj")
-        )
-        method = METHODS[plan.method]
-        state = TowerState(states[v.feature_layer], query[:, :, :1], key, v.head_size**-0.5, v.grid)
+        layers = getattr(tower, "vision_model", tower).encoder.layers[: v.feature_layer]
+        parts = [getattr(layer.self_attn, name) for layer in layers for name in ("q_proj", "k_proj")]
+        with torch.inference_mode(), _outputs_of(parts) as seen:
+            states = tower(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
+        split = [seen[part].unflatten(2, (v.num_heads, v.head_size)).transpose(1, 2) for part in parts]
+        attention = [TowerLayer(q[:, :, :1], k) for q, k in zip(split[::2], split[1::2], strict=True)]
+        project = self.model.model.multi_modal_projector
+        state = TowerState(states[v.feature_layer], attention, v.head_size**-0.5, v.grid, project)
+        method, _ = methods_of(plan.method)
         constants = {k: torch.from_numpy(a) for k, a in method.constants(plan, v.grid).items()}
         with torch.inference_mode():
             pruned = prune(method, plan, state, constants)
-            visual = self.model.model.multi_modal_projector(pruned.tokens)
         kept = None if pruned.index is None else pruned.index.numpy()
-        return ReferenceVision(visual, kept, None if pruned.score is None else pruned.score.numpy())
+        return ReferenceVision(pruned.tokens, kept, None if pruned.score is None else pruned.score.numpy())
 
-    def logits(self, prompt: Prompt, visual: Any, new_tokens: Sequence[int]) -> Array:
-        """Logits [1 + len(new_tokens), vocabulary] after the prompt and after each further token."""
+    def answer(
+        self,
+        prompt: Prompt,
+        visual: Any,
+        new_tokens: Sequence[int],
+        plan: PruningPlan,
+        forced: Mapping[str, Array] | None = None,
+    ) -> ReferenceAnswer:
+        """The decoder on a prompt, its image as `visual` [1, K, C], and `new_tokens` after it, in one pass.
+
+        Causality makes this what decoding token by token yields: no pruning looks at anything behind the prompt.
+
+        Args:
+            prompt: the prompt.
+            visual: projected visual tokens.
+            new_tokens: tokens after the prompt.
+            plan: the plan whose decoder stages prune.
+            forced: by stage, indices to keep instead of those of highest score.
+        """
         import torch
 
-        ids = torch.tensor([prompt.token_ids])
-        further = torch.tensor([list(new_tokens)], dtype=torch.long)
-        embed = self.model.get_input_embeddings()
+        _, method = methods_of(plan.method)
         with torch.inference_mode():
-            text, at = embed(ids), prompt.image_position
-            rows = torch.cat([text[:, :at], torch.as_tensor(visual), text[:, at:], embed(further)], dim=1)
-            states = self.model.model.language_model(inputs_embeds=rows, use_cache=False).last_hidden_state
-            wanted = states[:, states.shape[1] - 1 - len(new_tokens) :]
-            result: Array = self.model.lm_head(wanted)[0].float().numpy()
-        return result
+            rows, text, image = self._embed(prompt, visual, new_tokens)
+            raters = None if method is None else method.rating_rows(image, text, rows.layout)
+            kept: dict[str, Array] = {}
+            score: dict[str, Array] = {}
+            for number in range(self.spec.decoder.num_layers):
+                hidden, attention = self.layer(number, rows)
+                rows = Rows(hidden, rows.positions, rows.layout)
+                stage = plan.decoder_stages.get(number)
+                if stage is None:
+                    continue
+                assert method is not None, "a plan with decoder stages has a decoder-stage method"
+                given = None if forced is None or stage.where not in forced else torch.from_numpy(forced[stage.where])
+                rating = partial(self._attention, method, number, rows, raters, attention)
+                dropped = drop(method, plan, stage, rows, rating, None if given is None else given[None])
+                rows = dropped.sequence
+                if dropped.index is not None and dropped.score is not None:
+                    kept[stage.where], score[stage.where] = dropped.index[0].numpy(), dropped.score[0].numpy()
+            last = rows.hidden[:, rows.hidden.shape[1] - 1 - len(new_tokens) :]
+            logits = self.model.lm_head(self.model.model.language_model.norm(last))[0].float().numpy()
+        return ReferenceAnswer(logits, kept, score)
+
+    def layer(self, number: int, rows: Rows) -> tuple[Any, LayerAttention]:
+        """Decoder layer `number` on rows without padding: its output [B, S, C], and its attention."""
+        import torch
+
+        layer = self.model.model.language_model.layers[number]
+        width = rows.hidden.shape[1]
+        causal = torch.full((width, width), -torch.inf).triu(1)[None, None]
+        rope = self.model.model.language_model.rotary_emb(rows.hidden, position_ids=rows.positions)
+        parts = [layer.self_attn.q_proj, layer.self_attn.k_proj]
+        with _outputs_of(parts) as seen:
+            out = layer(rows.hidden, attention_mask=causal, position_ids=rows.positions, position_embeddings=rope)
+        hidden = out[0] if isinstance(out, tuple) else out
+        return hidden, self._rotated(seen[parts[0]], seen[parts[1]], rope)
+
+    def _embed(self, prompt: Prompt, visual: Any, new_tokens: Sequence[int]) -> tuple[Rows, Any, Any]:
+        """The decoder's input rows, and text and visual embeddings apart."""
+        import torch
+
+        text = self.model.get_input_embeddings()(torch.tensor([[*prompt.token_ids, *new_tokens]]))
+        image, at = torch.as_tensor(visual), prompt.image_position
+        hidden = torch.cat([text[:, :at], image, text[:, at:]], dim=1)
+        length = torch.tensor([len(prompt.token_ids)])
+        layout = Layout(torch.tensor([at]), length, text.shape[1], image.shape[1])
+        return Rows(hidden, torch.arange(hidden.shape[1])[None], layout), text, image
+
+    def _rotated(self, query: Any, key: Any, rope: tuple[Any, Any]) -> LayerAttention:
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        size = self.spec.decoder.head_size
+        split = (x.unflatten(2, (-1, size)).transpose(1, 2) for x in (query, key))
+        return LayerAttention(*(x.transpose(1, 2).flatten(2) for x in apply_rotary_pos_emb(*split, *rope)))
+
+    def _attention(
+        self, method: DecoderMethod, number: int, rows: Rows, raters: Any, own: LayerAttention
+    ) -> Attention:
+        """What rates at the stage after layer `number`."""
+        d, model = self.spec.decoder, self.model.model.language_model
+        found = own
+        rope = model.rotary_emb(rows.hidden, position_ids=rows.positions)
+        if method.attention_of == "next":
+            following = model.layers[number + 1]
+            x = following.input_layernorm(rows.hidden)
+            found = self._rotated(following.self_attn.q_proj(x), following.self_attn.k_proj(x), rope)
+        places, counted = rows_that_rate(method, rows.layout, raters)
+        query = rows.layout.rows_of(found.query, places)
+        scale = d.head_size**-0.5
+        return Attention(
+            query, found.key, d.num_heads, d.num_kv_heads, scale, counted, places, rows.positions, self._cosines()
+        )
+
+    def _cosines(self) -> Any:
+        from vtexport.models.llava import rope_tables
+
+        return rope_tables(self.spec)[0]
+
+
+@contextmanager
+def _outputs_of(modules: Sequence[Any]):  # type: ignore[no-untyped-def]
+    """What `modules` put out while the context is open, by module."""
+    seen: dict[Any, Any] = {}
+
+    def keep(module: Any, _inputs: Any, output: Any) -> None:
+        seen[module] = output
+
+    hook: Callable[..., None] = keep
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

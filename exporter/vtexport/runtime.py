@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vtexport.bundle import Bundle
 from vtexport.errors import TargetError
@@ -112,6 +114,7 @@ class Runner:
                 visual_tokens={
                     "total": self.plan.num_visual_tokens,
                     "mean": self.plan.mean_visual_tokens,
+                    "mean_sparsevlm_count": self.plan.mean_visual_tokens_sparsevlm,
                 },
                 stages=stage_reports(self.plan, model.grid, result.kept),
                 timings_ms=_milliseconds(preprocess, timings),
@@ -120,16 +123,16 @@ class Runner:
         ]
 
 
-def stage_reports(plan: PruningPlan, grid: int, kept: Array | None) -> list[StageReport]:
-    """What `plan` did with an image whose kept indices are `kept`."""
+def stage_reports(plan: PruningPlan, grid: int, kept: Mapping[str, Array]) -> list[StageReport]:
+    """What `plan` did with an image, given the kept indices of each stage by its name (`Result.kept`)."""
     reports = []
+    cells: list[tuple[int, int] | None] = [None] * plan.leading
+    cells += [divmod(i, grid) for i in range(plan.num_visual_tokens - plan.leading)]
     for stage in plan.stages:
-        # Leading tokens are kept in every stage; engines list them only beside kept patches.
-        index = list(range(plan.leading)) if kept is None else [int(i) for i in kept]
-        cells: list[tuple[int, int] | None] = [
-            None if i < plan.leading else divmod(i - plan.leading, grid) for i in index
-        ]
-        cells += [None] * stage.recycled
+        # A stage that merges every patch lists none; leading tokens stay all the same.
+        every = range(plan.leading) if stage.layer is None else range(0)
+        index = [int(i) for i in kept.get(stage.where, np.array(every))]
+        cells = [cells[i] for i in index] + [None] * stage.recycled
         reports.append(StageReport(stage.where, stage.tokens_in, stage.kept, stage.recycled, index, cells))
     return reports
 

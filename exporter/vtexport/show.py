@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from vtexport.errors import InputError, StorageError
+from vtexport.pruning.plan import VISION
 from vtexport.runtime import Runner, StageReport, stage_reports
 from vtexport.targets.base import Array
 
@@ -29,9 +30,13 @@ def draw(runner: Runner, image: Any, question: str | None = None) -> Any:
     seen = runner.prompter.shown(image)
     model = runner.bundle.manifest.model
     if question is None:
+        if runner.plan.decoder_stages:
+            raise InputError(
+                f"method {runner.plan.method} keeps what the question asks for; give a --prompt to show it by"
+            )
         # The decoder need not run to see what the vision stage keeps.
         vision = runner.engine.vision(runner.prompter.pixels(image)[None])
-        stages = stage_reports(runner.plan, model.grid, None if vision.kept is None else vision.kept[0])
+        stages = stage_reports(runner.plan, model.grid, {} if vision.kept is None else {VISION: vision.kept[0]})
         caption = f"{model.name}: {runner.plan.num_visual_tokens} visual tokens"
     else:
         answer = runner.ask([(image, question)])[0]

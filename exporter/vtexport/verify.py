@@ -93,15 +93,23 @@ def verify_engine(
     )
     worst, same_kept, same_tokens = 0.0, True, True
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        expected = reference.vision(pixels[row : row + 1], plan)
-        visual = expected.visual
+        seen = reference.vision(pixels[row : row + 1], plan)
+        visual = seen.visual
         if vision.kept is not None:
-            assert expected.kept is not None
-            if not np.array_equal(vision.kept[row], expected.kept[0]):
+            assert seen.kept is not None
+            if not np.array_equal(vision.kept[row], seen.kept[0]):
                 same_kept = False
-                _check_swaps(vision.kept[row] - plan.leading, expected.kept[0] - plan.leading, expected.score, dtype)
+                score = None if seen.score is None else seen.score[0]
+                _check_swaps(vision.kept[row] - plan.leading, seen.kept[0] - plan.leading, score, dtype)
                 visual = vision.visual[row : row + 1].astype(np.float32)
-        logits = reference.logits(prompt, visual, answer.token_ids[:-1])
+        expected = reference.answer(prompt, visual, answer.token_ids[:-1], plan)
+        if any(not np.array_equal(answer.kept[where], kept) for where, kept in expected.kept.items()):
+            same_kept = False
+            expected = reference.answer(prompt, visual, answer.token_ids[:-1], plan, answer.kept)
+            for where, score in expected.score.items():
+                best = np.sort(np.argsort(-score, kind="stable")[: len(answer.kept[where])])
+                _check_swaps(answer.kept[where], best, score, dtype)
+        logits = expected.logits
         error = float(np.abs(logits - answer.logits).max() / max(1.0, np.abs(logits).max()))
         worst = max(worst, error)
         if not error <= _TOLERANCE[dtype]:
@@ -127,11 +135,11 @@ def verify_engine(
 
 
 def _check_swaps(got: Array, expected: Array, score: Array | None, dtype: str) -> None:
-    """Kept patches may differ only in those whose scores fp16 cannot tell apart."""
-    assert score is not None, "only rated patches can change places"
-    line = score[0][expected].min()
+    """Kept tokens may differ only in those whose scores [V] fp16 cannot tell apart."""
+    assert score is not None, "only rated tokens can change places"
+    line = score[expected].min()
     moved = np.setxor1d(got, expected)
-    if not (np.abs(score[0][moved] - line) <= _SCORE_SLACK[dtype] * abs(line)).all():
+    if not (np.abs(score[moved] - line) <= _SCORE_SLACK[dtype] * abs(line)).all():
         raise VerificationError(
             f"the engine keeps other visual tokens than the reference ({len(moved)} differ); please report this model"
         )

@@ -41,10 +41,10 @@ def trace_vision(spec: ModelSpec, plan: PruningPlan, dtype: str, debug: bool) ->
         return _trace("vision", module, (pixels,), ["pixel_values"], names, ({0: Dim("batch")},))
 
 
-def trace_prefill(spec: ModelSpec, plan: PruningPlan, dtype: str) -> TracedGraph:
-    """The prefill graph; batch and text length are dynamic."""
+def trace_prefill(spec: ModelSpec, plan: PruningPlan, dtype: str, debug: bool = False) -> TracedGraph:
+    """The prefill graph; batch and text length are dynamic, the visual counts are the plan's."""
     with _fake(dtype):
-        module = PrefillGraph(spec, plan.vision_tokens)
+        module = PrefillGraph(spec, plan, debug)
         visual = torch.empty(2, plan.vision_tokens, spec.decoder.hidden_size)
         ids, at, length = (torch.zeros(shape, dtype=torch.int64) for shape in ((2, 7), (2,), (2,)))
         inputs = (ids, at, length, visual)
@@ -54,25 +54,27 @@ def trace_prefill(spec: ModelSpec, plan: PruningPlan, dtype: str) -> TracedGraph
             module,
             inputs,
             ["input_ids", "image_position", "text_length", "visual"],
-            ["logits", *cache_names("present", spec.decoder.num_layers)],
+            module.output_names(),
             ({0: batch, 1: text}, {0: batch}, {0: batch}, {0: batch}),
         )
 
 
 def trace_decode(spec: ModelSpec, dtype: str) -> TracedGraph:
-    """The decode graph; batch and cache capacity are dynamic."""
+    """The decode graph; batch and every layer's cache capacity are dynamic."""
     with _fake(dtype):
         d = spec.decoder
         module = DecodeGraph(spec)
         past = [torch.empty(2, d.num_kv_heads, 9, d.head_size) for _ in range(2 * d.num_layers)]
-        batch, room = Dim("batch"), Dim("capacity")
+        length, position = (torch.zeros(d.num_layers, 2, dtype=torch.int64) for _ in range(2))
+        batch = Dim("batch")
+        rooms = [Dim(f"capacity_{layer}") for layer in range(d.num_layers) for _ in ("key", "value")]
         return _trace(
             "decode",
             module,
-            (torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), past),
-            ["input_ids", "length", *cache_names("past", d.num_layers)],
+            (torch.zeros(2, 1, dtype=torch.int64), length, position, past),
+            ["input_ids", "length", "position", *cache_names("past", d.num_layers)],
             ["logits", *cache_names("present", d.num_layers)],
-            ({0: batch}, {0: batch}, [{0: batch, 2: room}] * (2 * d.num_layers)),
+            ({0: batch}, {1: batch}, {1: batch}, [{0: batch, 2: room} for room in rooms]),
         )
 
 

@@ -1,172 +1,23 @@
 """ONNX function bodies of the domains `vtexport` and `vtexport.nn`, in standard ops of opset 18.
 
 Tracing leaves one node for each op; `attach_functions` adds the bodies of those used to the model, so any
-runtime can run the file. Contracts: `vtexport.pruning.ops`, `vtexport.graph.nn_ops`.
+runtime can run the file.
 
-Written for the narrowest runtime: ONNX Runtime's CPU has no `Where` on bool; TensorRT wants reduced axes
-constant and promises nothing about equal values in TopK, so every TopK here sorts numbers that differ; its
-parser goes by a node's name alone, so no function may be called like a standard op.
+Bodies are written for the narrowest runtime: ONNX Runtime's CPU has no `Where` on bool; TensorRT wants reduced axes
+constant and promises nothing about equal values in TopK, so every TopK whose indices count sorts numbers that
+differ; its parser goes by a node's name alone, so no function may be called like a standard op.
 """
 
-# The bodies are onnxscript: Python syntax that is never run as Python.
-# mypy: ignore-errors
-
-from typing import TypeVar, Union
+from __future__ import annotations
 
 import onnx_ir as ir
-from onnxscript import FLOAT, FLOAT16, INT32, INT64, script
-from onnxscript import opset18 as op
-from onnxscript.values import Opset
 
-from vtexport.pruning.onnx_node import DOMAIN_VERSION, NN, PRUNING
+from vtexport.graph.nn_functions import NN_FUNCTIONS
+from vtexport.graph.pruning_functions import PRUNING_FUNCTIONS
+from vtexport.pruning.onnx_node import DOMAIN_VERSION
 
 OPSET = 18
-
-pruning = Opset(PRUNING, DOMAIN_VERSION)
-nn = Opset(NN, DOMAIN_VERSION)
-T = TypeVar("T", bound=Union[FLOAT, FLOAT16])  # noqa: UP007 - onnxscript reads typing.Union only
-
-
-@script(pruning, default_opset=op)
-def TokenScore(query: T, key: T, start: int, count: int, scale: float) -> FLOAT:
-    groups = op.Shape(key, start=1, end=2)
-    width = op.Shape(query, start=3, end=4)
-    zero = op.Constant(value_ints=[0])
-    rest = op.Constant(value_ints=[-1])
-    scaled = op.Cast(query, to=FLOAT.dtype) * op.Constant(value_float=scale)
-    # Query heads of one key head are neighbours: their rows can stand under it as one block.
-    grouped = op.Reshape(scaled, op.Concat(zero, groups, rest, width, axis=0))
-    columns = op.Transpose(op.Cast(key, to=FLOAT.dtype), perm=[0, 1, 3, 2])
-    attention = op.Softmax(op.MatMul(grouped, columns), axis=-1)
-    mean = op.ReduceMean(attention, op.Constant(value_ints=[1, 2]), keepdims=0)
-    first = op.Reshape(op.Constant(value_int=start), op.Constant(value_ints=[1]))
-    number = op.Reshape(op.Constant(value_int=count), op.Constant(value_ints=[1]))
-    return op.Slice(mean, first, first + number, op.Constant(value_ints=[1]))
-
-
-@script(pruning, default_opset=op)
-def TokenSelect(hidden: T, score: FLOAT, keep: int) -> tuple[T, INT32]:
-    # Rank of each token: how many beat it, by score or, at equal score, by a lower index.
-    clean = op.Where(op.IsNaN(score), op.Constant(value_float=float("-inf")), score)
-    mine = op.Unsqueeze(clean, op.Constant(value_ints=[2]))
-    other = op.Unsqueeze(clean, op.Constant(value_ints=[1]))
-    total = op.Squeeze(op.Shape(score, start=1, end=2))
-    place = op.Range(op.Constant(value_int=0), total, op.Constant(value_int=1))
-    before = op.Less(op.Unsqueeze(place, op.Constant(value_ints=[0])), op.Unsqueeze(place, op.Constant(value_ints=[1])))
-    beaten = op.Or(op.Greater(other, mine), op.And(op.Equal(other, mine), before))
-    rank = op.ReduceSum(op.Cast(beaten, to=FLOAT.dtype), op.Constant(value_ints=[2]), keepdims=0)
-    # Kept tokens get keys 0, -1, -2 … by place, the others keys below them: TopK then lists the kept in order.
-    number = op.Cast(place, to=FLOAT.dtype)
-    kept = op.Less(rank, op.Cast(op.Constant(value_int=keep), to=FLOAT.dtype))
-    key = op.Where(kept, op.Neg(number), op.Neg(number + op.Cast(total, to=FLOAT.dtype)))
-    top = op.Reshape(op.Constant(value_int=keep), op.Constant(value_ints=[1]))
-    _keys, index = op.TopK(key, top, axis=1, largest=1, sorted=1)
-    chosen = op.GatherND(hidden, op.Unsqueeze(index, op.Constant(value_ints=[2])), batch_dims=1)
-    return chosen, op.Cast(index, to=6)
-
-
-@script(nn, default_opset=op)
-def RMSNorm(x: T, weight: T, epsilon: float) -> T:
-    wide = op.Cast(x, to=FLOAT.dtype)
-    mean = op.ReduceMean(wide * wide, op.Constant(value_ints=[-1]), keepdims=1)
-    normed = wide / op.Sqrt(mean + op.Constant(value_float=epsilon))
-    return op.CastLike(normed, x) * weight
-
-
-@script(nn, default_opset=op)
-def Rotary(x: T, positions: INT64, cos: T, sin: T, num_heads: int) -> T:
-    heads = op.Reshape(op.Constant(value_int=num_heads), op.Constant(value_ints=[1]))
-    zeros = op.Constant(value_ints=[0, 0])
-    split = op.Reshape(x, op.Concat(zeros, heads, op.Constant(value_ints=[-1]), axis=0))
-    low, high = op.Split(split, axis=3, num_outputs=2)
-    c = op.Unsqueeze(op.Gather(cos, positions), op.Constant(value_ints=[2]))
-    s = op.Unsqueeze(op.Gather(sin, positions), op.Constant(value_ints=[2]))
-    turned = op.Concat(low * c - high * s, high * c + low * s, axis=3)
-    return op.Reshape(turned, op.Constant(value_ints=[0, 0, -1]))
-
-
-@script(nn, default_opset=op)
-def FullAttention(query: T, key: T, value: T, num_heads: int, scale: float) -> T:
-    heads = op.Reshape(op.Constant(value_int=num_heads), op.Constant(value_ints=[1]))
-    shape = op.Concat(op.Constant(value_ints=[0, 0]), heads, op.Constant(value_ints=[-1]), axis=0)
-    scaled = query * op.CastLike(op.Constant(value_float=scale), query)
-    q = op.Transpose(op.Reshape(scaled, shape), perm=[0, 2, 1, 3])
-    k = op.Transpose(op.Reshape(key, shape), perm=[0, 2, 3, 1])
-    v = op.Transpose(op.Reshape(value, shape), perm=[0, 2, 1, 3])
-    mixed = op.MatMul(op.Softmax(op.MatMul(q, k), axis=-1), v)
-    return op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
-
-
-@script(nn, default_opset=op)
-def CausalAttention(query: T, key: T, value: T, num_heads: int, kv_heads: int, scale: float) -> tuple[T, T, T]:
-    groups = op.Reshape(op.Constant(value_int=kv_heads), op.Constant(value_ints=[1]))
-    heads = op.Reshape(op.Constant(value_int=num_heads), op.Constant(value_ints=[1]))
-    zeros = op.Constant(value_ints=[0, 0])
-    rest = op.Constant(value_ints=[-1])
-    cache_shape = op.Concat(zeros, groups, rest, axis=0)
-    present_key = op.Transpose(op.Reshape(key, cache_shape), perm=[0, 2, 1, 3])
-    present_value = op.Transpose(op.Reshape(value, cache_shape), perm=[0, 2, 1, 3])
-    # Five axes [B, G, H / G, S, D]: the heads of a group share its keys by broadcasting, nothing is repeated.
-    scaled = query * op.CastLike(op.Constant(value_float=scale), query)
-    shape = op.Concat(zeros, groups, heads / groups, rest, axis=0)
-    q = op.Transpose(op.Reshape(scaled, shape), perm=[0, 2, 3, 1, 4])
-    axis = op.Constant(value_ints=[2])
-    k = op.Unsqueeze(op.Transpose(present_key, perm=[0, 1, 3, 2]), axis)
-    logits = op.MatMul(q, k)
-    rows = op.Squeeze(op.Shape(query, start=1, end=2))
-    place = op.Range(op.Constant(value_int=0), rows, op.Constant(value_int=1))
-    seen = op.LessOrEqual(
-        op.Unsqueeze(place, op.Constant(value_ints=[0])), op.Unsqueeze(place, op.Constant(value_ints=[1]))
-    )
-    masked = op.Where(seen, logits, op.CastLike(op.Constant(value_float=float("-inf")), logits))
-    mixed = op.MatMul(op.Softmax(masked, axis=-1), op.Unsqueeze(present_value, axis))
-    output = op.Reshape(op.Transpose(mixed, perm=[0, 3, 1, 2, 4]), op.Constant(value_ints=[0, 0, -1]))
-    return output, present_key, present_value
-
-
-@script(nn, default_opset=op)
-def CachedAttention(
-    query: T,
-    key: T,
-    value: T,
-    past_key: T,
-    past_value: T,
-    length: INT64,
-    num_heads: int,
-    kv_heads: int,
-    scale: float,
-) -> tuple[T, T, T]:
-    groups = op.Reshape(op.Constant(value_int=kv_heads), op.Constant(value_ints=[1]))
-    heads = op.Reshape(op.Constant(value_int=num_heads), op.Constant(value_ints=[1]))
-    zero = op.Constant(value_ints=[0])
-    one = op.Constant(value_ints=[1])
-    rest = op.Constant(value_ints=[-1])
-    new_shape = op.Concat(zero, groups, one, rest, axis=0)
-    room = op.Squeeze(op.Shape(past_key, start=2, end=3))
-    place = op.Range(op.Constant(value_int=0), room, op.Constant(value_int=1))
-    rows = op.Unsqueeze(length, op.Constant(value_ints=[1]))
-    slot = op.Unsqueeze(op.Equal(place, rows), op.Constant(value_ints=[1, 3]))
-    present_key = op.Where(slot, op.Reshape(key, new_shape), past_key)
-    present_value = op.Where(slot, op.Reshape(value, new_shape), past_value)
-    scaled = query * op.CastLike(op.Constant(value_float=scale), query)
-    q = op.Reshape(scaled, op.Concat(zero, groups, heads / groups, rest, axis=0))
-    logits = op.MatMul(q, op.Transpose(present_key, perm=[0, 1, 3, 2]))
-    seen = op.Unsqueeze(op.LessOrEqual(place, rows), op.Constant(value_ints=[1, 2]))
-    masked = op.Where(seen, logits, op.CastLike(op.Constant(value_float=float("-inf")), logits))
-    mixed = op.MatMul(op.Softmax(masked, axis=-1), present_value)
-    output = op.Reshape(mixed, op.Constant(value_ints=[0, 1, -1]))
-    return output, present_key, present_value
-
-
-FUNCTIONS = (
-    TokenScore,
-    TokenSelect,
-    RMSNorm,
-    Rotary,
-    FullAttention,
-    CausalAttention,
-    CachedAttention,
-)
+FUNCTIONS = (*PRUNING_FUNCTIONS, *NN_FUNCTIONS)
 
 
 def attach_functions(model: ir.Model) -> None:

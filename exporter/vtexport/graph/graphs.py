@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from vtexport.graph.modules import Decoder, Projector, RotaryTables, VisionTower
 from vtexport.models.spec import ModelSpec
-from vtexport.pruning import METHODS, PruningPlan
-from vtexport.pruning.base import TowerState, prune
+from vtexport.pruning import PruningPlan, Stage, methods_of
+from vtexport.pruning.decoder import Attention, Sequence, drop, rows_that_rate
+from vtexport.pruning.layout import Layout
+from vtexport.pruning.vision import TowerState, prune
 
 
 class VisionGraph(nn.Module):
-    """pixel_values [B, 3, S, S] fp32 -> visual [B, K, C], kept [B, K] int32, with `debug` also score [B, V].
+    """pixel_values [B, 3, S, S] fp32 -> visual [B, K, C], kept [B, K'] int32, with `debug` also score [B, V].
 
-    Pruning stands before the projector, which works token by token: the same result, cheaper.
     `kept` is absent where no token stays as it was (dense keeps all, pool merges all).
     """
 
     def __init__(self, spec: ModelSpec, plan: PruningPlan, debug: bool = False) -> None:
         super().__init__()
         self.spec, self.plan, self.debug = spec, plan, debug
-        self.method = METHODS[plan.method]
+        self.method, _ = methods_of(plan.method)
         self.vision = VisionTower(spec.vision)
         self.projector = Projector(
             spec.vision.hidden_size,
@@ -36,10 +39,11 @@ class VisionGraph(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         pixels = pixel_values.to(self.vision.embeddings.class_embedding.dtype)
-        features, query, key = self.vision(pixels)
-        state = TowerState(features, query, key, self.spec.vision.head_size**-0.5, self.spec.vision.grid)
+        features, layers = self.vision(pixels)
+        v = self.spec.vision
+        state = TowerState(features, layers, v.head_size**-0.5, v.grid, self.projector)
         pruned = prune(self.method, self.plan, state, dict(self.pruning.named_buffers()))
-        outputs = [self.projector(pruned.tokens)]
+        outputs = [pruned.tokens]
         if pruned.index is not None:
             outputs.append(pruned.index)
         if self.debug and pruned.score is not None:
@@ -48,7 +52,8 @@ class VisionGraph(nn.Module):
 
     def output_names(self) -> list[str]:
         names = ["visual"]
-        if self.plan.stages and self.plan.stages[0].kept > self.plan.leading:
+        stage = self.plan.vision_stage
+        if stage is not None and stage.kept > self.plan.leading:
             names.append("kept")
         if self.debug and self.method.scores:
             names.append("score")
@@ -76,55 +81,95 @@ class _LanguageGraph(nn.Module):
 
 
 class PrefillGraph(_LanguageGraph):
-    """A whole prompt at once, every row of its own length, padded on the right.
+    """A whole prompt at once, every row of its own length, padded on the right, pruned inside as the plan says.
 
     Inputs: input_ids [B, L] int64 without the image, image_position [B] int64 (text tokens before it),
     text_length [B] int64, visual [B, K, C]. Outputs: logits [B, vocabulary] fp32 of each row's last token,
-    and per layer the cache entries key, value [B, G, L + K, D].
+    per layer i the cache entries key, value [B, G, L + V_i, D] with V_i visual tokens as the plan says, and per
+    decoder stage kept.i [B, K'] int32, indices into the visual tokens that entered it. With `debug` also the
+    stages' score.i [B, V_i] fp32 and cluster.i [B, V_i] int32, and raters [B, L] bool.
     """
 
-    def __init__(self, spec: ModelSpec, visual_tokens: int) -> None:
+    def __init__(self, spec: ModelSpec, plan: PruningPlan, debug: bool = False) -> None:
         super().__init__(spec)
-        self.visual_tokens = visual_tokens
+        self.plan, self.debug = plan, debug
+        _, self.method = methods_of(plan.method)
 
     def forward(
         self, input_ids: Tensor, image_position: Tensor, text_length: Tensor, visual: Tensor
     ) -> tuple[Tensor, ...]:
         text = self.decoder.embed_tokens(input_ids)
-        batch, length, width = text.shape
-        count = self.visual_tokens
-        place = torch.arange(length + count, device=input_ids.device)[None]
-        at = image_position[:, None]
-        # Where each place of the row comes from: text, then the image's tokens, then the rest of the text.
-        # Rows differ in `at`, so a gather puts them together; padding stays on the right.
-        source = torch.where(place < at + count, place - at + length, place - count)
-        source = torch.where(place < at, place, source)
-        x = torch.cat([text, visual.to(text.dtype)], dim=1).gather(1, source[..., None].expand(-1, -1, width))
-        positions = place.expand(batch, -1)
-        caches = []
-        for layer in self.decoder.blocks():
-            mixed, key, value = layer.self_attn.prefill(layer.input_layernorm(x), positions, self.rope)
-            x = x + mixed
+        visual = visual.to(text.dtype)
+        empty = Layout(image_position, text_length, input_ids.shape[1], 0)
+        hidden = empty.with_visual(text, visual)
+        layout = Layout(image_position, text_length, input_ids.shape[1], self.plan.vision_tokens)
+        rows = Sequence(hidden, layout.places(), layout)
+        raters = None if self.method is None else self.method.rating_rows(visual, text, layout)
+        stages, blocks = self.plan.decoder_stages, list(self.decoder.blocks())
+        caches, seen = [], []
+        for number, layer in enumerate(blocks):
+            attention = layer.self_attn
+            x = layer.input_layernorm(rows.hidden)
+            query, key = (part(x, rows.positions, self.rope) for part in (attention.query, attention.key))
+            mixed, *cache = attention.prefill(query, key, attention.v_proj(x))
+            caches += cache
+            x = rows.hidden + mixed
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-            caches += [key, value]
-        last = (text_length + (count - 1))[:, None, None].expand(-1, 1, width)
-        return self.logits(x.gather(1, last)[:, 0]), *caches
+            rows = Sequence(x, rows.positions, rows.layout)
+            if number in stages:
+                assert self.method is not None, "a plan with decoder stages has a decoder-stage method"
+                rating = partial(self._attention, number, query, key, rows, raters)
+                dropped = drop(self.method, self.plan, stages[number], rows, rating)
+                rows = dropped.sequence
+                seen += [dropped.index, dropped.score, dropped.cluster][: 3 if self.debug else 1]
+        if self.debug and raters is not None:
+            seen.append(raters)
+        last = rows.layout.rows_of(rows.hidden, rows.layout.last_place()[:, None])
+        return self.logits(last[:, 0]), *caches, *(found for found in seen if found is not None)
+
+    def _attention(self, number: int, query: Tensor, key: Tensor, rows: Sequence, raters: Tensor | None) -> Attention:
+        """What rates at the stage after layer `number`, whose own rotated queries and keys are given."""
+        assert self.method is not None
+        layout, blocks = rows.layout, list(self.decoder.blocks())
+        places, counted = rows_that_rate(self.method, layout, raters)
+        module = blocks[number].self_attn
+        if self.method.attention_of == "own":
+            query = layout.rows_of(query, places)
+        else:
+            following = blocks[number + 1]
+            module, x = following.self_attn, following.input_layernorm(rows.hidden)
+            positions = rows.positions.gather(1, places)
+            query = module.query(layout.rows_of(x, places), positions, self.rope)
+            key = module.key(x, rows.positions, self.rope)
+        return Attention(
+            query, key, module.num_heads, module.kv_heads, module.scale, counted, places, rows.positions, self.rope.cos
+        )
+
+    def output_names(self) -> list[str]:
+        names = ["logits", *cache_names("present", self.plan.num_layers)]
+        for layer, stage in self.plan.decoder_stages.items():
+            names += stage_outputs(layer, stage, self.debug)
+        if self.debug and self.method is not None and self.method.raters == "text":
+            names.append("raters")
+        return names
 
 
 class DecodeGraph(_LanguageGraph):
-    """One token a row behind its cache.
+    """One token a row behind its caches, whatever the plan that filled them.
 
-    Inputs: input_ids [B, 1] int64, length [B] int64 (tokens in each row's cache), and per layer the caches
-    key, value [B, G, M, D]. Outputs: logits [B, vocabulary] fp32 and the caches with the new token in place.
+    Inputs: input_ids [B, 1] int64, length [N, B] int64 (tokens in each layer's cache of each row), position [N, B]
+    int64 (of the new token, in each layer), and per layer the caches key, value [B, G, M_i, D]. Outputs: logits
+    [B, vocabulary] fp32 and the caches with the new token in place.
     """
 
-    def forward(self, input_ids: Tensor, length: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, input_ids: Tensor, length: Tensor, position: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         x = self.decoder.embed_tokens(input_ids)
-        positions = length[:, None]
         caches = []
         for number, layer in enumerate(self.decoder.blocks()):
             cache = (past[2 * number], past[2 * number + 1])
-            mixed, key, value = layer.self_attn.decode(layer.input_layernorm(x), positions, self.rope, cache, length)
+            mixed, key, value = layer.self_attn.decode(
+                layer.input_layernorm(x), position[number][:, None], self.rope, cache, length[number]
+            )
             x = x + mixed
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             caches += [key, value]
@@ -134,3 +179,13 @@ class DecodeGraph(_LanguageGraph):
 def cache_names(kind: str, layers: int) -> list[str]:
     """Names of cache inputs (`past`) or outputs (`present`), in the order of the graphs."""
     return [f"{kind}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+
+
+def stage_outputs(layer: int, stage: Stage, debug: bool) -> list[str]:
+    """Names of what prefill gives out of the stage after `layer`."""
+    if stage.carried == 0:
+        return []
+    names = [f"kept.{layer}"]
+    if debug:
+        names += [f"score.{layer}"] + ([f"cluster.{layer}"] if stage.recycled else [])
+    return names

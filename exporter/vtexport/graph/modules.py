@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 from vtexport.graph import nn_ops
 from vtexport.models.spec import DecoderSpec, VisionSpec
+from vtexport.pruning.vision import TowerLayer
 
 
 class VisionAttention(nn.Module):
@@ -87,14 +88,16 @@ class VisionTower(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
         self.encoder = VisionEncoder(spec)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [B, 1 + V, C], the last layer's CLS queries [B, H, 1, D] and keys [B, H, 1 + V, D]."""
+    def forward(self, pixels: Tensor) -> tuple[Tensor, list[TowerLayer]]:
+        """Features [B, 1 + V, C], and every layer's attention."""
         x = self.pre_layrnorm(self.embeddings(pixels))
-        query = key = x
+        heads = (self.spec.num_heads, self.spec.head_size)
+        layers = []
         for layer in self.encoder.layers:
             x, query, key = layer(x)
-        heads = (self.spec.num_heads, self.spec.head_size)
-        return x, query[:, :1].unflatten(2, heads).transpose(1, 2), key.unflatten(2, heads).transpose(1, 2)
+            cls = query[:, :1].unflatten(2, heads).transpose(1, 2)
+            layers.append(TowerLayer(cls, key.unflatten(2, heads).transpose(1, 2)))
+        return x, layers
 
 
 class Projector(nn.Module):
@@ -142,23 +145,24 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(spec.hidden_size, narrow, bias=spec.attention_bias)
         self.o_proj = nn.Linear(wide, spec.hidden_size, bias=spec.attention_bias)
 
-    def project(self, x: Tensor, positions: Tensor, rope: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values; [B, S, heads * D]."""
-        query = nn_ops.rotary(self.q_proj(x), positions, rope.cos, rope.sin, self.num_heads)
-        key = nn_ops.rotary(self.k_proj(x), positions, rope.cos, rope.sin, self.kv_heads)
-        return query, key, self.v_proj(x)
+    def query(self, x: Tensor, positions: Tensor, rope: RotaryTables) -> Tensor:
+        """Rotated queries [B, S, H * D]."""
+        return nn_ops.rotary(self.q_proj(x), positions, rope.cos, rope.sin, self.num_heads)
 
-    def prefill(self, x: Tensor, positions: Tensor, rope: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = self.project(x, positions, rope)
+    def key(self, x: Tensor, positions: Tensor, rope: RotaryTables) -> Tensor:
+        """Rotated keys [B, S, G * D]."""
+        return nn_ops.rotary(self.k_proj(x), positions, rope.cos, rope.sin, self.kv_heads)
+
+    def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixed, keys, values = nn_ops.causal_attention(query, key, value, self.num_heads, self.kv_heads, self.scale)
         return self.o_proj(mixed), keys, values
 
     def decode(
         self, x: Tensor, positions: Tensor, rope: RotaryTables, past: tuple[Tensor, Tensor], length: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = self.project(x, positions, rope)
+        query, key = self.query(x, positions, rope), self.key(x, positions, rope)
         mixed, keys, values = nn_ops.cached_attention(
-            query, key, value, *past, length, self.num_heads, self.kv_heads, self.scale
+            query, key, self.v_proj(x), *past, length, self.num_heads, self.kv_heads, self.scale
         )
         return self.o_proj(mixed), keys, values
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vtexport.errors import InputError
-from vtexport.pruning.base import VisionMethod
-from vtexport.pruning.plan import PruningPlan, token_budget
+from vtexport.pruning.plan import Option, Stage, token_budget
+from vtexport.pruning.vision import VisionMethod
 
 
 class Dense(VisionMethod):
@@ -15,7 +15,7 @@ class Dense(VisionMethod):
     name = "dense"
     summary = "no pruning: every visual token reaches the decoder"
 
-    def plan(self, tokens: int, layers: int, keep: float, leading: int, options: Mapping[str, int]) -> PruningPlan:
+    def stages(self, tokens: int, keep: float, leading: int, options: Mapping[str, Option]) -> tuple[Stage, ...]:
         if token_budget(tokens, keep, leading) != tokens:
             raise InputError(f"--keep {keep:g} has no effect with method dense; leave it out or give 1")
-        return PruningPlan(self.name, 1.0, tokens, layers, leading, (), options)
+        return ()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from vtexport.pruning.base import Pruned, TowerState, VisionMethod
 from vtexport.pruning.plan import PruningPlan
+from vtexport.pruning.vision import Pruned, TowerState, VisionMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,10 +20,8 @@ class FasterVLM(VisionMethod):
     scores = True
 
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
-        from vtexport.pruning.ops import token_score, token_select
+        from vtexport.pruning.ops import token_select
 
-        patches = state.features[:, 1:]
-        # Softmax runs over all 1 + V keys, CLS's own included; only the columns of patches are rated.
-        score = token_score(state.query, state.key, 1, state.grid * state.grid, state.scale)
-        tokens, index = token_select(patches, score, plan.patch_budget)
+        score = state.cls_score()
+        tokens, index = token_select(state.patches, score, plan.patch_budget)
         return Pruned(tokens, index, score)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vtexport.models.spec import DecoderSpec, ModelSpec
-from vtexport.pruning import METHODS
+from vtexport.pruning import methods_of
 from vtexport.pruning.plan import PruningPlan
 
 #: text tokens assumed where no prompt is at hand
@@ -56,6 +56,6 @@ def _vision(spec: ModelSpec, plan: PruningPlan) -> float:
     patches = 2 * v.num_patches * v.channels * v.patch_size**2 * v.hidden_size
     weights = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
     layer = 2 * rows * weights + 2 * 2 * rows * rows * v.hidden_size
-    scoring = 2 * rows * v.hidden_size if METHODS[plan.method].scores else 0
+    scoring = 2 * rows * v.hidden_size if methods_of(plan.method)[0].scores else 0
     projector = 2 * plan.vision_tokens * (v.hidden_size * width + width * width)
     return float(patches + v.feature_layer * layer + scoring + projector)

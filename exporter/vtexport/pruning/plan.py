@@ -9,13 +9,19 @@ from types import MappingProxyType
 
 from vtexport.errors import InputError
 
+#: what an option of a method may hold: JSON scalars, so that a manifest can
+Option = int | float | str
+
+VISION = "vision"
+_DECODER = "decoder."
+
 
 @dataclass(frozen=True)
 class Stage:
     """One pruning step with fixed counts.
 
     Attributes:
-        where: `"vision"`.
+        where: `"vision"`, or `"decoder.L"`: on the output of decoder layer L, which itself runs unpruned.
         tokens_in: visual tokens that enter the stage.
         kept: tokens that survive as they are.
         recycled: tokens made by merging others.
@@ -27,8 +33,25 @@ class Stage:
     recycled: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.kept <= self.tokens_in or self.recycled < 0 or self.carried < 1:
+        # Only a decoder can go on without any visual token: their content is in the text by then.
+        least = 1 if self.layer is None else 0
+        if not 0 <= self.kept <= self.tokens_in or self.recycled < 0 or self.carried < least:
             raise ValueError(f"impossible stage {self.kept} + {self.recycled} of {self.tokens_in} tokens")
+
+    @classmethod
+    def decoder(cls, layer: int, tokens_in: int, kept: int, recycled: int = 0) -> Stage:
+        """A stage on the output of decoder layer `layer`."""
+        return cls(f"{_DECODER}{layer}", tokens_in, kept, recycled)
+
+    @property
+    def layer(self) -> int | None:
+        """The decoder layer whose output is pruned; None for the vision stage."""
+        if self.where == VISION:
+            return None
+        number = self.where.removeprefix(_DECODER)
+        if number == self.where or not number.isdecimal():
+            raise ValueError(f"a stage stands at {VISION!r} or {_DECODER}L, not at {self.where!r}")
+        return int(number)
 
     @property
     def carried(self) -> int:
@@ -41,11 +64,11 @@ class PruningPlan:
     """Where and how far visual tokens are pruned; every count an int fixed before tracing.
 
     Attributes:
-        method: name of the method.
+        method: name of the method, or of a vision-stage and a decoder-stage method joined by `+`.
         keep: the keep ratio that was asked for.
         num_visual_tokens: visual tokens an image before pruning.
         num_layers: decoder layers.
-        leading: visual tokens before the patches (CLS under strategy `full`), always kept.
+        leading: visual tokens before the patches (CLS under strategy `full`), always kept by a vision stage.
         stages: in the order in which they act; none for `dense`.
         options: the method's own options, resolved.
     """
@@ -56,20 +79,34 @@ class PruningPlan:
     num_layers: int
     leading: int = 0
     stages: tuple[Stage, ...] = ()
-    options: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
-        tokens = self.num_visual_tokens
-        for stage in self.stages:
+        tokens, before = self.num_visual_tokens, -1
+        for number, stage in enumerate(self.stages):
             if stage.tokens_in != tokens:
                 raise ValueError(f"a stage takes {stage.tokens_in} tokens but {tokens} reach it")
-            tokens = stage.carried
+            if stage.layer is None and number > 0:
+                raise ValueError("the vision stage comes first, and once")
+            if stage.layer is not None and not before < stage.layer < self.num_layers:
+                raise ValueError(f"stage {stage.where} is out of order or outside {self.num_layers} layers")
+            tokens, before = stage.carried, -1 if stage.layer is None else stage.layer
+
+    @property
+    def vision_stage(self) -> Stage | None:
+        """The stage before the decoder, if there is one."""
+        return self.stages[0] if self.stages and self.stages[0].layer is None else None
+
+    @property
+    def decoder_stages(self) -> dict[int, Stage]:
+        """The stages inside the decoder, by the layer on whose output they act."""
+        return {stage.layer: stage for stage in self.stages if stage.layer is not None}
 
     @property
     def vision_tokens(self) -> int:
         """K, the visual tokens that leave the vision engine for the decoder."""
-        return self.stages[0].carried if self.stages else self.num_visual_tokens
+        return self.num_visual_tokens if self.vision_stage is None else self.vision_stage.carried
 
     @property
     def patch_budget(self) -> int:
@@ -77,14 +114,47 @@ class PruningPlan:
         return self.vision_tokens - self.leading
 
     @property
+    def positions(self) -> str:
+        """`"compact"`: contiguous after each pruning; `"original"`: every token keeps its own."""
+        return str(self.options.get("positions", "compact"))
+
+    @property
     def per_layer(self) -> tuple[int, ...]:
-        """Visual tokens that enter each decoder layer."""
-        return (self.vision_tokens,) * self.num_layers
+        """Visual tokens that enter each decoder layer, which is what its KV cache holds of them."""
+        return self._counts(counted_pruned=False)
 
     @property
     def mean_visual_tokens(self) -> float:
         """Mean over the decoder's layers of the visual tokens that enter one."""
         return sum(self.per_layer) / self.num_layers
+
+    @property
+    def mean_visual_tokens_sparsevlm(self) -> float:
+        """The same by SparseVLM's count, which takes a pruning layer as pruned already."""
+        return sum(self._counts(counted_pruned=True)) / self.num_layers
+
+    def _counts(self, *, counted_pruned: bool) -> tuple[int, ...]:
+        stages, tokens, counts = self.decoder_stages, self.vision_tokens, []
+        for layer in range(self.num_layers):
+            after = stages[layer].carried if layer in stages else tokens
+            counts.append(after if counted_pruned else tokens)
+            tokens = after
+        return tuple(counts)
+
+
+def check_keep(keep: float) -> None:
+    """Refuse a keep ratio outside (0, 1].
+
+    Raises:
+        InputError: it is.
+    """
+    if not (math.isfinite(keep) and 0 < keep <= 1):
+        raise InputError(f"--keep {keep:g} is out of range; give a ratio above 0 and at most 1")
+
+
+def round_half_up(value: float) -> int:
+    """The school's rule; Python rounds halves to even."""
+    return math.floor(value + 0.5)
 
 
 def token_budget(tokens: int, keep: float, leading: int = 0) -> int:
@@ -93,9 +163,8 @@ def token_budget(tokens: int, keep: float, leading: int = 0) -> int:
     Raises:
         InputError: `keep` is not in (0, 1], or leaves no patch at all.
     """
-    if not (math.isfinite(keep) and 0 < keep <= 1):
-        raise InputError(f"--keep {keep:g} is out of range; give a ratio above 0 and at most 1")
-    budget = math.floor(keep * tokens + 0.5)
+    check_keep(keep)
+    budget = round_half_up(keep * tokens)
     if budget < leading + 1:
         least = (leading + 0.5) / tokens
         raise InputError(

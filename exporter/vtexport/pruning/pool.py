@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vtexport.pruning.base import Pruned, TowerState, VisionMethod
-from vtexport.pruning.plan import PruningPlan, Stage, token_budget
+from vtexport.pruning.plan import VISION, Option, PruningPlan, Stage, token_budget
+from vtexport.pruning.vision import Pruned, TowerState, VisionMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,11 +36,10 @@ class Pool(VisionMethod):
     name = "pool"
     summary = "average pooling on the patch grid (baseline)"
 
-    def plan(self, tokens: int, layers: int, keep: float, leading: int, options: Mapping[str, int]) -> PruningPlan:
+    def stages(self, tokens: int, keep: float, leading: int, options: Mapping[str, Option]) -> tuple[Stage, ...]:
         budget = token_budget(tokens, keep, leading) - leading
         rows, columns = pool_grid(budget, math.isqrt(tokens - leading))
-        stage = Stage("vision", tokens, leading, rows * columns)
-        return PruningPlan(self.name, keep, tokens, layers, leading, (stage,), options)
+        return (Stage(VISION, tokens, leading, rows * columns),)
 
     def constants(self, plan: PruningPlan, grid: int) -> dict[str, np.ndarray[Any, Any]]:
         rows, columns = pool_grid(plan.patch_budget, grid)
@@ -49,4 +48,4 @@ class Pool(VisionMethod):
 
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
         weights = constants["weights"].to(state.features.dtype)
-        return Pruned(weights @ state.features[:, 1:], None)
+        return Pruned(weights @ state.patches, None)

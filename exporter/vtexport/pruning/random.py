@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from vtexport.pruning.base import Pruned, TowerState, VisionMethod
-from vtexport.pruning.plan import PruningPlan
+from vtexport.pruning.plan import Option, PruningPlan
+from vtexport.pruning.vision import Pruned, TowerState, VisionMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,14 +19,14 @@ class Random(VisionMethod):
 
     name = "random"
     summary = "a seeded random choice of patches, the same for every image (baseline)"
-    options: ClassVar[Mapping[str, int]] = {"seed": 0}
+    options: ClassVar[Mapping[str, Option]] = {"seed": 0}
 
     def constants(self, plan: PruningPlan, grid: int) -> dict[str, np.ndarray[Any, Any]]:
         # NumPy documents this generator's bit stream as stable: the same seed, the same patches.
-        drawn = np.random.default_rng(plan.options["seed"]).permutation(grid * grid)
+        drawn = np.random.default_rng(int(plan.options["seed"])).permutation(grid * grid)
         return {"index": np.sort(drawn[: plan.patch_budget]).astype(np.int32)}
 
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
         index = constants["index"]
-        tokens = state.features[:, 1:].index_select(1, index)
+        tokens = state.patches.index_select(1, index)
         return Pruned(tokens, index.expand(tokens.shape[0], -1))

@@ -38,6 +38,22 @@ class VisionOutput:
     score: Array | None
 
 
+@dataclass(frozen=True)
+class PrefillOutput:
+    """What prefill gives.
+
+    Attributes:
+        logits: [B, vocabulary] fp32 of each row's last token.
+        cache: the KV cache, with room for further tokens.
+        stages: what the decoder stages give out, by name (`vtexport.graph.graphs.PrefillGraph`): kept.i, and of a
+            debug build score.i, cluster.i and raters.
+    """
+
+    logits: Array
+    cache: Cache
+    stages: Mapping[str, Array] = field(default_factory=dict)
+
+
 class Cache(Protocol):
     """A batch's KV cache, owned by the runtime that made it."""
 
@@ -57,13 +73,20 @@ class Engine(Protocol):
         ...
 
     def prefill(
-        self, input_ids: Array, image_position: Array, text_length: Array, visual: Array, capacity: int
-    ) -> tuple[Array, Cache]:
-        """Logits [B, vocabulary] fp32 of each row's last token, and a cache with room for `capacity` tokens a row."""
+        self, input_ids: Array, image_position: Array, text_length: Array, visual: Array, new_tokens: int
+    ) -> PrefillOutput:
+        """The prefill graph; the cache gets room for `new_tokens` tokens more."""
         ...
 
-    def decode(self, cache: Cache, tokens: Array, length: Array) -> Array:
-        """Logits [B, vocabulary] after one more token a row; `length` [B] tokens are in the cache before it."""
+    def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
+        """Logits [B, vocabulary] after one more token a row.
+
+        Args:
+            cache: what `prefill` gave, updated in place.
+            tokens: [B] int64.
+            length: [N, B] int64, tokens in each layer's cache of each row before this one.
+            position: [N, B] int64, the token's position in each layer.
+        """
         ...
 
 

@@ -81,30 +81,36 @@ def _lowered(node: ir.Node, lengths: _Lengths) -> ir.Node:
 
 
 class _Lengths:
-    """GroupQueryAttention's seqlens_k [B] (tokens before the last one) and total length, int32; made once a graph."""
+    """GroupQueryAttention's seqlens_k [B] (tokens before the last one) and total length, int32.
+
+    Made once for all layers of the same number of rows (prefill), and for each layer's own lengths (decode).
+    """
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._made: tuple[ir.Value, ir.Value] | None = None
+        self._made: dict[object, tuple[ir.Value, ir.Value]] = {}
 
     def of_prompt(self, node: ir.Node) -> tuple[ir.Value, ir.Value]:
-        if self._made is None:
-            query = node.inputs[0]
+        query = node.inputs[0]
+        assert query is not None, "CausalAttention has a query"
+        assert query.shape is not None, "traced graphs have shapes"
+        rows_of = str(query.shape[1])
+        if rows_of not in self._made:
             rows = self._add(node, "Shape", [query], start=1, end=2)
             batch = self._add(node, "Shape", [query], start=0, end=1)
             total = self._cast(node, self._add(node, "Squeeze", [rows]))
             before = self._cast(node, self._add(node, "Sub", [rows, self._constant(node, [1])]))
-            self._made = self._add(node, "Expand", [before, batch]), total
-        return self._made
+            self._made[rows_of] = self._add(node, "Expand", [before, batch]), total
+        return self._made[rows_of]
 
     def of_cache(self, node: ir.Node) -> tuple[ir.Value, ir.Value]:
-        if self._made is None:
-            length = node.inputs[5]
-            assert length is not None, "CachedAttention has six inputs"
+        length = node.inputs[5]
+        assert length is not None, "CachedAttention has six inputs"
+        if length not in self._made:
             longest = self._add(node, "ReduceMax", [length], keepdims=0)
             total = self._add(node, "Add", [longest, self._constant(node, 1)])
-            self._made = self._cast(node, length), self._cast(node, total)
-        return self._made
+            self._made[length] = self._cast(node, length), self._cast(node, total)
+        return self._made[length]
 
     def _add(self, before: ir.Node, op_type: str, inputs: list[ir.Value | None], **attributes: int) -> ir.Value:
         values = [ir.AttrInt64(name, value) for name, value in attributes.items()]

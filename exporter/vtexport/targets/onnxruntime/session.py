@@ -11,17 +11,18 @@ import numpy as np
 import onnxruntime as ort
 
 from vtexport.errors import TargetError, first_line
-from vtexport.targets.base import Array, Cache, VisionOutput
+from vtexport.targets.base import Array, Cache, PrefillOutput, VisionOutput
 
 
 @dataclass
 class OrtCache:
-    """Buffers [B, G, capacity, D] bound as both past and present of the decode session."""
+    """A buffer [B, G, M_i, D] a layer and part, bound as both past and present of the decode session."""
 
     buffers: list[Any]
     binding: Any
     input_ids: Array
     length: Array
+    position: Array
     logits: Array
 
     @property
@@ -65,42 +66,46 @@ class OrtEngine:
         return VisionOutput(found["visual"], found.get("kept"), found.get("score"))
 
     def prefill(
-        self, input_ids: Array, image_position: Array, text_length: Array, visual: Array, capacity: int
-    ) -> tuple[Array, Cache]:
+        self, input_ids: Array, image_position: Array, text_length: Array, visual: Array, new_tokens: int
+    ) -> PrefillOutput:
         feeds = {
             "input_ids": input_ids,
             "image_position": image_position,
             "text_length": text_length,
             "visual": visual,
         }
-        logits, *present = self.session("prefill").run(None, feeds)
-        return logits, self._cache(present, capacity, logits.shape[1])
+        session = self.session("prefill")
+        names = [output.name for output in session.get_outputs()]
+        found = dict(zip(names, session.run(names, feeds), strict=True))
+        logits = found.pop("logits")
+        present = {name: found.pop(name) for name in names if name.startswith("present.")}
+        return PrefillOutput(logits, self._cache(present, new_tokens, logits.shape[1]), found)
 
-    def _cache(self, present: list[Array], capacity: int, vocabulary: int) -> OrtCache:
-        session = self.session("decode")
-        batch, groups, tokens, size = present[0].shape
-        binding = session.io_binding()
+    def _cache(self, present: Mapping[str, Array], new_tokens: int, vocabulary: int) -> OrtCache:
+        binding = self.session("decode").io_binding()
         buffers = []
-        for layer in range(len(present) // 2):
-            for part, entries in zip(("key", "value"), present[2 * layer : 2 * layer + 2], strict=True):
-                room = np.zeros((batch, groups, max(capacity, tokens), size), dtype=entries.dtype)
-                room[:, :, :tokens] = entries
-                # On the CPU the OrtValue is the array's own memory; bound twice, it is updated in place.
-                buffer = ort.OrtValue.ortvalue_from_numpy(room)
-                binding.bind_ortvalue_input(f"past.{layer}.{part}", buffer)
-                binding.bind_ortvalue_output(f"present.{layer}.{part}", buffer)
-                buffers.append(buffer)
+        for name, entries in present.items():
+            batch, groups, tokens, size = entries.shape
+            room = np.zeros((batch, groups, tokens + new_tokens, size), dtype=entries.dtype)
+            room[:, :, :tokens] = entries
+            # On the CPU the OrtValue is the array's own memory; bound twice, it is updated in place.
+            buffer = ort.OrtValue.ortvalue_from_numpy(room)
+            binding.bind_ortvalue_input(name.replace("present", "past"), buffer)
+            binding.bind_ortvalue_output(name, buffer)
+            buffers.append(buffer)
+        layers = len(present) // 2
         input_ids = np.zeros((batch, 1), dtype=np.int64)
-        length = np.zeros(batch, dtype=np.int64)
+        length, position = (np.zeros((layers, batch), dtype=np.int64) for _ in range(2))
         logits = np.zeros((batch, vocabulary), dtype=np.float32)
-        binding.bind_ortvalue_input("input_ids", ort.OrtValue.ortvalue_from_numpy(input_ids))
-        binding.bind_ortvalue_input("length", ort.OrtValue.ortvalue_from_numpy(length))
+        for name, array in (("input_ids", input_ids), ("length", length), ("position", position)):
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-        return OrtCache(buffers, binding, input_ids, length, logits)
+        return OrtCache(buffers, binding, input_ids, length, position, logits)
 
-    def decode(self, cache: Cache, tokens: Array, length: Array) -> Array:
+    def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
         assert isinstance(cache, OrtCache)
         cache.input_ids[:, 0] = tokens
         cache.length[:] = length
+        cache.position[:] = position
         self.session("decode").run_with_iobinding(cache.binding)
         return cache.logits

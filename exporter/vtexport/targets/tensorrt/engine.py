@@ -15,7 +15,7 @@ import tensorrt_rtx_bindings as trt
 import torch
 
 from vtexport.errors import TargetError
-from vtexport.targets.base import Array, Cache, VisionOutput
+from vtexport.targets.base import Array, Cache, PrefillOutput, VisionOutput
 from vtexport.targets.tensorrt.builder import _logger
 
 _DTYPES = {
@@ -90,8 +90,8 @@ class TensorRTEngine:
         return VisionOutput(arrays["visual"], arrays.get("kept"), arrays.get("score"))
 
     def prefill(
-        self, input_ids: Array, image_position: Array, text_length: Array, visual: Array, capacity: int
-    ) -> tuple[Array, Cache]:
+        self, input_ids: Array, image_position: Array, text_length: Array, visual: Array, new_tokens: int
+    ) -> PrefillOutput:
         inputs = {
             "input_ids": input_ids,
             "image_position": image_position,
@@ -99,21 +99,22 @@ class TensorRTEngine:
             "visual": visual,
         }
         found = self._graph("prefill").run({n: torch.from_numpy(a).cuda() for n, a in inputs.items()})
-        logits = found.pop("logits").cpu().numpy()
-        front, back = {}, {}
-        for name, entries in found.items():
-            batch, groups, tokens, size = entries.shape
-            room = torch.zeros((batch, groups, max(capacity, tokens), size), dtype=entries.dtype, device="cuda")
-            room[:, :, :tokens] = entries
+        front, back, stages = {}, {}, {}
+        for name, tensor in found.items():
+            if not name.startswith("present."):
+                stages[name] = tensor.cpu().numpy()
+                continue
+            batch, groups, tokens, size = tensor.shape
+            room = torch.zeros((batch, groups, tokens + new_tokens, size), dtype=tensor.dtype, device="cuda")
+            room[:, :, :tokens] = tensor
             front[name], back[name] = room, torch.empty_like(room)
-        return logits, CudaCache(front, back)
+        logits = stages.pop("logits")
+        return PrefillOutput(logits, CudaCache(front, back), stages)
 
-    def decode(self, cache: Cache, tokens: Array, length: Array) -> Array:
+    def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
         assert isinstance(cache, CudaCache)
-        inputs = {
-            "input_ids": torch.from_numpy(np.ascontiguousarray(tokens[:, None], dtype=np.int64)).cuda(),
-            "length": torch.from_numpy(np.ascontiguousarray(length, dtype=np.int64)).cuda(),
-        }
+        arrays = {"input_ids": tokens[:, None], "length": length, "position": position}
+        inputs = {n: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)).cuda() for n, a in arrays.items()}
         inputs |= {name.replace("present", "past"): buffer for name, buffer in cache.front.items()}
         logits: Array = self._graph("decode").run(inputs, cache.back)["logits"].cpu().numpy()
         cache.front, cache.back = cache.back, cache.front

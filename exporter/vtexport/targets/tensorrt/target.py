@@ -113,8 +113,7 @@ def _profile(job: CompileJob, name: str) -> dict[str, tuple[Any, Any, Any]]:
     """Smallest, usual and largest shape of every input of graph `name`."""
     batch, text = int(job.options["max_batch"]), int(job.options["max_text"])
     d, v = job.spec.decoder, job.spec.vision
-    room = min(job.plan.vision_tokens + text, d.max_positions)
-    usual_text, usual_room = min(48, text), min(job.plan.vision_tokens + min(128, text), room)
+    usual_text = min(48, text)
 
     def shapes(*axes: tuple[int, int, int]) -> tuple[Any, Any, Any]:
         low, usual, high = zip(*axes, strict=True)
@@ -136,6 +135,11 @@ def _profile(job: CompileJob, name: str) -> dict[str, tuple[Any, Any, Any]]:
         }
     from vtexport.graph.graphs import cache_names
 
-    cache = shapes(rows, fixed(d.num_kv_heads), (1, usual_room, room), fixed(d.head_size))
-    named = dict.fromkeys(cache_names("past", d.num_layers), cache)
-    return {"input_ids": shapes(rows, fixed(1)), "length": shapes(rows), **named}
+    layers = fixed(d.num_layers)
+    inputs = {"input_ids": shapes(rows, fixed(1)), "length": shapes(layers, rows), "position": shapes(layers, rows)}
+    for number, name in enumerate(cache_names("past", d.num_layers)):
+        visual = job.plan.per_layer[number // 2]
+        room = min(visual + text, d.max_positions)
+        usual = min(visual + min(128, text), room)
+        inputs[name] = shapes(rows, fixed(d.num_kv_heads), (1, usual, room), fixed(d.head_size))
+    return inputs

@@ -1,0 +1,198 @@
+"""ONNX function bodies of the domain `vtexport`; see `vtexport.graph.functions`, contracts in `vtexport.pruning.ops`."""
+
+# The bodies are onnxscript: Python syntax that is never run as Python.
+# mypy: ignore-errors
+
+from typing import TypeVar, Union
+
+from onnxscript import BOOL, FLOAT, FLOAT16, INT32, INT64, script
+from onnxscript import opset18 as op
+from onnxscript.values import Opset
+
+from vtexport.pruning.onnx_node import DOMAIN_VERSION, PRUNING
+
+pruning = Opset(PRUNING, DOMAIN_VERSION)
+T = TypeVar("T", bound=Union[FLOAT, FLOAT16])  # noqa: UP007 - onnxscript reads typing.Union only
+
+
+@script(pruning, default_opset=op)
+def TokenScore(
+    query: T, key: T, rows: BOOL, places: INT64, start: INT64, count: int, scale: float
+) -> FLOAT:
+    groups = op.Shape(key, start=1, end=2)
+    width = op.Shape(query, start=3, end=4)
+    zero = op.Constant(value_ints=[0])
+    rest = op.Constant(value_ints=[-1])
+    one = op.Constant(value_ints=[1])
+    scaled = op.Cast(query, to=FLOAT.dtype) * op.Constant(value_float=scale)
+    # Query heads of one key head are neighbours: their rows can stand under it as one block.
+    grouped = op.Reshape(scaled, op.Concat(zero, groups, rest, width, axis=0))
+    columns = op.Transpose(op.Cast(key, to=FLOAT.dtype), perm=[0, 1, 3, 2])
+    keys = op.Shape(key, start=2, end=3)
+    by_head = op.Concat(zero, op.Shape(query, start=1, end=3), keys, axis=0)
+    logits = op.Reshape(op.MatMul(grouped, columns), by_head)
+    number = op.Range(op.Constant(value_int=0), op.Squeeze(keys), op.Constant(value_int=1))
+    seen = op.LessOrEqual(number, op.Unsqueeze(places, op.Constant(value_ints=[1, 3])))
+    masked = op.Where(seen, logits, op.Constant(value_float=float("-inf")))
+    attention = op.ReduceMean(op.Softmax(masked, axis=-1), one, keepdims=0)
+    counted = op.Cast(rows, to=FLOAT.dtype)
+    total = op.Max(op.ReduceSum(counted, one, keepdims=1), op.Constant(value_float=1.0))
+    share = op.Unsqueeze(counted / total, one)
+    score = op.Squeeze(op.MatMul(share, attention), one)
+    visual = op.Range(op.Constant(value_int=0), op.Constant(value_int=count), op.Constant(value_int=1))
+    return op.GatherElements(score, op.Unsqueeze(start, one) + visual, axis=1)
+
+
+@script(pruning, default_opset=op)
+def TokenScoreHeads(
+    query: T,
+    key: T,
+    rows: BOOL,
+    places: INT64,
+    start: INT64,
+    divisor: FLOAT,
+    count: int,
+    scale: float,
+    heads: int,
+) -> FLOAT:
+    groups = op.Shape(key, start=1, end=2)
+    width = op.Shape(query, start=3, end=4)
+    zero = op.Constant(value_ints=[0])
+    rest = op.Constant(value_ints=[-1])
+    one = op.Constant(value_ints=[1])
+    two = op.Constant(value_ints=[2])
+    scaled = op.Cast(query, to=FLOAT.dtype) * op.Constant(value_float=scale)
+    grouped = op.Reshape(scaled, op.Concat(zero, groups, rest, width, axis=0))
+    columns = op.Transpose(op.Cast(key, to=FLOAT.dtype), perm=[0, 1, 3, 2])
+    keys = op.Shape(key, start=2, end=3)
+    leading = op.Shape(query, start=0, end=3)
+    logits = op.Reshape(op.MatMul(grouped, columns), op.Concat(leading, keys, axis=0))
+    number = op.Range(op.Constant(value_int=0), op.Squeeze(keys), op.Constant(value_int=1))
+    seen = op.LessOrEqual(number, op.Unsqueeze(places, op.Constant(value_ints=[1, 3])))
+    attention = op.Softmax(op.Where(seen, logits, op.Constant(value_float=float("-inf"))), axis=-1)
+    visual = op.Range(op.Constant(value_int=0), op.Constant(value_int=count), op.Constant(value_int=1))
+    places_of = op.Unsqueeze(op.Unsqueeze(start, one) + visual, op.Constant(value_ints=[1, 2]))
+    extent = op.Reshape(op.Constant(value_int=count), one)
+    index = op.Expand(places_of, op.Concat(leading, extent, axis=0))
+    weighted = op.GatherElements(attention, index, axis=3) / op.Unsqueeze(divisor, one)
+    counted = op.Cast(rows, to=FLOAT.dtype)
+    total = op.Max(op.ReduceSum(counted, one, keepdims=1), op.Constant(value_float=1.0))
+    share = op.Unsqueeze(counted / total, op.Constant(value_ints=[1, 2]))
+    by_head = op.Squeeze(op.MatMul(share, weighted), two)
+    sums = op.ReduceSum(by_head, two, keepdims=0)
+    mine = op.Unsqueeze(sums, two)
+    other = op.Unsqueeze(sums, one)
+    place = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(query, start=1, end=2)), op.Constant(value_int=1))
+    before = op.Less(op.Unsqueeze(place, zero), op.Unsqueeze(place, one))
+    beaten = op.Or(op.Greater(other, mine), op.And(op.Equal(other, mine), before))
+    rank = op.ReduceSum(op.Cast(beaten, to=FLOAT.dtype), two, keepdims=0)
+    chosen = op.Less(rank, op.Cast(op.Constant(value_int=heads), to=FLOAT.dtype))
+    picked = by_head * op.Unsqueeze(op.Cast(chosen, to=FLOAT.dtype), two)
+    return op.ReduceSum(picked, one, keepdims=0) / op.Cast(op.Constant(value_int=heads), to=FLOAT.dtype)
+
+
+@script(pruning, default_opset=op)
+def TokenSelect(hidden: T, score: FLOAT, keep: int) -> tuple[T, INT32]:
+    # Rank of each token: how many beat it, by score or, at equal score, by a lower index.
+    clean = op.Where(op.IsNaN(score), op.Constant(value_float=float("-inf")), score)
+    mine = op.Unsqueeze(clean, op.Constant(value_ints=[2]))
+    other = op.Unsqueeze(clean, op.Constant(value_ints=[1]))
+    total = op.Squeeze(op.Shape(score, start=1, end=2))
+    place = op.Range(op.Constant(value_int=0), total, op.Constant(value_int=1))
+    before = op.Less(op.Unsqueeze(place, op.Constant(value_ints=[0])), op.Unsqueeze(place, op.Constant(value_ints=[1])))
+    beaten = op.Or(op.Greater(other, mine), op.And(op.Equal(other, mine), before))
+    rank = op.ReduceSum(op.Cast(beaten, to=FLOAT.dtype), op.Constant(value_ints=[2]), keepdims=0)
+    # Kept tokens get keys 0, -1, -2 … by place, the others keys below them: TopK then lists the kept in order.
+    number = op.Cast(place, to=FLOAT.dtype)
+    kept = op.Less(rank, op.Cast(op.Constant(value_int=keep), to=FLOAT.dtype))
+    key = op.Where(kept, op.Neg(number), op.Neg(number + op.Cast(total, to=FLOAT.dtype)))
+    top = op.Reshape(op.Constant(value_int=keep), op.Constant(value_ints=[1]))
+    _keys, index = op.TopK(key, top, axis=1, largest=1, sorted=1)
+    chosen = op.GatherND(hidden, op.Unsqueeze(index, op.Constant(value_ints=[2])), batch_dims=1)
+    return chosen, op.Cast(index, to=6)
+
+
+@script(pruning, default_opset=op)
+def TokenRecycle(
+    hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, paper: int
+) -> tuple[T, INT32, INT32]:
+    zero = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    two = op.Constant(value_ints=[2])
+    both = op.Constant(value_ints=[1, 2])
+    minus_infinity = op.Constant(value_float=float("-inf"))
+    infinity = op.Constant(value_float=float("inf"))
+    pool_size = op.Reshape(op.Constant(value_int=pool), one)
+    cluster_size = op.Reshape(op.Constant(value_int=clusters), one)
+    kept = op.Cast(op.Constant(value_int=keep), to=FLOAT.dtype)
+    # The pool: ranks keep … keep + pool - 1, listed by place as in TokenSelect.
+    clean = op.Where(op.IsNaN(score), minus_infinity, score)
+    total = op.Squeeze(op.Shape(score, start=1, end=2))
+    place = op.Range(op.Constant(value_int=0), total, op.Constant(value_int=1))
+    before = op.Less(op.Unsqueeze(place, zero), op.Unsqueeze(place, one))
+    mine = op.Unsqueeze(clean, two)
+    other = op.Unsqueeze(clean, one)
+    beaten = op.Or(op.Greater(other, mine), op.And(op.Equal(other, mine), before))
+    rank = op.ReduceSum(op.Cast(beaten, to=FLOAT.dtype), two, keepdims=0)
+    last = kept + op.Cast(op.Constant(value_int=pool), to=FLOAT.dtype)
+    pooled = op.And(op.GreaterOrEqual(rank, kept), op.Less(rank, last))
+    number = op.Cast(place, to=FLOAT.dtype)
+    key = op.Where(pooled, op.Neg(number), op.Neg(number + op.Cast(total, to=FLOAT.dtype)))
+    _keys, index = op.TopK(key, pool_size, axis=1, largest=1, sorted=1)
+    x = op.Cast(op.GatherND(hidden, op.Unsqueeze(index, two), batch_dims=1), to=FLOAT.dtype)
+    # Squared distances over the width; about their mean the products of the expansion lose fewer digits.
+    centred = x - op.ReduceMean(x, one, keepdims=1)
+    norm = op.ReduceSum(centred * centred, two, keepdims=1)
+    products = op.MatMul(centred, op.Transpose(centred, perm=[0, 2, 1]))
+    expanded = norm + op.Transpose(norm, perm=[0, 2, 1]) - op.Constant(value_float=2.0) * products
+    width = op.Cast(op.Shape(hidden, start=2, end=3), to=FLOAT.dtype)
+    within = op.Range(op.Constant(value_int=0), op.Constant(value_int=pool), op.Constant(value_int=1))
+    row = op.Unsqueeze(within, one)
+    column = op.Unsqueeze(within, zero)
+    itself = op.Equal(row, column)
+    squared = op.Where(itself, op.Constant(value_float=0.0), op.Max(expanded / width, op.Constant(value_float=0.0)))
+    # Only the values of this TopK are read, so the order of equal ones does not matter.
+    nearest, _places = op.TopK(squared, cluster_size, axis=2, largest=0, sorted=1)
+    density = op.Exp(op.Neg(op.ReduceMean(nearest, two, keepdims=0)))
+    own_density = op.Unsqueeze(density, two)
+    their_density = op.Unsqueeze(density, one)
+    earlier = op.Less(column, row)
+    denser = op.Or(
+        op.Greater(their_density, own_density), op.And(op.Equal(their_density, own_density), earlier)
+    )
+    farthest = op.ReduceMax(squared, both, keepdims=1)
+    delta = op.Sqrt(op.ReduceMin(op.Where(denser, squared, farthest), two, keepdims=0))
+    peak = delta * density
+    own_peak = op.Unsqueeze(peak, two)
+    their_peak = op.Unsqueeze(peak, one)
+    higher = op.Or(op.Greater(their_peak, own_peak), op.And(op.Equal(their_peak, own_peak), earlier))
+    peak_rank = op.ReduceSum(op.Cast(higher, to=FLOAT.dtype), two, keepdims=0)
+    is_centre = op.Less(peak_rank, op.Cast(op.Constant(value_int=clusters), to=FLOAT.dtype))
+    within_number = op.Cast(within, to=FLOAT.dtype)
+    centre_key = op.Where(
+        is_centre, op.Neg(within_number), op.Neg(within_number + op.Cast(op.Constant(value_int=pool), to=FLOAT.dtype))
+    )
+    _centre_keys, centre = op.TopK(centre_key, cluster_size, axis=1, largest=1, sorted=1)
+    # Each token joins the nearest centre, a centre itself.
+    length = op.Sqrt(op.ReduceSum(x * x, two, keepdims=1))
+    unit = x / op.Max(length, op.Constant(value_float=1e-12))
+    cosine = op.MatMul(unit, op.Transpose(unit, perm=[0, 2, 1]))
+    as_paper = op.Cast(op.Constant(value_int=paper), to=9)
+    nearness = op.Where(itself, infinity, op.Where(as_paper, cosine, op.Neg(squared)))
+    # [B, c, m]: rows of a symmetric matrix are its columns.
+    to_centres = op.GatherND(nearness, op.Unsqueeze(centre, two), batch_dims=1)
+    best = op.Equal(to_centres, op.ReduceMax(to_centres, one, keepdims=1))
+    cluster_number = op.Range(op.Constant(value_int=0), op.Constant(value_int=clusters), op.Constant(value_int=1))
+    numbered = op.Unsqueeze(op.Cast(cluster_number, to=FLOAT.dtype), one)
+    candidates = op.Where(best, numbered, op.Cast(op.Constant(value_int=clusters), to=FLOAT.dtype))
+    joined = op.ReduceMin(candidates, one, keepdims=1)
+    members = op.Cast(op.Equal(joined, numbered), to=FLOAT.dtype)
+    size = op.Where(as_paper, op.Constant(value_float=1.0), op.ReduceSum(members, two, keepdims=1))
+    merged = op.CastLike(op.MatMul(members, x) / size, hidden)
+    centres = op.Cast(op.GatherElements(index, centre, axis=1), to=6)
+    none = op.Expand(op.Cast(op.Constant(value_int=-1), to=6), op.Shape(score))
+    cluster = op.ScatterElements(none, index, op.Cast(op.Squeeze(joined, one), to=6), axis=1)
+    return merged, centres, cluster
+
+
+PRUNING_FUNCTIONS = (TokenScore, TokenScoreHeads, TokenSelect, TokenRecycle)

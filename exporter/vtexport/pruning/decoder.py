@@ -1,0 +1,182 @@
+"""What a decoder-stage method is, and the part all of them share: who rates, and how tokens leave the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from vtexport.pruning.layout import Layout
+from vtexport.pruning.method import Method
+from vtexport.pruning.plan import Option, PruningPlan, Stage
+from vtexport.pruning.schedule import Budget
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What one layer's attention offers the method: rows that rate, against all keys.
+
+    Attributes:
+        query: [B, R, H * D] after RoPE, the rows that rate.
+        key: [B, S, G * D] after RoPE.
+        heads: H.
+        kv_heads: G.
+        scale: the factor on query · key before softmax.
+        rows: [B, R] bool, which rows count.
+        places: [B, R] int64, the place of each row in the sequence; it sees the keys up to there.
+        positions: [B, S] int64, RoPE positions of the sequence.
+        cos: [max_positions, D / 2], the table of RoPE's cosines.
+    """
+
+    query: Tensor
+    key: Tensor
+    heads: int
+    kv_heads: int
+    scale: float
+    rows: Tensor
+    places: Tensor
+    positions: Tensor
+    cos: Tensor
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Query [B, H, R, D] and key [B, G, S, D]."""
+        size = self.query.shape[2] // self.heads
+        query = self.query.unflatten(2, (self.heads, size)).transpose(1, 2)
+        return query, self.key.unflatten(2, (self.kv_heads, size)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """The rows of a batch between two layers.
+
+    Attributes:
+        hidden: [B, S, C].
+        positions: [B, S] int64.
+        layout: where text and image stand.
+    """
+
+    hidden: Tensor
+    positions: Tensor
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What a stage left, and what it did.
+
+    Attributes:
+        sequence: the shorter rows.
+        index: [B, K'] int32 of kept tokens among those that entered the stage; None if none is kept.
+        score: [B, V] fp32, or None.
+        cluster: [B, V] int32, the merged token that each joined or -1; None without recycling.
+    """
+
+    sequence: Sequence
+    index: Tensor | None
+    score: Tensor | None = None
+    cluster: Tensor | None = None
+
+
+class DecoderMethod(Method):
+    """A method that acts on the output of decoder layers."""
+
+    #: which rows of attention rate visual tokens: the prompt's raters, its last token, or none (no rating)
+    raters: ClassVar[Literal["text", "last", "none"]] = "last"
+    #: whose attention: the pruning layer's own, or that of the next layer on the pruning layer's output
+    attention_of: ClassVar[Literal["own", "next"]] = "own"
+
+    def check_options(self, given: Mapping[str, Option]) -> None:
+        """Refuse, with an InputError, options that have no effect beside each other; `given` has no defaults."""
+
+    def decides_keep(self, options: Mapping[str, Option]) -> str:
+        """The option that fixes the counts instead of a keep ratio, or the empty string."""
+        return ""
+
+    def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
+        """The static counts for `budget`; what `options` left to choose is filled in."""
+        raise NotImplementedError
+
+    def score(self, attention: Attention, layout: Layout) -> Tensor:
+        """Scores [B, V] fp32: mean over heads and rating rows of softmaxed attention, columns of visual tokens."""
+        from vtexport.pruning.ops import token_score
+
+        query, key = attention.split()
+        start, count = layout.image_position, layout.visual
+        return token_score(query, key, attention.rows, attention.places, start, count, attention.scale)
+
+    def rating_rows(self, visual: Tensor, text: Tensor, layout: Layout) -> Tensor | None:
+        """Which text tokens rate, [B, L] bool, decided once on the decoder's input; None unless `raters` is text."""
+        return None
+
+    def merge(self, hidden: Tensor, score: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Merged tokens [B, c, C], centres [B, c] int32 and clusters [B, V] int32 of `stage.recycled` > 0."""
+        raise NotImplementedError
+
+
+def rows_that_rate(method: DecoderMethod, layout: Layout, raters: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Places [B, R] of the rows to compute, and which of them count, [B, R] bool."""
+    import torch
+
+    if raters is not None:
+        return layout.text_places(), raters
+    last = layout.last_place()[:, None]
+    return last, torch.ones_like(last) > 0
+
+
+def drop(
+    method: DecoderMethod,
+    plan: PruningPlan,
+    stage: Stage,
+    sequence: Sequence,
+    attention: Callable[[], Attention],
+    forced: Tensor | None = None,
+) -> Dropped:
+    """Apply one decoder stage to the output of its layer.
+
+    Args:
+        method: the decoder-stage method of `plan`.
+        plan: the plan.
+        stage: one of its decoder stages.
+        sequence: the layer's output.
+        attention: gives the attention that rates; not called if no token is rated.
+        forced: [B, K'] indices to keep instead of those of highest score.
+    """
+    import torch
+
+    from vtexport.pruning.ops import token_select
+
+    layout = sequence.layout
+    if stage.carried == 0:
+        return Dropped(_without_image(plan, sequence), None)
+    rated = attention()
+    score = method.score(rated, layout)
+    visual = layout.visual_of(sequence.hidden)
+    kept, index = token_select(visual, score, stage.kept)
+    if forced is not None:
+        index = forced
+        kept = visual.gather(1, forced.long()[..., None].expand(-1, -1, visual.shape[2]))
+    own = layout.visual_of(sequence.positions[..., None])[..., 0]
+    positions, cluster = own.gather(1, index.long()), None
+    if stage.recycled:
+        merged, centres, cluster = method.merge(visual, score, stage, plan)
+        kept = torch.cat([kept, merged], dim=1)
+        # A merged token stands for its centre, so that is the position it keeps.
+        positions = torch.cat([positions, own.gather(1, centres.long())], dim=1)
+    return Dropped(_with_image(plan, sequence, kept, positions), index, score, cluster)
+
+
+def _with_image(plan: PruningPlan, sequence: Sequence, visual: Tensor, positions: Tensor) -> Sequence:
+    layout = replace(sequence.layout, visual=visual.shape[1])
+    hidden = sequence.layout.with_visual(sequence.hidden, visual)
+    if plan.positions == "compact":
+        return Sequence(hidden, layout.places(), layout)
+    own = sequence.layout.with_visual(sequence.positions[..., None], positions[..., None])[..., 0]
+    return Sequence(hidden, own, layout)
+
+
+def _without_image(plan: PruningPlan, sequence: Sequence) -> Sequence:
+    hidden, positions = sequence.hidden, sequence.positions
+    return _with_image(plan, sequence, hidden[:, :0], positions[:, :0])

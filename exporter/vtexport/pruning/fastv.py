@@ -1,0 +1,33 @@
+"""fastv: what the last prompt token attends to in an early layer (arXiv 2403.06764, ECCV 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vtexport.errors import InputError
+from vtexport.pruning.decoder import DecoderMethod
+from vtexport.pruning.plan import Option, Stage
+from vtexport.pruning.schedule import Budget, choose_layers, nearest
+
+
+class FastV(DecoderMethod):
+    """One stage: the top tokens by the last prompt token's attention, original positions.
+
+    The paper prunes at the input of layer K by the attention of layer K - 1, K = 2: here that is a stage after layer
+    1. The layers up to there keep their whole KV cache. The paper's R is the share dropped at that stage.
+    """
+
+    name = "fastv"
+    summary = "the visual tokens that the last prompt token attends to in an early layer (arXiv 2403.06764)"
+    scores = True
+    options: ClassVar[Mapping[str, Option]] = {"layers": "", "positions": "original"}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"positions": ("original", "compact")}
+
+    def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
+        layers = choose_layers(str(options["layers"]), budget, lambda _layers: (1,))
+        if len(layers) != 1:
+            raise InputError(f"--layers {options['layers']}: method {self.name} prunes once; give one layer")
+        options["layers"] = str(layers[0])
+        family = ((Stage.decoder(layers[0], budget.entering, kept),) for kept in range(1, budget.entering))
+        return nearest(family, budget, self.name, layers)

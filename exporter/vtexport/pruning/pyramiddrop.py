@@ -1,0 +1,41 @@
+"""pyramiddrop: a halving pyramid over the decoder's depth (CVPR 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vtexport.pruning.decoder import DecoderMethod
+from vtexport.pruning.plan import Option, Stage, round_half_up
+from vtexport.pruning.schedule import Budget, choose_layers, clamped, every_schedule, nearest
+
+
+class PyramidDrop(DecoderMethod):
+    """Stages after a quarter, half and three quarters of the layers, each keeping the same share of V.
+
+    Ranked by the attention of the last prompt token, computed with the next layer's queries and keys. The paper's
+    share is 1/2 (mean visual tokens 0.469 V); here it follows from the keep ratio.
+    """
+
+    name = "pyramiddrop"
+    summary = "a share of the visual tokens leaves after each quarter of the decoder's layers (PyramidDrop, CVPR 2025)"
+    scores = True
+    attention_of = "next"
+    options: ClassVar[Mapping[str, Option]] = {"layers": "", "positions": "compact"}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"positions": ("compact", "original")}
+
+    def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
+        layers = choose_layers(str(options["layers"]), budget, _quarters)
+
+        def schedule(share: float) -> tuple[Stage, ...]:
+            entering = budget.entering
+            return clamped(layers, entering, lambda number, _tokens: round_half_up(share ** (number + 1) * entering), None)
+
+        stages = nearest(every_schedule(schedule, 1.0), budget, self.name, layers)
+        options["layers"] = ",".join(str(stage.layer) for stage in stages)
+        return stages
+
+
+def _quarters(num_layers: int) -> tuple[int, ...]:
+    """The layers that end the first three quarters of the decoder, each once."""
+    return tuple(sorted({max(0, quarter * num_layers // 4 - 1) for quarter in (1, 2, 3)}))

@@ -1,0 +1,34 @@
+"""Text raters: which prompt tokens have a say in which visual tokens stay (SparseVLM, section 3.2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def text_raters(visual: Tensor, text: Tensor, after_image: Tensor) -> Tensor:
+    """The text tokens after the image that the image speaks to most.
+
+    m = softmax over text of visual · textᵀ, mean over visual tokens; a rater's m is strictly greater than the mean
+    of m. If none is (a single token, or all alike), every token after the image rates: SparseVLM's released code
+    divides by zero there.
+
+    Args:
+        visual: [B, V, C], the decoder's input embeddings of visual tokens.
+        text: [B, L, C], those of text tokens.
+        after_image: [B, L] bool, text tokens that may rate; padding and text before the image may not.
+
+    Returns:
+        [B, L] bool.
+    """
+    import torch
+
+    logits = visual.float() @ text.float().transpose(1, 2)
+    logits = logits.masked_fill(~after_image[:, None], -torch.inf)
+    # A row without any text after the image would be NaN; it has no rater, and scores of zero.
+    weight = torch.softmax(logits, dim=-1).nan_to_num(0.0).mean(dim=1)
+    count = after_image.sum(dim=1, keepdim=True).clamp(min=1)
+    above = after_image & (weight > weight.sum(dim=1, keepdim=True) / count)
+    return above | (after_image & ~above.any(dim=1, keepdim=True))

@@ -1,0 +1,64 @@
+"""visionzip: dominant patches as they are, the rest merged into a few contextual ones (VisionZip, CVPR 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from vtexport.errors import InputError
+from vtexport.pruning.plan import VISION, Option, PruningPlan, Stage, round_half_up, token_budget
+from vtexport.pruning.vision import Pruned, TowerState, VisionMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class VisionZip(VisionMethod):
+    """`dominant` tokens by the CLS row summed over heads, then `contextual` ones made of the rest.
+
+    Of the R others, targets stand at stride max(1, R // c); every other one joins the target whose head-mean key is
+    nearest by cosine. A contextual token is its target plus the mean of what joined. The authors' 54 + 10 of 64
+    tokens sets the default share of contextual ones.
+    """
+
+    name = "visionzip"
+    summary = "the patches CLS attends to most, and a few merged from the rest (VisionZip, CVPR 2025)"
+    scores = True
+    options: ClassVar[Mapping[str, Option]] = {"contextual": 0.15625}
+
+    def resolve(self, options: dict[str, Option], tower_layers: int) -> None:
+        if not 0 <= float(options["contextual"]) < 1:
+            raise InputError(f"--contextual {options['contextual']:g} is out of range; give a share from 0 to below 1")
+
+    def stages(self, tokens: int, keep: float, leading: int, options: Mapping[str, Option]) -> tuple[Stage, ...]:
+        budget = token_budget(tokens, keep, leading) - leading
+        # Merging needs tokens to merge: at most as many contextual ones as are dropped.
+        contextual = min(round_half_up(budget * float(options["contextual"])), budget - 1, tokens - leading - budget)
+        return (Stage(VISION, tokens, leading + budget - contextual, contextual),)
+
+    def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
+        import torch
+
+        from vtexport.pruning.ops import token_select
+        from vtexport.pruning.ranking import cosine, first_best, marked, places_of, take
+
+        assert plan.vision_stage is not None
+        patches, contextual = state.patches, plan.vision_stage.recycled
+        dominant = plan.patch_budget - contextual
+        score = state.cls_score()
+        tokens, index = token_select(patches, score, dominant)
+        if contextual == 0:
+            return Pruned(tokens, index, score)
+        total = patches.shape[1]
+        rest = places_of(~marked(index.long(), total), total - dominant)
+        stride = max(1, rest.shape[1] // contextual)
+        number = torch.arange(rest.shape[1], device=rest.device)
+        is_target = (number % stride == 0) & (number < stride * contextual)
+        targets = rest[:, : stride * contextual : stride]
+        key = state.layers[-1].key[:, :, 1:].float().mean(dim=1)
+        joined = first_best(cosine(take(key, rest), take(key, targets)))
+        members = joined[:, None] == torch.arange(contextual, device=rest.device)[:, None]
+        members = (members & ~is_target).to(patches.dtype)
+        sums = members @ take(patches, rest)
+        mean = sums / members.sum(dim=2, keepdim=True).clamp(min=1)
+        return Pruned(torch.cat([tokens, take(patches, targets) + mean], dim=1), index, score)

@@ -1,0 +1,57 @@
+"""vispruner: important patches by CLS attention, and of the others the least alike (VisPruner, ICCV 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from vtexport.errors import InputError
+from vtexport.pruning.plan import Option, PruningPlan
+from vtexport.pruning.vision import Pruned, TowerState, VisionMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The released code thins by at most eight tokens a round.
+_ROUND = 8
+
+
+class VisPruner(VisionMethod):
+    """int(K * important) patches by the CLS row; the others thinned of duplicates until K - K_imp are left.
+
+    A round splits the list (at first by descending attention) into even slots a and odd slots b, and drops those a
+    whose greatest cosine to a b is largest; what survives of a, in descending similarity, comes before b. A list of
+    odd length has one more a.
+    """
+
+    name = "vispruner"
+    summary = "half by CLS attention, half by dissimilarity (VisPruner, ICCV 2025)"
+    ranked = False
+    scores = True
+    options: ClassVar[Mapping[str, Option]] = {"important": 0.5}
+
+    def resolve(self, options: dict[str, Option], tower_layers: int) -> None:
+        if not 0 <= float(options["important"]) <= 1:
+            raise InputError(f"--important {options['important']:g} is out of range; give a share from 0 to 1")
+
+    def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
+        import torch
+
+        from vtexport.pruning.ranking import cosine, marked, order, places_of, take
+
+        score, patches = state.cls_score(), state.patches
+        total, budget = patches.shape[1], plan.patch_budget
+        important = int(budget * float(plan.options["important"]))
+        ranked = order(score)
+        alike = cosine(patches, patches)
+        others = ranked[:, important:]
+        while (surplus := others.shape[1] - (budget - important)) > 0:
+            even, odd = others[:, 0::2], others[:, 1::2]
+            dropped = min(_ROUND, surplus, even.shape[1])
+            if odd.shape[1]:
+                rows = take(alike, even).gather(2, odd[:, None].expand(-1, even.shape[1], -1))
+                even = even.gather(1, order(rows.amax(dim=2)))
+            others = torch.cat([even[:, dropped:], odd], dim=1)
+        chosen = torch.cat([ranked[:, :important], others], dim=1)
+        index = places_of(marked(chosen, total), budget)
+        return Pruned(take(patches, index), index.to(torch.int32), score)
