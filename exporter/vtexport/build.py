@@ -31,10 +31,12 @@ from vtexport.manifest import (
     encode,
 )
 from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
-from vtexport.models.llava import rope_reach
+from vtexport.models.llava import fingerprint, rope_reach
 from vtexport.models.prompt import PROCESSOR_FILES
+from vtexport.models.resolve import recipe_ranks
 from vtexport.pruning import DEFAULT_METHOD, PruningPlan, dense_plan, make_plan, methods_of
 from vtexport.pruning.plan import Option
+from vtexport.pruning.rank import Calibration
 from vtexport.targets import DEFAULT_TARGET, get_target
 from vtexport.targets.base import GRAPHS, WEIGHTS_FILE, Compiled, CompileJob, Engine, Target, graph_folder
 
@@ -79,6 +81,7 @@ class BuildOptions:
         dtype: "fp32" or "fp16".
         method_options: the method's own options.
         target_options: the target's own options.
+        ranks: a calibration file; None takes the recipe's, if it carries one.
         debug: also give out scores, raters and clusters.
         verify: run the self-check.
     """
@@ -90,6 +93,7 @@ class BuildOptions:
     dtype: str = "fp32"
     method_options: Mapping[str, Option] = field(default_factory=dict)
     target_options: Mapping[str, str | int] = field(default_factory=dict)
+    ranks: Path | None = None
     debug: bool = False
     verify: bool = True
 
@@ -109,18 +113,35 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
     check_destination(out, force)
     folder = resolve_model(options.model)
     spec = read_spec(folder)
+    checkpoint = Checkpoint.open(folder)
     plan = make_plan(
         options.method,
         tokens=spec.vision.num_visual_tokens,
         layers=spec.decoder.num_layers,
         keep=options.keep,
         leading=spec.vision.num_visual_tokens - spec.vision.num_patches,
-        options=dict(options.method_options),
+        options=options.method_options,
+        calibration=_calibration(options, checkpoint, spec),
         reach=rope_reach(spec),
         tower_layers=spec.vision.feature_layer,
     )
-    source = _Source(options.model, folder, folder, Checkpoint.open(folder), spec)
+    source = _Source(options.model, folder, folder, checkpoint, spec)
     return _assemble(source, plan, target, options, out, shown)
+
+
+def _calibration(options: BuildOptions, checkpoint: Checkpoint, spec: ModelSpec) -> Calibration | None:
+    """The calibration that was asked for or that the recipe carries; refused if it is another model's."""
+    _, decoder = methods_of(options.method)
+    if options.ranks is not None and (decoder is None or not decoder.calibrated):
+        raise InputError(
+            f"--ranks has no effect with method {options.method}, which needs no calibration; leave it out"
+        )
+    path = options.ranks or recipe_ranks(options.model)
+    if path is None:
+        return None
+    found = Calibration.load(path)
+    found.check(path, fingerprint(checkpoint), spec.vision.num_visual_tokens, spec.decoder.num_layers)
+    return found
 
 
 def build_dense_twin(bundle: Bundle, out: Path, progress: Progress | None = None) -> Bundle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ from vtexport.pruning import make_plan
 from vtexport.pruning.rank import RANK_TOLERANCE, Calibration
 
 if TYPE_CHECKING:
-    from vtexport.models.spec import ModelSpec
     from vtexport.reference import ReferenceModel
 
 Array = np.ndarray[Any, Any]
@@ -53,6 +53,21 @@ def read_pairs(path: Path) -> list[Pair]:
     if not pairs:
         raise InputError(f"{path} holds no usable pair; give JSON lines of image and prompt")
     return pairs
+
+
+def calibrate_model(
+    name: str, pairs: Sequence[Pair], exit_tolerance: float = 0.0, advance: Callable[[], None] = lambda: None
+) -> Calibration:
+    """Measure the model that `name` says (see `vtexport.models.resolve_model`) on `pairs`; see `calibrate`."""
+    from vtexport.models import Checkpoint, read_spec, resolve_model
+    from vtexport.models.llava import fingerprint
+    from vtexport.reference import ReferenceModel
+
+    folder = resolve_model(name)
+    spec = read_spec(folder)
+    mark = fingerprint(Checkpoint.open(folder))
+    prompter = Prompter(folder, spec.image_token_id, spec.vision.image_size)
+    return calibrate(ReferenceModel(folder, spec), prompter, pairs, mark, exit_tolerance, advance)
 
 
 def calibrate(
@@ -117,19 +132,53 @@ def _measure(model: ReferenceModel, prompt: Prompt, pixels: Array) -> _Measured:
     import torch
 
     d, v = model.spec.decoder, model.spec.vision
-    dense = make_plan("dense", tokens=v.num_visual_tokens, layers=d.num_layers, keep=1.0,
-                      leading=v.num_visual_tokens - v.num_patches)
+    leading = v.num_visual_tokens - v.num_patches
+    plan_of = partial(make_plan, tokens=v.num_visual_tokens, layers=d.num_layers, leading=leading)
+    dense = plan_of("dense", keep=1.0)
     visual = model.vision(pixels, dense).visual
     ranks, masses, scores = [], [], []
-    with torch.inference_mode():
-        for attention in model.rater_attention(prompt, visual):
-            values = torch.linalg.svdvals(attention)
-            ranks.append(int((values >= RANK_TOLERANCE * values[0]).sum()))
-            masses.append(float(attention.sum(dim=1).mean()))
-            scores.append(attention.mean(dim=0).numpy())
+    for attention in model.rater_attention(prompt, visual):
+        values = torch.linalg.svdvals(attention)
+        ranks.append(int((values >= RANK_TOLERANCE * values[0]).sum()))
+        masses.append(float(attention.sum(dim=1).mean()))
+        scores.append(attention.mean(dim=0).numpy())
     token = int(model.answer(prompt, visual, (), dense).logits[0].argmax())
-    changed = [
-        int(model.answer(prompt, visual, (), _exit_plan(dense, layer)).logits[0].argmax()) != token
-        for layer in range(d.num_layers - 1)
-    ]
+    changed = []
+    for layer in range(d.num_layers - 1):
+        plan = plan_of("exit", keep=None, options={"layers": str(layer)})
+        changed.append(int(model.answer(prompt, visual, (), plan).logits[0].argmax()) != token)
     return _Measured(ranks, masses, _foresight(scores), [*changed, False])
+
+
+def _foresight(scores: Sequence[Array]) -> list[float]:
+    """For each layer, the mean share of the later layers' scores on the quarter of tokens that it scores highest."""
+    found = []
+    for layer, score in enumerate(scores):
+        best = np.argsort(-score, kind="stable")[: max(1, len(score) // 4)]
+        found.append(float(np.mean([later[best].sum() / later.sum() for later in scores[layer + 1 :] or [score]])))
+    return found
+
+
+def plot(calibration: Calibration, path: Path) -> None:
+    """Draw rank, attention mass and foresight by layer into `path` (see `vtexport.show.check_destination`)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(7, 5), sharex=True, layout="constrained")
+    layers = range(len(calibration.ranks))
+    upper.errorbar(layers, calibration.ranks, yerr=calibration.rank_spread, fmt="o-", capsize=3)
+    upper.set_ylabel("rank of raters x visual")
+    upper.set_ylim(bottom=0)
+    lower.plot(layers, calibration.mass, "o-", label="attention of raters that falls on the image")
+    lower.plot(layers, calibration.foresight, "s-", label="later layers' share on this layer's top quarter")
+    lower.axhline(0.25, color="grey", linewidth=0.8, label="that share by chance")
+    for layer in calibration.pruning_layers():
+        lower.axvline(layer, color="grey", linestyle=":", linewidth=0.8)
+    lower.set_ylim(0, 1)
+    lower.set_xlabel("decoder layer; dotted: the layers that --layers auto prunes after")
+    lower.legend(fontsize="small")
+    upper.set_title(f"{calibration.pairs} pairs; visual tokens may leave after layer {calibration.exit_layer}")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -11,9 +11,11 @@ from typing import Any
 
 import click
 
+from vtexport import options
 from vtexport.errors import InputError, StorageError, VtexportError
 
 _BUNDLE = click.argument("bundle", metavar="DIR", type=click.Path(path_type=Path))
+_MODEL = click.option("--model", required=True, help="A model of `vtexport list`, a checkpoint folder, or a hub id.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -29,18 +31,16 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--model", required=True, help="A model of `vtexport list`, a checkpoint folder, or a hub id.")
-@click.option("--keep", type=float, help="Share of the visual tokens kept, above 0 and at most 1.")
-@click.option("--method", help="Pruning method of `vtexport list`.  [default: fastervlm]")
+@_MODEL
+@click.option("--keep", type=float, help="Mean visual tokens over the decoder's layers, as a share above 0, at most 1.")
+@click.option("--method", help="Pruning method of `vtexport list`, or two as VISION+DECODER.  [default: sparsevlm]")
 @click.option("--target", help="Runtime to build for.  [default: onnxruntime]")
 @click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="[default: the target's first]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-METHOD-KEEP]")
 @click.option("--force", is_flag=True, help="Replace a bundle that stands at --out.")
-@click.option("--debug", is_flag=True, help="Let the vision engine also give out the patches' scores.")
-@click.option("--seed", type=int, help="Which patches method random draws.  [default: 0]")
-@click.option("--sm", help="GPU architectures of a TensorRT target, such as 86,89,120.")
-@click.option("--max-batch", type=int, help="Largest batch of a TensorRT target.  [default: 4]")
-@click.option("--max-text", type=int, help="Most text tokens, prompt and answer, of a TensorRT target.  [default: 512]")
+@click.option("--debug", is_flag=True, help="Let the engines also give out scores, raters and clusters.")
+@options.of_methods
+@options.of_targets
 def build(
     model: str,
     keep: float | None,
@@ -50,13 +50,15 @@ def build(
     out: Path | None,
     force: bool,
     debug: bool,
+    ranks: Path | None,
     **extra: Any,
 ) -> None:
     """Build a bundle: a folder of engine files to deploy.
 
     \b
     vtexport build --model micro-llava --keep 0.25 --out micro
-    vtexport build --model llava-hf/llava-1.5-7b-hf --keep 0.25 --target tensorrt-rtx --sm 89,120
+    vtexport build --model micro-llava --keep 0.1 --method fastervlm+sparsevlm
+    vtexport build --model llava-hf/llava-1.5-7b-hf --schedule sparsevlm-192 --target tensorrt-rtx --sm 89,120
     """
     from vtexport.build import BuildOptions
     from vtexport.build import build as build_bundle
@@ -66,25 +68,55 @@ def build(
     from vtexport.targets import DEFAULT_TARGET, get_target
 
     method = method or DEFAULT_METHOD
-    if keep is None:
-        if method != "dense":
-            raise InputError("--keep is missing; give the share of visual tokens to keep, such as --keep 0.25")
-        keep = 1.0
     chosen = get_target(target or DEFAULT_TARGET)
-    options = BuildOptions(
+    made = BuildOptions(
         model=model,
-        keep=keep,
+        keep=1.0 if keep is None and method == "dense" else keep,
         method=method,
         target=chosen.name,
         dtype=dtype or chosen.dtypes[0],
-        method_options=_given(extra, "seed"),
-        target_options=_given(extra, "sm", "max_batch", "max_text"),
+        method_options=options.given(extra, options.METHODS),
+        target_options=options.given(extra, options.TARGETS),
+        ranks=ranks,
         debug=debug,
     )
-    destination = out or Path(f"{Path(model).name}-{method}-{keep:g}")
+    label = extra["schedule"] or (f"{keep:g}" if keep is not None else extra["layers"] or "1")
+    destination = out or Path(f"{Path(model).name}-{method}-{label}")
     with stage_progress() as progress:
-        bundle = build_bundle(options, destination, force=force, progress=progress)
+        bundle = build_bundle(made, destination, force=force, progress=progress)
     stdout.print(build_summary(bundle))
+
+
+@cli.command()
+@_MODEL
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines of image (a path) and prompt.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="File to write, such as ranks.toml.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Also draw the measurements into this file.")
+@click.option("--exit-tolerance", default=0.0, show_default=True, help="Share of pairs whose next token may change.")
+def calibrate(model: str, data: Path, out: Path, plot_file: Path | None, exit_tolerance: float) -> None:
+    """Measure a model's ranks, which the schedules of sparsevlm rest on.
+
+    \b
+    vtexport calibrate --model micro-llava --data pairs.jsonl -o ranks.toml --plot ranks.png
+    vtexport build --model micro-llava --keep 0.25 --ranks ranks.toml
+    """
+    from vtexport import calibrate as calibration
+    from vtexport.console import stage_progress, stdout
+    from vtexport.report import calibration_table
+    from vtexport.show import check_destination
+
+    if not out.absolute().parent.is_dir():
+        raise StorageError(f"{out}: {out.absolute().parent} is not a folder; give another -o")
+    if plot_file is not None:
+        check_destination(plot_file)
+    pairs = calibration.read_pairs(data)
+    with stage_progress() as progress:
+        progress.stage("measure pairs", len(pairs))
+        found = calibration.calibrate_model(model, pairs, exit_tolerance, progress.advance)
+    found.save(out)
+    if plot_file is not None:
+        calibration.plot(found, plot_file)
+    stdout.print(calibration_table(found))
 
 
 @cli.command()
@@ -275,11 +307,6 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps({"versions": versions(), "targets": [asdict(health) for health in examine()]}))
     else:
         stdout.print(health_tables())
-
-
-def _given(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Those of `names` that were given on the command line."""
-    return {name: options[name] for name in names if options[name] is not None}
 
 
 def _pairs(images: tuple[Path, ...], prompts: tuple[str, ...]) -> list[tuple[Path, str]]:

@@ -5,7 +5,7 @@ Nothing of `vtexport.graph` is used here, so agreement with an engine means some
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -136,6 +136,32 @@ class ReferenceModel:
             logits = self.model.lm_head(self.model.model.language_model.norm(last))[0].float().numpy()
         return ReferenceAnswer(logits, kept, score)
 
+    def rater_attention(self, prompt: Prompt, visual: Any) -> Iterator[Any]:
+        """Of every layer of the dense decoder, the attention of SparseVLM's text raters to the image, head mean [R, V].
+
+        Args:
+            prompt: the prompt.
+            visual: [1, V, C], projected visual tokens.
+        """
+        import torch
+
+        from vtexport.pruning.ops import attention_rows
+        from vtexport.pruning.raters import text_raters
+
+        with torch.inference_mode():
+            rows, text, image = self._embed(prompt, visual, ())
+            raters = text_raters(image, text, rows.layout.after_image())
+            places = rows.layout.text_places()[raters][None]
+            start = prompt.image_position
+            for number in range(self.spec.decoder.num_layers):
+                hidden, own = self.layer(number, rows)
+                size = self.spec.decoder.head_size
+                query = rows.layout.rows_of(own.query, places).unflatten(2, (-1, size)).transpose(1, 2)
+                key = own.key.unflatten(2, (-1, size)).transpose(1, 2)
+                attention = attention_rows(query, key, places, size**-0.5).mean(dim=1)[0]
+                yield attention[:, start : start + image.shape[1]]
+                rows = Rows(hidden, rows.positions, rows.layout)
+
     def layer(self, number: int, rows: Rows) -> tuple[Any, LayerAttention]:
         """Decoder layer `number` on rows without padding: its output [B, S, C], and its attention."""
         import torch
@@ -168,9 +194,7 @@ class ReferenceModel:
         split = (x.unflatten(2, (-1, size)).transpose(1, 2) for x in (query, key))
         return LayerAttention(*(x.transpose(1, 2).flatten(2) for x in apply_rotary_pos_emb(*split, *rope)))
 
-    def _attention(
-        self, method: DecoderMethod, number: int, rows: Rows, raters: Any, own: LayerAttention
-    ) -> Attention:
+    def _attention(self, method: DecoderMethod, number: int, rows: Rows, raters: Any, own: LayerAttention) -> Attention:
         """What rates at the stage after layer `number`."""
         d, model = self.spec.decoder, self.model.model.language_model
         found = own

@@ -19,6 +19,7 @@ from vtexport.models.spec import read_spec
 from vtexport.profile import STAGES, Report, Side
 from vtexport.pruning import DEFAULT_METHOD, METHODS, dense_plan
 from vtexport.pruning.flops import NOMINAL_TEXT_TOKENS, plan_flops
+from vtexport.pruning.rank import Calibration
 from vtexport.runtime import Answer
 from vtexport.targets import DEFAULT_TARGET, TARGETS
 
@@ -62,10 +63,12 @@ def _plan_rows(bundle: Bundle) -> list[tuple[str, str]]:
         f"{cost.first_token / 1e9:.4g} GFLOPs to the first token, {cost.first_token / full.first_token:.0%} of dense "
         f"(decoder alone {cost.prefill / full.prefill:.0%}; {NOMINAL_TEXT_TOKENS} text tokens)"
     )
-    rows = [
-        ("method", f"{plan.method}, keep {plan.keep:g}"),
-        ("visual tokens", f"{plan.mean_visual_tokens:g} of {plan.num_visual_tokens}, mean over decoder layers"),
-    ]
+    mean = f"{plan.mean_visual_tokens:.5g} of {plan.num_visual_tokens}, mean over decoder layers"
+    if plan.decoder_stages:
+        mean += f" ({plan.mean_visual_tokens_sparsevlm:.5g} by SparseVLM's count)"
+    options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.options.items() if value != "")
+    rows = [("method", f"{plan.method}, keep {plan.keep:g}" + (f" ({options})" if options else ""))]
+    rows.append(("mean visual tokens", mean))
     rows += [(f"  {s.where}", f"{s.tokens_in} in, {s.kept} kept, {s.recycled} merged") for s in plan.stages]
     return [*rows, ("cost", flops)]
 
@@ -192,6 +195,21 @@ def score_table(score: Score) -> RenderableType:
         table.add_row(kind, str(right), str(total), f"{right / total:.1%}")
     table.add_row("all", str(score.right), str(score.total), f"{score.accuracy:.1%}")
     return table
+
+
+def calibration_table(found: Calibration) -> RenderableType:
+    """What `vtexport calibrate` prints."""
+    table = _table("layer", "rank", "spread", "attention on the image", "foresight")
+    chosen = found.pruning_layers()
+    for layer, values in enumerate(zip(found.ranks, found.rank_spread, found.mass, found.foresight, strict=True)):
+        rank, spread, mass, foresight = values
+        name = f"{layer}{' *' if layer in chosen else ''}"
+        table.add_row(name, f"{rank:.1f}", f"{spread:.1f}", f"{mass:.1%}", f"{foresight:.1%}")
+    notes = (
+        f"{found.pairs} pairs. * --layers auto prunes after these. Foresight: the later layers' share on the quarter of "
+        f"tokens that this layer scores highest. Visual tokens may leave after layer {found.exit_layer}."
+    )
+    return Group(table, "", notes)
 
 
 def catalogue() -> dict[str, dict[str, str]]:

@@ -16,9 +16,7 @@ T = TypeVar("T", bound=Union[FLOAT, FLOAT16])  # noqa: UP007 - onnxscript reads 
 
 
 @script(pruning, default_opset=op)
-def TokenScore(
-    query: T, key: T, rows: BOOL, places: INT64, start: INT64, count: int, scale: float
-) -> FLOAT:
+def TokenScore(query: T, key: T, rows: BOOL, places: INT64, start: INT64, count: int, scale: float) -> FLOAT:
     groups = op.Shape(key, start=1, end=2)
     width = op.Shape(query, start=3, end=4)
     zero = op.Constant(value_ints=[0])
@@ -113,9 +111,7 @@ def TokenSelect(hidden: T, score: FLOAT, keep: int) -> tuple[T, INT32]:
 
 
 @script(pruning, default_opset=op)
-def TokenRecycle(
-    hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, paper: int
-) -> tuple[T, INT32, INT32]:
+def TokenRecycle(hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, paper: int) -> tuple[T, INT32, INT32]:
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     two = op.Constant(value_ints=[2])
@@ -153,16 +149,14 @@ def TokenRecycle(
     squared = op.Where(itself, op.Constant(value_float=0.0), op.Max(expanded / width, op.Constant(value_float=0.0)))
     # Only the values of this TopK are read, so the order of equal ones does not matter.
     nearest, _places = op.TopK(squared, cluster_size, axis=2, largest=0, sorted=1)
-    density = op.Exp(op.Neg(op.ReduceMean(nearest, two, keepdims=0)))
+    density = op.Neg(op.ReduceMean(nearest, two, keepdims=0))
     own_density = op.Unsqueeze(density, two)
     their_density = op.Unsqueeze(density, one)
     earlier = op.Less(column, row)
-    denser = op.Or(
-        op.Greater(their_density, own_density), op.And(op.Equal(their_density, own_density), earlier)
-    )
+    denser = op.Or(op.Greater(their_density, own_density), op.And(op.Equal(their_density, own_density), earlier))
     farthest = op.ReduceMax(squared, both, keepdims=1)
-    delta = op.Sqrt(op.ReduceMin(op.Where(denser, squared, farthest), two, keepdims=0))
-    peak = delta * density
+    delta = op.ReduceMin(op.Where(denser, squared, farthest), two, keepdims=0)
+    peak = op.Constant(value_float=0.5) * op.Log(delta) + density
     own_peak = op.Unsqueeze(peak, two)
     their_peak = op.Unsqueeze(peak, one)
     higher = op.Or(op.Greater(their_peak, own_peak), op.And(op.Equal(their_peak, own_peak), earlier))

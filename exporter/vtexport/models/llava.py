@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from vtexport.errors import ModelError
+from vtexport.models.checkpoint import Checkpoint
 from vtexport.models.spec import DecoderSpec, ModelSpec, VisionSpec
 
 MODEL_TYPE = "llava"
@@ -148,3 +150,18 @@ def rope_reach(spec: ModelSpec) -> int:
     cos, _ = rope_tables(spec)
     negative = (cos.sum(dim=1) <= 0).nonzero()
     return int(negative[0]) if len(negative) else spec.decoder.max_positions
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A short name for this checkpoint's weights: of every tensor's name and shape, and the final norm's values.
+
+    Two fine-tunings of one model differ in it; reading it costs one small tensor.
+    """
+    digest = hashlib.sha256()
+    for name, record in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {record.shape}".encode())
+    norm = checkpoint.find(PREFIXES["decoder."], "norm.weight")
+    with norm.path.open("rb") as file:
+        file.seek(norm.start)
+        digest.update(file.read(norm.end - norm.start))
+    return digest.hexdigest()[:16]

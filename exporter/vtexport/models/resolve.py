@@ -25,7 +25,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The recipe `name`: `summary`, and either `checkpoint` (a folder beside it) or `hub` (an id)."""
+    """The recipe `name`: `summary`; `checkpoint` (a folder beside it) or `hub` (an id); `ranks` (a file beside it)."""
     path = engines_folder() / f"{name}.toml"
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
@@ -55,6 +55,14 @@ def resolve_model(model: str) -> Path:
         f"unknown model {model!r}; give a folder, a hub id such as llava-hf/llava-1.5-7b-hf, "
         f"or one of {', '.join(recipe_names())}"
     )
+
+
+def recipe_ranks(model: str) -> Path | None:
+    """The calibration file that recipe `model` carries, or None if it is no recipe or carries none."""
+    if Path(model).expanduser().is_dir() or model not in recipe_names():
+        return None
+    name = read_recipe(model).get("ranks")
+    return None if name is None else engines_folder() / str(name)
 
 
 def _download(hub_id: str) -> Path:

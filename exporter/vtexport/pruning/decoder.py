@@ -88,6 +88,9 @@ class DecoderMethod(Method):
     #: whose attention: the pruning layer's own, or that of the next layer on the pruning layer's output
     attention_of: ClassVar[Literal["own", "next"]] = "own"
 
+    #: whether its schedule rests on a calibration
+    calibrated: ClassVar[bool] = False
+
     def check_options(self, given: Mapping[str, Option]) -> None:
         """Refuse, with an InputError, options that have no effect beside each other; `given` has no defaults."""
 

@@ -20,6 +20,7 @@ class Exit(DecoderMethod):
 
     name = "exit"
     summary = "every visual token leaves after one decoder layer (static, training-free form of arXiv 2411.19628)"
+    calibrated = True
     raters = "none"
     options: ClassVar[Mapping[str, Option]] = {"layers": "", "positions": "compact"}
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"positions": ("compact", "original")}

@@ -52,7 +52,7 @@ class Layout:
         return self.rows_of(x, self.image_position[:, None] + self._count(self.visual))
 
     def with_visual(self, x: Tensor, visual: Tensor) -> Tensor:
-        """x [B, S, C] with its visual rows replaced by `visual` [B, K, C]: [B, L + K, C]."""
+        """The rows x [B, S, C], their visual ones replaced by `visual` [B, K, C]: [B, L + K, C]."""
         import torch
 
         count = visual.shape[1]

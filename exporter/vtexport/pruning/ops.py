@@ -40,7 +40,7 @@ def token_score(
     return result
 
 
-def _attention(query: Tensor, key: Tensor, places: Tensor, scale: float) -> Tensor:
+def attention_rows(query: Tensor, key: Tensor, places: Tensor, scale: float) -> Tensor:
     """Softmaxed attention [B, H, R, N] fp32 of the given rows."""
     batch, heads, number, size = query.shape
     grouped = (query.float() * scale).reshape(batch, key.shape[1], -1, size)
@@ -58,16 +58,14 @@ def _columns(start: Tensor, count: int) -> Tensor:
 def _token_score(
     query: Tensor, key: Tensor, rows: Tensor, places: Tensor, start: Tensor, count: int, scale: float
 ) -> Tensor:
-    attention = _attention(query, key, places, scale).mean(dim=1)
+    attention = attention_rows(query, key, places, scale).mean(dim=1)
     share = rows.float() / rows.sum(dim=1, keepdim=True).clamp(min=1)
     score = (share[:, None] @ attention)[:, 0]
     return score.gather(1, _columns(start, count))
 
 
 @_token_score.register_fake
-def _(
-    query: Tensor, key: Tensor, rows: Tensor, places: Tensor, start: Tensor, count: int, scale: float
-) -> Tensor:
+def _(query: Tensor, key: Tensor, rows: Tensor, places: Tensor, start: Tensor, count: int, scale: float) -> Tensor:
     return query.new_empty(query.shape[0], count, dtype=torch.float32)
 
 
@@ -120,7 +118,7 @@ def _token_score_heads(
     scale: float,
     heads: int,
 ) -> Tensor:
-    attention = _attention(query, key, places, scale)
+    attention = attention_rows(query, key, places, scale)
     columns = _columns(start, count)[:, None, None].expand(-1, *attention.shape[1:3], -1)
     weighted = attention.gather(3, columns) / divisor[:, None]
     share = rows.float() / rows.sum(dim=1, keepdim=True).clamp(min=1)
@@ -225,9 +223,7 @@ def token_recycle(
             PRUNING, "TokenRecycle", (hidden, score), attributes, like=(merged, centres, cluster)
         )
         return merged, centres, cluster
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.vtexport.token_recycle(
-        hidden, score, keep, pool, clusters, paper
-    )
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.vtexport.token_recycle(hidden, score, keep, pool, clusters, paper)
     return result
 
 
@@ -245,12 +241,13 @@ def _token_recycle(
     squared = norm[:, :, None] + norm[:, None] - 2 * (centred @ centred.transpose(1, 2))
     itself = torch.eye(pool, dtype=torch.bool, device=x.device)
     squared = (squared / width).clamp(min=0).masked_fill(itself, 0.0)
-    density = torch.exp(-squared.topk(clusters, dim=2, largest=False).values.mean(dim=2))
+    # The density's logarithm orders as it does, and does not underflow where tokens lie far apart.
+    density = -squared.topk(clusters, dim=2, largest=False).values.mean(dim=2)
     order = _rank(density)
     denser = order[:, None] < order[:, :, None]
     farthest = squared.amax(dim=(1, 2), keepdim=True)
-    delta = torch.where(denser, squared, farthest).amin(dim=2).sqrt()
-    is_centre = _rank(delta * density) < clusters
+    delta = torch.where(denser, squared, farthest).amin(dim=2)
+    is_centre = _rank(0.5 * delta.log() + density) < clusters
     centre = _places_of(is_centre, clusters)
     nearness = -squared
     if paper:
@@ -270,9 +267,7 @@ def _token_recycle(
 
 
 @_token_recycle.register_fake
-def _(
-    hidden: Tensor, score: Tensor, keep: int, pool: int, clusters: int, paper: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, score: Tensor, keep: int, pool: int, clusters: int, paper: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, number, width = hidden.shape
     merged = hidden.new_empty(batch, clusters, width)
     centres = score.new_empty(batch, clusters, dtype=torch.int32)

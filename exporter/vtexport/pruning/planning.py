@@ -68,7 +68,9 @@ def make_plan(
         entering = stages[-1].carried
     if decoder.decides_keep(resolved):
         if keep is not None:
-            raise InputError(f"--keep has no effect where --{decoder.decides_keep(resolved)} fixes the counts; leave it out")
+            raise InputError(
+                f"--keep has no effect where --{decoder.decides_keep(resolved)} fixes the counts; leave it out"
+            )
     elif keep is None:
         raise InputError("--keep is missing; give the share of visual tokens to keep, such as --keep 0.25")
     budget = Budget(

@@ -29,7 +29,9 @@ class PyramidDrop(DecoderMethod):
 
         def schedule(share: float) -> tuple[Stage, ...]:
             entering = budget.entering
-            return clamped(layers, entering, lambda number, _tokens: round_half_up(share ** (number + 1) * entering), None)
+            return clamped(
+                layers, entering, lambda number, _tokens: round_half_up(share ** (number + 1) * entering), None
+            )
 
         stages = nearest(every_schedule(schedule, 1.0), budget, self.name, layers)
         options["layers"] = ",".join(str(stage.layer) for stage in stages)

@@ -57,7 +57,7 @@ def methods_of(name: str) -> tuple[VisionMethod, DecoderMethod | None]:
     dense = METHODS[Dense.name]
     assert isinstance(dense, VisionMethod)
     if len(found) == 1:
-        return (vision or [dense])[0], (decoder or [None])[0]
+        return (vision[0], None) if vision else (dense, decoder[0])
     if len(vision) != 1 or len(decoder) != 1 or vision[0] is dense or found[0] is not vision[0]:
         raise InputError(
             f"--method {name} cannot be combined; give one vision-stage method, then one decoder-stage method, such "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -272,13 +273,11 @@ def clamped(
     return tuple(stages)
 
 
-def every_schedule(
-    schedule: Callable[[float], tuple[Stage, ...]], largest: float
-) -> tuple[tuple[Stage, ...], ...]:
+def every_schedule(schedule: Callable[[float], tuple[Stage, ...]], largest: float) -> tuple[tuple[Stage, ...], ...]:
     """Every schedule that a parameter in [0, largest] yields, by halving the range until neighbours are equal."""
     steps = [largest * i / _SUBDIVISIONS for i in range(_SUBDIVISIONS + 1)]
     found = {schedule(step) for step in steps}
-    todo = [(low, schedule(low), high, schedule(high)) for low, high in zip(steps, steps[1:], strict=False)]
+    todo = [(low, schedule(low), high, schedule(high)) for low, high in itertools.pairwise(steps)]
     while todo:
         low, first, high, last = todo.pop()
         if first == last or high - low < 1e-7 * largest:

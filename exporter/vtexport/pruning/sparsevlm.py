@@ -31,6 +31,7 @@ class SparseVLM(DecoderMethod):
     name = "sparsevlm"
     summary = "the visual tokens that the question's own words attend to, at a few decoder layers (arXiv 2410.04417)"
     scores = True
+    calibrated = True
     raters = "text"
     options: ClassVar[Mapping[str, Option]] = {
         "layers": "",
@@ -94,5 +95,7 @@ def _recycling(options: Mapping[str, Option]) -> Recycling | None:
         return None
     for name in ("recycle_pool", "recycle_clusters"):
         if not 0 < float(options[name]) <= 1:
-            raise InputError(f"--{name.replace('_', '-')} {options[name]} is out of range; give a share above 0, at most 1")
+            raise InputError(
+                f"--{name.replace('_', '-')} {options[name]} is out of range; give a share above 0, at most 1"
+            )
     return Recycling(float(options["recycle_pool"]), float(options["recycle_clusters"]))

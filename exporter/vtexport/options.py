@@ -1,0 +1,69 @@
+"""The flags of `vtexport build` that belong to a method or a target; whichever takes none of them refuses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+_FLAGS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--layers", help="Decoder layers to prune after, such as 2,6,15, or auto (calibrated)."),
+    click.option("--schedule", help="A released schedule instead of --keep, such as sparsevlm-192."),
+    click.option("--rule", help="How counts follow from ranks: rank or proportional.  [default: rank]"),
+    click.option("--ranks", type=click.Path(path_type=Path), help="Calibration file.  [default: the recipe's]"),
+    click.option("--positions", help="RoPE positions after pruning: compact or original."),
+    click.option("--recycle/--no-recycle", default=None, help="Merge some of the dropped tokens.  [default: recycle]"),
+    click.option("--recycle-pool", type=float, help="Share of the dropped tokens that is merged.  [default: 0.3]"),
+    click.option("--recycle-clusters", type=float, help="Merged tokens, a share of these.  [default: 0.1]"),
+    click.option("--merge", help="mean, or sum (joined by cosine, as the paper writes).  [default: mean]"),
+    click.option("--vision-keep", type=float, help="Share that the first of two methods keeps.  [default: sqrt(keep)]"),
+    click.option("--tower-from", type=int, help="First tower layer of vtc-cls.  [default: the middle]"),
+    click.option("--important", type=float, help="Share that vispruner keeps by attention.  [default: 0.5]"),
+    click.option("--contextual", type=float, help="Share of visionzip's tokens that are merged.  [default: 0.15625]"),
+    click.option("--seed", type=int, help="Which patches method random draws.  [default: 0]"),
+)
+#: the parameters of `of_methods` that go to the method; `ranks` goes to the plan
+METHODS = (
+    "layers",
+    "schedule",
+    "rule",
+    "positions",
+    "recycle",
+    "recycle_pool",
+    "recycle_clusters",
+    "merge",
+    "vision_keep",
+    "tower_from",
+    "important",
+    "contextual",
+    "seed",
+)
+TARGETS = ("sm", "max_batch", "max_text")
+
+
+def of_methods(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags of methods to a command."""
+    for flag in reversed(_FLAGS):
+        command = flag(command)
+    return command
+
+
+def of_targets(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags of targets to a command."""
+    for flag in (
+        click.option(
+            "--max-text", type=int, help="Most text tokens, prompt and answer, of a TensorRT target.  [default: 512]"
+        ),
+        click.option("--max-batch", type=int, help="Largest batch of a TensorRT target.  [default: 4]"),
+        click.option("--sm", help="GPU architectures of a TensorRT target, such as 86,89,120."),
+    ):
+        command = flag(command)
+    return command
+
+
+def given(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of `names` that were given on the command line; switches as 0 and 1, as a manifest has them."""
+    found = {name: values[name] for name in names if values[name] is not None}
+    return {name: int(value) if isinstance(value, bool) else value for name, value in found.items()}
