@@ -1,6 +1,8 @@
-"""TokenScore and TokenSelect: the PyTorch op, a plain loop, and the ONNX function body say the same."""
+"""The pruning ops: the PyTorch op, a plain loop, and the ONNX function body say the same."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from tests.reference import methods
 from vtexport.graph.functions import OPSET, attach_functions
 from vtexport.pruning import ops
 from vtexport.pruning.onnx_node import DOMAIN_VERSION, PRUNING
@@ -64,51 +67,142 @@ def test_select_breaks_ties_by_index_everywhere(data: st.DataObject, batch: int,
         np.testing.assert_array_equal(body_kept[row], hidden[row, chosen])
 
 
-def score_by_loop(query: np.ndarray, key: np.ndarray, start: int, count: int, scale: float) -> np.ndarray:
-    batch, heads, rows, _ = query.shape
-    group = heads // key.shape[1]
-    result = np.zeros((batch, count))
-    for b in range(batch):
-        for head in range(heads):
-            for row in range(rows):
-                logits = key[b, head // group].astype(np.float64) @ query[b, head, row].astype(np.float64) * scale
-                weights = np.exp(logits - logits.max())
-                result[b] += (weights / weights.sum())[start : start + count]
-    return result / (heads * rows)
+@dataclass
+class Scoring:
+    """Inputs of TokenScore: rows that see the keys up to their place, some of which count."""
+
+    feeds: dict[str, np.ndarray]
+    count: int
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [torch.from_numpy(array) for array in self.feeds.values()]
+
+    def attention(self, scale: float) -> np.ndarray:
+        """[B, H, R, V] by loops, in double."""
+        query, key, _, places, start = self.feeds.values()
+        batch, heads, rows, _ = query.shape
+        found = np.zeros((batch, heads, rows, self.count))
+        for b, head, row in np.ndindex(batch, heads, rows):
+            seen = key[b, head // (heads // key.shape[1]), : places[b, row] + 1].astype(np.float64)
+            weights = np.exp(seen @ query[b, head, row].astype(np.float64) * scale)
+            whole = np.zeros(key.shape[2])
+            whole[: len(seen)] = weights / weights.sum()
+            found[b, head, row] = whole[start[b] : start[b] + self.count]
+        return found
 
 
-@settings(deadline=None, max_examples=40)
-@given(
-    batch=st.integers(1, 3),
-    groups=st.integers(1, 3),
-    share=st.integers(1, 3),
-    rows=st.integers(1, 4),
-    keys=st.integers(2, 30),
-    half=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_score_is_the_mean_attention_of_its_rows(
-    batch: int, groups: int, share: int, rows: int, keys: int, half: bool, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    kind = np.float16 if half else np.float32
-    query = rng.standard_normal((batch, groups * share, rows, 8)).astype(kind)
-    key = rng.standard_normal((batch, groups, keys, 8)).astype(kind)
-    start = int(rng.integers(0, keys - 1))
-    count = int(rng.integers(1, keys - start + 1))
-    expected = score_by_loop(query, key, start, count, 0.35)
-    eager = ops.token_score(torch.from_numpy(query), torch.from_numpy(key), start, count, 0.35)
+@st.composite
+def scorings(draw: st.DrawFn) -> Scoring:
+    batch, groups, share, rows = (draw(st.integers(1, 3)) for _ in range(4))
+    keys = draw(st.integers(3, 24))
+    count = draw(st.integers(1, keys))
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    kind = np.float16 if draw(st.booleans()) else np.float32
+    counted = rng.random((batch, rows)) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    feeds = {
+        "query": rng.standard_normal((batch, groups * share, rows, 8)).astype(kind),
+        "key": rng.standard_normal((batch, groups, keys, 8)).astype(kind),
+        "rows": counted,
+        "places": rng.integers(0, keys, (batch, rows)),
+        "start": rng.integers(0, keys - count + 1, batch),
+    }
+    return Scoring(feeds, count)
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=scorings())
+def test_score_is_the_mean_attention_of_the_rows_that_count(case: Scoring) -> None:
+    counted = case.feeds["rows"]
+    attention = case.attention(0.35).mean(axis=1)
+    expected = (attention * counted[..., None]).sum(axis=1) / np.maximum(counted.sum(axis=1), 1)[:, None]
+    eager = ops.token_score(*case.tensors(), case.count, 0.35)
     assert eager.dtype == torch.float32
-    (body,) = run_function("TokenScore", {"query": query, "key": key}, 1, start=start, count=count, scale=0.35)
+    (body,) = run_function("TokenScore", case.feeds, 1, count=case.count, scale=0.35)
     np.testing.assert_allclose(eager.numpy(), expected, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(body, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["token_score", "token_select"])
+@settings(deadline=None, max_examples=40)
+@given(case=scorings(), data=st.data())
+def test_score_heads_divides_and_averages_the_heads_that_look_most(case: Scoring, data: st.DataObject) -> None:
+    counted = case.feeds["rows"]
+    batch, heads = case.feeds["query"].shape[:2]
+    chosen = data.draw(st.integers(1, heads))
+    rng = np.random.default_rng(1)
+    divisor = rng.uniform(0.5, 4, (*counted.shape, case.count)).astype(np.float32)
+    weighted = case.attention(0.35) / divisor[:, None]
+    by_head = (weighted * counted[:, None, :, None]).sum(axis=2) / np.maximum(counted.sum(axis=1), 1)[:, None, None]
+    expected = np.zeros((batch, case.count))
+    for b in range(batch):
+        sums = by_head[b].sum(axis=1)
+        for head in sorted(range(heads), key=lambda h: (-sums[h], h))[:chosen]:
+            expected[b] += by_head[b, head] / chosen
+    eager = ops.token_score_heads(*case.tensors(), torch.from_numpy(divisor), case.count, 0.35, chosen)
+    feeds = {**case.feeds, "divisor": divisor}
+    (body,) = run_function("TokenScoreHeads", feeds, 1, count=case.count, scale=0.35, heads=chosen)
+    np.testing.assert_allclose(eager.numpy(), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(body, expected, rtol=1e-4, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tokens=st.integers(4, 40),
+    seed=st.integers(0, 1000),
+    spread=st.sampled_from([0.1, 1.0, 30.0]),
+    share=st.sampled_from([0.1, 0.4, 1.0]),
+    paper=st.booleans(),
+    ties=st.booleans(),
+    data=st.data(),
+)
+def test_recycle_is_density_peak_clustering_of_the_best_dropped(
+    tokens: int, seed: int, spread: float, share: float, paper: bool, ties: bool, data: st.DataObject
+) -> None:
+    keep = data.draw(st.integers(1, tokens - 2))
+    rng = np.random.default_rng(seed)
+    # A spread of 30 makes densities that fp32 cannot hold; their order must not suffer.
+    hidden = (rng.standard_normal((2, tokens, 16)) * spread).astype(np.float32)
+    score = rng.random((2, tokens)).astype(np.float32)
+    if ties:
+        score = np.round(score, 1)
+    pool = int(0.3 * (tokens - keep)) + 1
+    clusters = min(int(share * pool) + 1, pool)
+    eager = ops.token_recycle(torch.from_numpy(hidden), torch.from_numpy(score), keep, pool, clusters, paper)
+    attributes = {"keep": keep, "pool": pool, "clusters": clusters, "paper": int(paper)}
+    body = run_function("TokenRecycle", {"hidden": hidden, "score": score}, 3, **attributes)
+    for row in range(2):
+        values = torch.from_numpy(score[row])
+        kept = methods.best(values.tolist(), keep)
+        wanted = methods.recycle(torch.from_numpy(hidden[row]), values, kept, pool, clusters, paper)
+        for merged, centres, cluster in ([part.numpy() for part in eager], body):
+            assert centres[row].tolist() == wanted.centres
+            assert {i: int(c) for i, c in enumerate(cluster[row]) if c >= 0} == wanted.members
+            np.testing.assert_allclose(merged[row], wanted.tokens.numpy(), rtol=1e-4, atol=1e-4 * spread)
+    assert eager[1].dtype == eager[2].dtype == torch.int32
+
+
+def test_recycle_merges_equal_tokens_without_nan() -> None:
+    hidden, score = torch.ones(1, 9, 4), torch.zeros(1, 9)
+    merged, centres, cluster = ops.token_recycle(hidden, score, 2, 5, 2, False)
+    # Every distance and density is equal: the lower places win throughout.
+    assert centres.tolist() == [[2, 3]]
+    assert cluster.tolist() == [[-1, -1, 0, 1, 0, 0, 0, -1, -1]]
+    torch.testing.assert_close(merged, torch.ones(1, 2, 4))
+
+
+@pytest.mark.parametrize("name", ["token_score", "token_score_heads", "token_select", "token_recycle"])
 def test_ops_pass_torchs_own_checks(name: str) -> None:
+    rating = (
+        torch.randn(2, 4, 3, 8),
+        torch.randn(2, 2, 9, 8),
+        torch.ones(2, 3) > 0,
+        torch.tensor([[6, 7, 8]]).expand(2, -1).contiguous(),
+        torch.tensor([0, 1]),
+    )
     samples = {
-        "token_score": (torch.randn(2, 4, 1, 8), torch.randn(2, 2, 9, 8), 1, 8, 0.3),
+        "token_score": (*rating, 6, 0.3),
+        "token_score_heads": (*rating, torch.rand(2, 3, 6) + 1, 6, 0.3, 2),
         "token_select": (torch.randn(2, 9, 5), torch.randn(2, 9), 4),
+        "token_recycle": (torch.randn(2, 9, 5), torch.randn(2, 9), 4, 3, 2, False),
     }
     op = getattr(torch.ops.vtexport, name).default
     torch.library.opcheck(op, samples[name], test_utils=("test_schema", "test_faketensor"))

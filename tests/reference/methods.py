@@ -121,13 +121,9 @@ class Recycled:
     members: dict[int, int]
 
 
-def recycle(
-    hidden: Tensor, score: Tensor, kept: list[int], share: float, clusters: float, paper: bool = False
-) -> Recycled:
-    """SparseVLM's recycling of the tokens of hidden [V, C] that are not kept."""
+def recycle(hidden: Tensor, score: Tensor, kept: list[int], size: int, count: int, paper: bool = False) -> Recycled:
+    """SparseVLM's recycling: the `size` best of the tokens of hidden [V, C] that are not kept become `count`."""
     dropped = [i for i in range(len(hidden)) if i not in kept]
-    size = int(share * len(dropped)) + 1
-    count = int(clusters * size) + 1
     pool = sorted(dropped[place] for place in best([float(score[i]) for i in dropped], size))
     width = hidden.shape[1]
     distance = {
@@ -135,13 +131,15 @@ def recycle(
         for i in pool
         for j in pool
     }
-    density = {i: math.exp(-sum(sorted(distance[i, j] ** 2 for j in pool)[:count]) / count) for i in pool}
+    # Python's floats hold densities down to e^-745; beyond, only their logarithm tells them apart.
+    sparse = {i: sum(sorted(distance[i, j] ** 2 for j in pool)[:count]) / count for i in pool}
     farthest = max(distance.values())
     delta = {}
     for i in pool:
-        denser = [j for j in pool if density[j] > density[i] or (density[j] == density[i] and j < i)]
+        denser = [j for j in pool if sparse[j] < sparse[i] or (sparse[j] == sparse[i] and j < i)]
         delta[i] = min((distance[i, j] for j in denser), default=farthest)
-    centres = sorted(pool[place] for place in best([delta[i] * density[i] for i in pool], count))
+    peaks = [math.log(delta[i]) - sparse[i] if delta[i] else -math.inf for i in pool]
+    centres = sorted(pool[place] for place in best(peaks, count))
     members = {}
     for i in pool:
         near = [cosine(hidden[i], hidden[c]) if paper else -distance[i, c] for c in centres]
@@ -244,7 +242,9 @@ class Decoder:
         places = [image[i] for i in kept]
         made, made_positions = rows[:0], []
         if scheme.recycle and len(kept) < len(image):
-            recycled = recycle(rows[image], score, kept, *scheme.recycle, paper=scheme.paper)
+            size = int(scheme.recycle[0] * (len(image) - len(kept))) + 1
+            count = int(scheme.recycle[1] * size) + 1
+            recycled = recycle(rows[image], score, kept, size, count, scheme.paper)
             trace.clusters[number] = recycled.members
             made, made_positions = recycled.tokens, [position[image[c]] for c in recycled.centres]
         before, after = list(range(image[0])), list(range(image[-1] + 1, len(rows)))
