@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,16 @@ import numpy as np
 
 from vtexport.errors import InputError
 from vtexport.models.prompt import Prompt, Prompter, open_image
-from vtexport.pruning import make_plan
+from vtexport.pruning import PruningPlan, make_plan
 from vtexport.pruning.rank import RANK_TOLERANCE, Calibration
+from vtexport.pruning.schedule import default_layers
 
 if TYPE_CHECKING:
     from vtexport.reference import ReferenceModel
 
 Array = np.ndarray[Any, Any]
+#: keep ratios for which pruning layers are tried
+KEEPS = (0.5, 0.33, 0.25, 0.17, 0.11)
 
 
 @dataclass(frozen=True)
@@ -86,36 +89,97 @@ def calibrate(
         pairs: images and prompts, at least one.
         fingerprint: of the checkpoint.
         exit_tolerance: share of the pairs whose next token may change where visual tokens leave early.
-        advance: called once a pair.
+        advance: called `steps(pairs)` times.
 
     Raises:
         InputError: a tolerance outside [0, 1).
     """
     if not 0 <= exit_tolerance < 1:
         raise InputError(f"--exit-tolerance {exit_tolerance:g} is out of range; give a share from 0 to below 1")
+    subjects = [_Subject(model, prompter.prompt(p.prompt), prompter.pixels(p.image)[None]) for p in pairs]
     found = []
-    for pair in pairs:
-        found.append(_measure(model, prompter.prompt(pair.prompt), prompter.pixels(pair.image)[None]))
+    for subject in subjects:
+        found.append(_measure(subject))
         advance()
     ranks = np.array([one.ranks for one in found])
-    changed = np.mean([one.changed for one in found], axis=0)
-    # After the last layer nothing is left to drop, so that one always qualifies.
-    exit_layer = int(np.flatnonzero(changed <= exit_tolerance)[0])
-    return Calibration(
+    calibration = Calibration(
         model=fingerprint,
         num_visual_tokens=model.spec.vision.num_visual_tokens,
         pairs=len(found),
         ranks=_rounded(ranks.mean(axis=0)),
         rank_spread=_rounded(ranks.std(axis=0)),
         mass=_rounded(np.mean([one.mass for one in found], axis=0)),
-        foresight=_rounded(np.mean([one.foresight for one in found], axis=0)),
-        exit_layer=exit_layer,
+        keeps=KEEPS,
+        layers=(default_layers(model.spec.decoder.num_layers),) * len(KEEPS),
+        agreement=(0.0,) * len(KEEPS),
+        # After the last layer nothing is left to drop, so that one always qualifies.
+        exit_layer=int(np.flatnonzero(np.mean([one.changed for one in found], axis=0) <= exit_tolerance)[0]),
         exit_tolerance=exit_tolerance,
+    )
+    choices = []
+    for keep in KEEPS:
+        choices.append(_best_layers(subjects, calibration, keep))
+        advance()
+    return replace(
+        calibration,
+        layers=tuple(layers for layers, _ in choices),
+        agreement=_rounded([agreement for _, agreement in choices]),
     )
 
 
-def _rounded(values: Array) -> tuple[float, ...]:
+def steps(pairs: Sequence[Pair]) -> int:
+    """How often `calibrate` calls `advance`."""
+    return len(pairs) + len(KEEPS)
+
+
+def _candidates(num_layers: int) -> list[tuple[int, ...]]:
+    """Layer sets that are tried: SparseVLM's three, scaled; three from each early layer on, as far apart; each alone."""
+    last, found = num_layers - 2, [default_layers(num_layers)]
+    for first in range(min(num_layers // 2, last) + 1):
+        depth = max(first, 1)
+        found.append(tuple(sorted({min(layer, last) for layer in (first, 3 * depth, 15 * depth // 2)})))
+        found.append((first,))
+    return list(dict.fromkeys(found))
+
+
+def _best_layers(subjects: Sequence[_Subject], calibration: Calibration, keep: float) -> tuple[tuple[int, ...], float]:
+    """The layers under which the dense model's next token stays likeliest at `keep`, and how often it stays."""
+    best: tuple[float, tuple[int, ...], float] = (-np.inf, calibration.layers[0], 0.0)
+    for layers in _candidates(len(calibration.ranks)):
+        options = {"layers": ",".join(map(str, layers))}
+        try:
+            plan = subjects[0].plan("sparsevlm", keep=keep, options=options, calibration=calibration)
+        except InputError:  # out of reach with these layers
+            continue
+        chances = np.array([subject.chance(plan) for subject in subjects])
+        # Of equal chances the first candidate, so that the choice is reproducible.
+        likelihood = float(np.log(chances[:, 0] + 1e-9).mean())
+        if likelihood > best[0]:
+            best = likelihood, layers, float(chances[:, 1].mean())
+    return best[1], best[2]
+
+
+def _rounded(values: Any) -> tuple[float, ...]:
     return tuple(float(f"{value:.4g}") for value in values)
+
+
+class _Subject:
+    """One pair on the model: its visual tokens, and the dense model's greedy next token."""
+
+    def __init__(self, model: ReferenceModel, prompt: Prompt, pixels: Array) -> None:
+        d, v = model.spec.decoder, model.spec.vision
+        leading = v.num_visual_tokens - v.num_patches
+        self.model, self.prompt = model, prompt
+        self.plan = partial(make_plan, tokens=v.num_visual_tokens, layers=d.num_layers, leading=leading)
+        dense = self.plan("dense", keep=1.0)
+        self.visual = model.vision(pixels, dense).visual
+        self.token = int(model.answer(prompt, self.visual, (), dense).logits[0].argmax())
+
+    def chance(self, plan: PruningPlan) -> tuple[float, bool]:
+        """The probability of the dense model's token under `plan`, and whether it is the greedy one."""
+        logits = self.model.answer(self.prompt, self.visual, (), plan).logits[0].astype(np.float64)
+        weights = np.exp(logits - logits.max())
+        return float(weights[self.token] / weights.sum()), int(logits.argmax()) == self.token
 
 
 @dataclass(frozen=True)
@@ -124,43 +188,26 @@ class _Measured:
 
     ranks: list[int]
     mass: list[float]
-    foresight: list[float]
     changed: list[bool]
 
 
-def _measure(model: ReferenceModel, prompt: Prompt, pixels: Array) -> _Measured:
+def _measure(subject: _Subject) -> _Measured:
     import torch
 
-    d, v = model.spec.decoder, model.spec.vision
-    leading = v.num_visual_tokens - v.num_patches
-    plan_of = partial(make_plan, tokens=v.num_visual_tokens, layers=d.num_layers, leading=leading)
-    dense = plan_of("dense", keep=1.0)
-    visual = model.vision(pixels, dense).visual
-    ranks, masses, scores = [], [], []
-    for attention in model.rater_attention(prompt, visual):
+    ranks, masses = [], []
+    for attention in subject.model.rater_attention(subject.prompt, subject.visual):
         values = torch.linalg.svdvals(attention)
         ranks.append(int((values >= RANK_TOLERANCE * values[0]).sum()))
         masses.append(float(attention.sum(dim=1).mean()))
-        scores.append(attention.mean(dim=0).numpy())
-    token = int(model.answer(prompt, visual, (), dense).logits[0].argmax())
-    changed = []
-    for layer in range(d.num_layers - 1):
-        plan = plan_of("exit", keep=None, options={"layers": str(layer)})
-        changed.append(int(model.answer(prompt, visual, (), plan).logits[0].argmax()) != token)
-    return _Measured(ranks, masses, _foresight(scores), [*changed, False])
-
-
-def _foresight(scores: Sequence[Array]) -> list[float]:
-    """For each layer, the mean share of the later layers' scores on the quarter of tokens that it scores highest."""
-    found = []
-    for layer, score in enumerate(scores):
-        best = np.argsort(-score, kind="stable")[: max(1, len(score) // 4)]
-        found.append(float(np.mean([later[best].sum() / later.sum() for later in scores[layer + 1 :] or [score]])))
-    return found
+    changed = [
+        not subject.chance(subject.plan("exit", keep=None, options={"layers": str(layer)}))[1]
+        for layer in range(len(ranks) - 1)
+    ]
+    return _Measured(ranks, masses, [*changed, False])
 
 
 def plot(calibration: Calibration, path: Path) -> None:
-    """Draw rank, attention mass and foresight by layer into `path` (see `vtexport.show.check_destination`)."""
+    """Draw rank and attention mass by layer into `path` (see `vtexport.show.check_destination`)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,14 +218,11 @@ def plot(calibration: Calibration, path: Path) -> None:
     upper.errorbar(layers, calibration.ranks, yerr=calibration.rank_spread, fmt="o-", capsize=3)
     upper.set_ylabel("rank of raters x visual")
     upper.set_ylim(bottom=0)
-    lower.plot(layers, calibration.mass, "o-", label="attention of raters that falls on the image")
-    lower.plot(layers, calibration.foresight, "s-", label="later layers' share on this layer's top quarter")
-    lower.axhline(0.25, color="grey", linewidth=0.8, label="that share by chance")
-    for layer in calibration.pruning_layers():
-        lower.axvline(layer, color="grey", linestyle=":", linewidth=0.8)
+    lower.plot(layers, calibration.mass, "o-")
     lower.set_ylim(0, 1)
-    lower.set_xlabel("decoder layer; dotted: the layers that --layers auto prunes after")
-    lower.legend(fontsize="small")
-    upper.set_title(f"{calibration.pairs} pairs; visual tokens may leave after layer {calibration.exit_layer}")
+    lower.axvline(calibration.exit_layer, color="grey", linestyle=":")
+    lower.set_ylabel("attention of raters\non the image")
+    lower.set_xlabel("decoder layer; dotted: visual tokens may leave after it")
+    upper.set_title(f"{calibration.pairs} pairs")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

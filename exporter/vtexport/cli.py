@@ -111,7 +111,7 @@ def calibrate(model: str, data: Path, out: Path, plot_file: Path | None, exit_to
         check_destination(plot_file)
     pairs = calibration.read_pairs(data)
     with stage_progress() as progress:
-        progress.stage("measure pairs", len(pairs))
+        progress.stage("measure pairs, try layers", calibration.steps(pairs))
         found = calibration.calibrate_model(model, pairs, exit_tolerance, progress.advance)
     found.save(out)
     if plot_file is not None:

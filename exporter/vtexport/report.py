@@ -199,17 +199,14 @@ def score_table(score: Score) -> RenderableType:
 
 def calibration_table(found: Calibration) -> RenderableType:
     """What `vtexport calibrate` prints."""
-    table = _table("layer", "rank", "spread", "attention on the image", "foresight")
-    chosen = found.pruning_layers()
-    for layer, values in enumerate(zip(found.ranks, found.rank_spread, found.mass, found.foresight, strict=True)):
-        rank, spread, mass, foresight = values
-        name = f"{layer}{' *' if layer in chosen else ''}"
-        table.add_row(name, f"{rank:.1f}", f"{spread:.1f}", f"{mass:.1%}", f"{foresight:.1%}")
-    notes = (
-        f"{found.pairs} pairs. * --layers auto prunes after these. Foresight: the later layers' share on the quarter of "
-        f"tokens that this layer scores highest. Visual tokens may leave after layer {found.exit_layer}."
-    )
-    return Group(table, "", notes)
+    layers = _table("layer", "rank", "spread", "attention on the image")
+    for layer, (rank, spread, mass) in enumerate(zip(found.ranks, found.rank_spread, found.mass, strict=True)):
+        layers.add_row(str(layer), f"{rank:.1f}", f"{spread:.1f}", f"{mass:.1%}")
+    choices = _table("keep", "--layers auto", "same next token")
+    for keep, chosen, agreement in zip(found.keeps, found.layers, found.agreement, strict=True):
+        choices.add_row(f"{keep:g}", ",".join(map(str, chosen)), f"{agreement:.1%}")
+    notes = f"{found.pairs} pairs; visual tokens may leave after layer {found.exit_layer}"
+    return Group(layers, "", choices, "", notes)
 
 
 def catalogue() -> dict[str, dict[str, str]]:

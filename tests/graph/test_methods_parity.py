@@ -166,7 +166,7 @@ def test_a_combination_is_one_stage_after_the_other(name: str, checkpoint, build
     visual = []
     for request in requests:
         pixels = torch.from_numpy(request.pixels[None])
-        kept, tokens = pruned_by_reference("fastervlm", model, runner, pixels)
+        _kept, tokens = pruned_by_reference("fastervlm", model, runner, pixels)
         if plan.leading:
             tokens = torch.cat([llava.visual_tokens(model, pixels, np.array([0]))[0], tokens])
         visual.append(tokens)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from vtexport.errors import InputError
 from vtexport.pruning.decoder import DecoderMethod
 from vtexport.pruning.plan import Option, Stage
-from vtexport.pruning.schedule import Budget, choose_layers, nearest
+from vtexport.pruning.schedule import Budget, nearest, parse_layers
 
 
 class FastV(DecoderMethod):
@@ -25,7 +25,7 @@ class FastV(DecoderMethod):
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"positions": ("original", "compact")}
 
     def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
-        layers = choose_layers(str(options["layers"]), budget, lambda _layers: (1,))
+        layers = parse_layers(str(options["layers"] or 1), budget.num_layers)
         if len(layers) != 1:
             raise InputError(f"--layers {options['layers']}: method {self.name} prunes once; give one layer")
         options["layers"] = str(layers[0])

@@ -79,7 +79,7 @@ def make_plan(
         num_layers=layers,
         keep=1.0 if keep is None else keep,
         ranks=None if calibration is None else calibration.ranks,
-        auto_layers=None if calibration is None else calibration.pruning_layers(),
+        auto_layers=None if calibration is None else calibration.pruning_layers(1.0 if keep is None else keep),
         exit_layer=None if calibration is None else calibration.exit_layer,
         reach=reach,
     )

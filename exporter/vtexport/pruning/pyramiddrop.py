@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from vtexport.pruning.decoder import DecoderMethod
 from vtexport.pruning.plan import Option, Stage, round_half_up
-from vtexport.pruning.schedule import Budget, choose_layers, clamped, every_schedule, nearest
+from vtexport.pruning.schedule import Budget, clamped, every_schedule, nearest, parse_layers
 
 
 class PyramidDrop(DecoderMethod):
@@ -25,7 +25,8 @@ class PyramidDrop(DecoderMethod):
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"positions": ("compact", "original")}
 
     def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
-        layers = choose_layers(str(options["layers"]), budget, _quarters)
+        asked = str(options["layers"])
+        layers = parse_layers(asked, budget.num_layers) if asked else _quarters(budget.num_layers)
 
         def schedule(share: float) -> tuple[Stage, ...]:
             entering = budget.entering

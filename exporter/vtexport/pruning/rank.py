@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +12,6 @@ from vtexport.errors import InputError
 
 #: singular values below this share of the greatest do not count into the rank
 RANK_TOLERANCE = 0.01
-_NEARLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Calibration:
             `RANK_TOLERANCE` of the greatest.
         rank_spread: its standard deviation over the pairs.
         mass: mean share of a rater's attention that falls on visual tokens.
-        foresight: mean share of the later layers' raters -> visual attention that falls on the quarter of visual
-            tokens which this layer scores highest.
+        keeps: keep ratios for which pruning layers were tried.
+        layers: for each of them, the pruning layers under which sparsevlm's next token was likeliest to be the dense
+            model's.
+        agreement: with these layers, the share of pairs whose greedy next token stayed the same.
         exit_layer: the earliest layer after which dropping every visual token changed no greedy next token, up to
             `exit_tolerance`; one number.
         exit_tolerance: share of the pairs whose next token might change; one number.
@@ -39,23 +41,16 @@ class Calibration:
     ranks: tuple[float, ...]
     rank_spread: tuple[float, ...]
     mass: tuple[float, ...]
-    foresight: tuple[float, ...]
+    keeps: tuple[float, ...]
+    layers: tuple[tuple[int, ...], ...]
+    agreement: tuple[float, ...]
     exit_layer: int
     exit_tolerance: float
 
-    def pruning_layers(self) -> tuple[int, ...]:
-        """The layers that `--layers auto` prunes after.
-
-        The first is the earliest whose ranking foretells the later layers' nearly as well (`_NEARLY`) as the best
-        layer of the first half; too early ranks blindly, too late saves little. The other two stand as deep beside
-        it as SparseVLM's 6 and 15 beside 2, as far as the decoder goes.
-        """
-        number = len(self.foresight)
-        half = self.foresight[: max(1, number // 2)]
-        first = next(layer for layer, value in enumerate(half) if value >= _NEARLY * max(half))
-        last = number - 2
-        depth = max(first, 1)
-        return tuple(sorted({min(layer, last) for layer in (first, 3 * depth, 15 * depth // 2)}))
+    def pruning_layers(self, keep: float) -> tuple[int, ...]:
+        """The layers to prune after for `keep`: those that did best at the nearest ratio tried, as ratios go."""
+        place = min(range(len(self.keeps)), key=lambda i: abs(math.log(self.keeps[i] / keep)))
+        return self.layers[place]
 
     def save(self, path: Path) -> None:
         """Write it as TOML."""
@@ -63,7 +58,7 @@ class Calibration:
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, tuple):
-                lines.append(f"{item.name} = [{', '.join(f'{entry:.4g}' for entry in value)}]")
+                lines.append(f"{item.name} = {_listed(value)}")
             else:
                 lines.append(f"{item.name} = {value!r}".replace("'", '"'))
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -77,13 +72,15 @@ class Calibration:
         """
         try:
             data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-            values: dict[str, Any] = {k: tuple(map(float, v)) if isinstance(v, list) else v for k, v in data.items()}
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            values["layers"] = tuple(tuple(map(int, entry)) for entry in values.get("layers", ()))
             found = cls(**values)
         except OSError as error:
             raise InputError(f"{path}: no such calibration file; write one with vtexport calibrate") from error
         except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a calibration ({error}); write it anew with vtexport calibrate") from error
-        if len({len(found.ranks), len(found.rank_spread), len(found.mass), len(found.foresight)}) != 1:
+        lengths = {len(found.ranks), len(found.rank_spread), len(found.mass)}, {len(found.keeps), len(found.layers)}
+        if any(len(same) != 1 for same in lengths) or not found.keeps:
             raise InputError(f"{path} has lists of unequal length; write it anew with vtexport calibrate")
         return found
 
@@ -100,3 +97,10 @@ class Calibration:
             )
         if self.model != model:
             raise InputError(f"{path} was calibrated on another checkpoint of this size; calibrate this one")
+
+
+def _listed(value: Any) -> str:
+    """Nested tuples of numbers as TOML arrays."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_listed, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

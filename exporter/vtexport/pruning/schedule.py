@@ -118,22 +118,25 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def choose_layers(text: str, budget: Budget, default: Callable[[int], tuple[int, ...]]) -> tuple[int, ...]:
-    """The pruning layers that option `layers` asks for: a list, `auto` (from the calibration), or empty (`default`).
+def choose_layers(text: str, budget: Budget) -> tuple[int, ...]:
+    """The pruning layers that option `layers` asks for: a list, `auto`, or empty.
+
+    `auto` is what the calibration found best for this keep ratio; empty is that too where the model is calibrated,
+    else `default_layers`.
 
     Raises:
         InputError: see `parse_layers`; or `auto` without a calibration.
     """
-    if not text:
-        return default(budget.num_layers)
-    if text != "auto":
+    if text not in ("", "auto"):
         return parse_layers(text, budget.num_layers)
-    if budget.auto_layers is None:
+    if budget.auto_layers is not None:
+        return budget.auto_layers
+    if text == "auto":
         raise InputError(
-            "--layers auto needs calibrated ranks, which this model's recipe lacks; run vtexport calibrate and give "
-            "its file as --ranks"
+            "--layers auto needs a calibration, which this model's recipe lacks; run vtexport calibrate and give its "
+            "file as --ranks"
         )
-    return budget.auto_layers
+    return default_layers(budget.num_layers)
 
 
 def stages_of(

@@ -13,7 +13,6 @@ from vtexport.pruning.schedule import (
     Budget,
     Recycling,
     choose_layers,
-    default_layers,
     preset_stages,
     solve,
 )
@@ -66,7 +65,7 @@ class SparseVLM(DecoderMethod):
         if options["schedule"]:
             stages = preset_stages(str(options["schedule"]), self.name, budget, recycling)
         else:
-            layers = choose_layers(str(options["layers"]), budget, default_layers)
+            layers = choose_layers(str(options["layers"]), budget)
             stages = solve(budget, layers, str(options["rule"]), recycling, self.name)
         options["layers"] = ",".join(str(stage.layer) for stage in stages)
         return stages

@@ -10,7 +10,7 @@ from vtexport.errors import InputError
 from vtexport.pruning.decoder import Attention
 from vtexport.pruning.layout import Layout
 from vtexport.pruning.plan import Option, Stage, round_half_up
-from vtexport.pruning.schedule import Budget, choose_layers, default_layers, preset_stages, solve
+from vtexport.pruning.schedule import Budget, choose_layers, preset_stages, solve
 from vtexport.pruning.sparsevlm import SparseVLM
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class SparseVLMPlus(SparseVLM):
         if options["schedule"]:
             stages = preset_stages(str(options["schedule"]), self.name, budget, None)
         else:
-            layers = choose_layers(str(options["layers"]), budget, default_layers)
+            layers = choose_layers(str(options["layers"]), budget)
             stages = solve(budget, layers, str(options["rule"]), None, self.name)
         options["layers"] = ",".join(str(stage.layer) for stage in stages)
         return stages

@@ -1,0 +1,37 @@
+"""Images and questions to calibrate micro-llava on, from its training split; `python -m vtexport.micro.pairs FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from vtexport.micro import scenes
+
+SEED = 1789
+NUM_PAIRS = 96
+
+
+def write_pairs(folder: Path, number: int = NUM_PAIRS) -> Path:
+    """Write `number` images and `pairs.jsonl` into `folder`: questions of every kind in turn. Returns the latter."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for place in range(number):
+        rng = np.random.default_rng([SEED, place])
+        scene = scenes.compose(rng, "train")
+        kind = scenes.KINDS[place % len(scenes.KINDS)]
+        pool = [question for question in scenes.questions(scene) if question.kind == kind]
+        name = f"{place:03}.png"
+        Image.fromarray(scene.image).save(folder / name)
+        lines.append(json.dumps({"image": name, "prompt": pool[rng.integers(len(pool))].text}))
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    print(write_pairs(Path(sys.argv[1])))
