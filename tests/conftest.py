@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,9 @@ from vtexport.micro import heldout
 from vtexport.runtime import Runner
 
 BuildBundle = Callable[..., Path]
+
+# Tests run in as many processes as there are cores (pytest-xdist): one thread each.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

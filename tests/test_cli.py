@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.checkpoints import MICRO
+from tests.checkpoints import MICRO, random_checkpoint
 from vtexport import cli
 from vtexport.manifest import MANIFEST
 from vtexport.micro import heldout
+from vtexport.pruning.rank import Calibration
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -90,7 +91,9 @@ def test_no_command_shows_the_help(vtexport) -> None:
 def test_build_run_inspect_show_from_nothing(vtexport, photo: Path, tmp_path: Path) -> None:
     built = vtexport("build", "--model", "micro-llava", "--keep", "0.25", "--out", "micro")
     assert built.code == 0, built.err
-    for said in ("36 of 144", "same kept tokens, same greedy tokens", "vtexport run micro --image", "of dense", "MB"):
+    said_all = ("sparsevlm, keep 0.25", "of 144, mean over decoder layers", "by SparseVLM's count", "decoder.1", "merged",
+                "same kept tokens, same greedy tokens", "vtexport run micro --image", "of dense", "MB")  # fmt: skip
+    for said in said_all:
         assert said in built.out
     for stage in ("trace", "write weights", "verify", "hash files"):
         assert stage in built.err
@@ -103,13 +106,15 @@ def test_build_run_inspect_show_from_nothing(vtexport, photo: Path, tmp_path: Pa
     ran = vtexport("run", "micro", "--image", photo, "--prompt", example.question.text)
     assert ran.code == 0
     assert ran.out == f"{example.question.answer}\n"
-    assert "36 of 144 visual tokens" in ran.err
+    assert "of 144 visual tokens" in ran.err
 
     seen = vtexport("inspect", "micro", "--verify")
     assert "all as they were built" in seen.out
     assert "decoder/weights.safetensors" in seen.out
 
-    drawn = vtexport("show", "micro", "--image", photo, "-o", "kept.png")
+    unasked = vtexport("show", "micro", "--image", photo, "-o", "kept.png")
+    check_refused(unasked, "give a --prompt to show it by", tmp_path, ["micro"])
+    drawn = vtexport("show", "micro", "--image", photo, "--prompt", example.question.text, "-o", "kept.png")
     assert drawn.out == "kept.png\n"
     picture = np.asarray(Image.open(tmp_path / "kept.png"), dtype=float)
     # Two panels; of the second most cells are dimmed.
@@ -123,6 +128,10 @@ def test_the_default_folder_says_what_it_holds(vtexport, tiny_checkpoint: Path, 
     assert (tmp_path / "tiny-random-0.4" / MANIFEST).is_file()
     manifest = json.loads(vtexport("inspect", "tiny-random-0.4", "--json").out)
     assert manifest["plan"]["options"] == {"seed": 3}
+    assert vtexport("build", "--model", "tiny", "--method", "exit", "--layers", "1").code == 0
+    assert json.loads(vtexport("inspect", "tiny-exit-1", "--json").out)["plan"]["keep"] == pytest.approx(
+        2 / 3, abs=1e-4
+    )
     assert vtexport("build", "--model", "tiny", "--method", "dense").code == 0
     assert (tmp_path / "tiny-dense-1" / MANIFEST).is_file()
 
@@ -135,7 +144,7 @@ def test_run_json_says_it_all(vtexport, micro_bundle: Path, photo: Path) -> None
     assert len(lines) == 3
     for line in lines:
         assert set(line) == {"text", "token_ids", "visual_tokens", "stages", "timings_ms"}
-        assert line["visual_tokens"] == {"total": 144, "mean": 36.0}
+        assert line["visual_tokens"] == {"total": 144, "mean": 36.0, "mean_sparsevlm_count": 36.0}
         assert set(line["timings_ms"]) == {"preprocess", "vision", "prefill", "per_token"}
         (stage,) = line["stages"]
         assert set(stage) == {"where", "in", "kept", "recycled", "index", "grid"}
@@ -214,7 +223,10 @@ def test_eval_counts_exact_matches(vtexport, micro_bundle: Path) -> None:
 
 def test_list_and_doctor(vtexport) -> None:
     listed = json.loads(vtexport("list", "--json").out)
-    assert set(listed["methods"]) == {"dense", "fastervlm", "random", "pool"}
+    assert set(listed["methods"]) == {
+        "dense", "sparsevlm", "sparsevlm-plus", "fastv", "pyramiddrop", "exit",
+        "fastervlm", "vtc-cls", "vispruner", "visionzip", "divprune", "random", "pool",
+    }  # fmt: skip
     assert set(listed["targets"]) == {"onnxruntime", "tensorrt-rtx"}
     assert "micro-llava" in listed["models"]
     plain = vtexport("list").out
@@ -232,12 +244,38 @@ def test_list_and_doctor(vtexport) -> None:
         (["--keep", "-0.5"], "out of range"),
         (["--keep", "1.5"], "out of range"),
         (["--keep", "nan"], "out of range"),
-        (["--keep", "0.001"], "leaves no image token of 144; the least"),
+        (["--keep", "0.001", "--method", "fastervlm"], "leaves no image token of 144; the least"),
         (["--keep", "many"], "'many' is not a valid float"),
         ([], "--keep is missing"),
         (["--keep", "0.5", "--method", "best"], "unknown method 'best'; choose one of dense"),
         (["--keep", "0.5", "--method", "dense"], "has no effect with method dense"),
-        (["--keep", "0.5", "--seed", "1"], "--seed has no effect with method fastervlm"),
+        (["--keep", "0.5", "--seed", "1"], "--seed has no effect with method sparsevlm"),
+        (["--keep", "0.5", "--layers", "2,11"], "--layers 11 is out of range: this decoder has 12 layers"),
+        (["--keep", "0.5", "--layers", "2,2"], "--layers names layer 2 twice"),
+        (["--keep", "0.5", "--layers", "early"], "is not a list of numbers"),
+        (["--keep", "0.5", "--layers", "1", "--method", "fastervlm"], "--layers has no effect with method fastervlm"),
+        (["--keep", "0.5", "--layers", "1,2", "--method", "fastv"], "prunes once; give one layer"),
+        (["--keep", "0.1", "--layers", "5"], "is out of reach of sparsevlm pruning after layers 5"),
+        (["--keep", "0.05", "--method", "exit"], "--keep 0.05 is out of reach of exit"),
+        (["--keep", "0.5", "--method", "exit", "--layers", "3"], "--keep has no effect where --layers fixes"),
+        (["--schedule", "sparsevlm-192"], "is for 576 visual tokens and 32 layers"),
+        (["--schedule", "sparsevlm-193"], "is no schedule of method sparsevlm; choose one of sparsevlm-192"),
+        (["--schedule", "sparsevlm-192", "--keep", "0.5"], "--keep has no effect where --schedule fixes"),
+        (["--schedule", "sparsevlm-192", "--rule", "rank"], "--rule has no effect with --schedule"),
+        (["--keep", "0.5", "--rule", "guess"], "--rule guess is unknown; choose one of rank, proportional"),
+        (["--keep", "0.5", "--no-recycle", "--merge", "sum"], "--merge has no effect with --no-recycle"),
+        (["--keep", "0.5", "--recycle-pool", "0"], "--recycle-pool 0.0 is out of range"),
+        (["--keep", "0.5", "--merge", "max"], "--merge max is unknown; choose one of mean, sum"),
+        (["--keep", "0.5", "--ranks", "nowhere.toml"], "no such calibration file"),
+        (["--keep", "0.5", "--ranks", "x.toml", "--method", "pool"], "--ranks has no effect with method pool"),
+        (["--keep", "0.5", "--method", "fastv+sparsevlm"], "cannot be combined; give one vision-stage method"),
+        (["--keep", "0.5", "--method", "sparsevlm+fastervlm"], "cannot be combined"),
+        (["--keep", "0.5", "--method", "fastervlm+pool"], "cannot be combined"),
+        (["--keep", "0.5", "--vision-keep", "0.7"], "--vision-keep has no effect with method sparsevlm"),
+        (["--keep", "0.5", "--vision-keep", "0.4", "--method", "fastervlm+fastv"], "--vision-keep 0.4 is out of range"),
+        (["--keep", "0.5", "--method", "vtc-cls", "--tower-from", "9"], "the tower has 5 layers up to"),
+        (["--keep", "0.5", "--method", "vispruner", "--important", "2"], "--important 2 is out of range"),
+        (["--keep", "0.5", "--method", "visionzip", "--contextual", "1"], "--contextual 1 is out of range"),
         (["--keep", "0.5", "--method", "pool", "--debug"], "--debug has no effect with method pool"),
         (["--keep", "0.5", "--target", "npu"], "unknown target 'npu'; choose one of onnxruntime"),
         (["--keep", "0.5", "--sm", "89"], "--sm has no effect with target onnxruntime"),
@@ -323,7 +361,7 @@ def test_bad_bundles(vtexport, bundle_copy: Path, photo: Path, tmp_path: Path) -
     assert check_refused_inspect.code == 2
     assert check_refused_inspect.err.splitlines()[-1].endswith("was changed since the build; build the bundle again")
     manifest = json.loads((bundle_copy / MANIFEST).read_text())
-    (bundle_copy / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 2}))
+    (bundle_copy / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 1}))
     for command in (
         ["run", bundle_copy, "--image", photo, "--prompt", "what?"],
         ["show", bundle_copy, "--image", photo, "-o", "out.png"],
@@ -331,7 +369,7 @@ def test_bad_bundles(vtexport, bundle_copy: Path, photo: Path, tmp_path: Path) -
         ["eval", bundle_copy],
         ["inspect", bundle_copy],
     ):
-        check_refused(vtexport(*command), "has schema version 2, this vtexport reads version 1", tmp_path, ["copy"])
+        check_refused(vtexport(*command), "has schema version 1, this vtexport reads version 2", tmp_path, ["copy"])
     check_refused(vtexport("inspect", tmp_path), "has no manifest.json", tmp_path, ["copy"])
 
 
@@ -348,3 +386,64 @@ def test_bad_outputs(vtexport, micro_bundle: Path, photo: Path, tmp_path: Path) 
         outcome = vtexport("profile", micro_bundle, name, value)
         assert outcome.code == 2
         assert f"{name} {value} is too small" in outcome.err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vtexport.micro.pairs import write_pairs
+
+    return write_pairs(tmp_path_factory.mktemp("pairs"), 4)
+
+
+def test_calibrate_then_build_on_what_it_measured(vtexport, tiny_checkpoint: Path, pairs: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    done = vtexport("calibrate", "--model", "tiny", "--data", pairs, "-o", "ranks.toml", "--plot", "ranks.png")
+    assert done.code == 0, done.err
+    assert "--layers auto" in done.out
+    assert "measure pairs" in done.err
+    found = Calibration.load(tmp_path / "ranks.toml")
+    assert (found.pairs, found.num_visual_tokens, len(found.ranks)) == (4, 25, 3)
+    # A rank is of a matrix with as many rows as raters, attention a share.
+    assert all(1 <= rank <= 25 for rank in found.ranks)
+    assert all(0 < mass < 1 for mass in found.mass)
+    with Image.open(tmp_path / "ranks.png") as picture:
+        assert picture.size[0] > 400
+    first = (tmp_path / "ranks.toml").read_bytes()
+    assert vtexport("calibrate", "--model", "tiny", "--data", pairs, "-o", "ranks.toml").code == 0
+    assert (tmp_path / "ranks.toml").read_bytes() == first
+    built = vtexport("build", "--model", "tiny", "--keep", "0.5", "--ranks", "ranks.toml", "--layers", "auto")
+    assert built.code == 0, built.err
+    plan = json.loads(vtexport("inspect", "tiny-sparsevlm-0.5", "--json").out)["plan"]
+    assert tuple(int(layer) for layer in plan["options"]["layers"].split(",")) == found.pruning_layers(0.5)
+    other = vtexport("build", "--model", "micro-llava", "--keep", "0.5", "--ranks", "ranks.toml", "--out", "out")
+    assert other.code == 2
+    assert "was calibrated on a model of 25 visual tokens and 3 layers" in other.err
+    random_checkpoint(tmp_path / "other", seed=77)
+    other = vtexport("build", "--model", "other", "--keep", "0.5", "--ranks", "ranks.toml", "--out", "out")
+    assert "was calibrated on another checkpoint" in other.err
+
+
+def test_bad_calibrations(vtexport, tiny_checkpoint: Path, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "wrong.jsonl").write_text('{"picture": "a.png"}\n')
+    (tmp_path / "lost.jsonl").write_text('{"image": "nowhere.png", "prompt": "what?"}\n')
+    left = ["empty.jsonl", "lost.jsonl", "wrong.jsonl"]
+    for data, out, more, message in (
+        ("nowhere.jsonl", "ranks.toml", [], "no such file; give JSON lines"),
+        ("empty.jsonl", "ranks.toml", [], "holds no usable pair"),
+        ("wrong.jsonl", "ranks.toml", [], "wrong.jsonl, line 1: not a pair"),
+        ("lost.jsonl", "ranks.toml", [], "no such image"),
+        (pairs, "nowhere/ranks.toml", [], "is not a folder; give another -o"),
+        (pairs, "ranks.toml", ["--plot", "plot.xyz"], "unknown image format"),
+    ):
+        outcome = vtexport("calibrate", "--model", tiny_checkpoint, "--data", data, "-o", out, *more)
+        check_refused(outcome, message, tmp_path, left)
+    outcome = vtexport(
+        "calibrate", "--model", tiny_checkpoint, "--data", pairs, "-o", "ranks.toml", "--exit-tolerance", "1"
+    )
+    assert outcome.code == 2
+    assert "--exit-tolerance 1 is out of range" in outcome.err.splitlines()[-1]
+    for text in ("ranks = [", "ranks = [1.0]", "surprise = 1"):
+        (tmp_path / "bad.toml").write_text(text)
+        outcome = vtexport("build", "--model", tiny_checkpoint, "--keep", "0.5", "--ranks", "bad.toml", "--out", "out")
+        check_refused(outcome, "is not a calibration", tmp_path, ["bad.toml", *left])

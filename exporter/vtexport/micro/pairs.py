@@ -34,4 +34,4 @@ def write_pairs(folder: Path, number: int = NUM_PAIRS) -> Path:
 
 
 if __name__ == "__main__":
-    print(write_pairs(Path(sys.argv[1])))
+    sys.stdout.write(f"{write_pairs(Path(sys.argv[1]))}\n")
