@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,8 +121,8 @@ def test_an_existing_bundle_needs_force_and_is_replaced_whole(tiny_checkpoint: P
     with pytest.raises(InputError, match="--force"):
         build(options, out)
     assert (out / MANIFEST).read_bytes() == before
-    other = build(BuildOptions(str(tiny_checkpoint), 0.2, verify=False), out, force=True)
-    assert other.manifest.plan.keep == 0.2
+    other = build(BuildOptions(str(tiny_checkpoint), 0.5, verify=False), out, force=True)
+    assert other.manifest.plan.keep == 0.5
     assert siblings(out) == {"bundle"}
 
 
@@ -143,7 +144,7 @@ def test_the_old_bundle_survives_a_failed_rebuild(
 
     monkeypatch.setattr("vtexport.verify.verify_engine", fail)
     with pytest.raises(VerificationError):
-        build(BuildOptions(str(tiny_checkpoint), 0.2), out, force=True)
+        build(BuildOptions(str(tiny_checkpoint), 0.5), out, force=True)
     assert (out / MANIFEST).read_bytes() == before
     assert siblings(out) == {"bundle"}
 
@@ -163,15 +164,20 @@ def test_a_wrong_engine_fails_the_build_and_leaves_nothing(
 
     monkeypatch.setattr(ops, "token_select", wrong)
     with pytest.raises(VerificationError, match="keeps other visual tokens than the reference"):
-        build(BuildOptions(str(tiny_checkpoint), 0.4), tmp_path / "bundle")
+        build(BuildOptions(str(tiny_checkpoint), 0.4, "fastervlm"), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_logits_fail_the_build(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vtexport.reference import ReferenceModel
+    from vtexport.reference import ReferenceAnswer, ReferenceModel
 
-    real = ReferenceModel.logits
-    monkeypatch.setattr(ReferenceModel, "logits", lambda *args: real(*args) + 0.5)
+    real = ReferenceModel.answer
+
+    def shifted(*args: object) -> ReferenceAnswer:
+        found = real(*args)
+        return replace(found, logits=found.logits + 0.5)
+
+    monkeypatch.setattr(ReferenceModel, "answer", shifted)
     with pytest.raises(VerificationError, match="logits differ"):
         build(BuildOptions(str(tiny_checkpoint), 0.4), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

@@ -132,7 +132,9 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
 def _calibration(options: BuildOptions, checkpoint: Checkpoint, spec: ModelSpec) -> Calibration | None:
     """The calibration that was asked for or that the recipe carries; refused if it is another model's."""
     _, decoder = methods_of(options.method)
-    if options.ranks is not None and (decoder is None or not decoder.calibrated):
+    if decoder is None or not decoder.calibrated:
+        if options.ranks is None:
+            return None
         raise InputError(
             f"--ranks has no effect with method {options.method}, which needs no calibration; leave it out"
         )

@@ -11,7 +11,7 @@ from vtexport.errors import VerificationError
 from vtexport.generate import Request, generate
 from vtexport.manifest import VerificationEntry
 from vtexport.models import ModelSpec, Prompter
-from vtexport.pruning import PruningPlan
+from vtexport.pruning import PruningPlan, methods_of
 from vtexport.reference import Array, ReferenceModel
 from vtexport.targets.base import Engine
 
@@ -27,7 +27,7 @@ _PROMPTS = (
 # errors add up over the layers; fp32 differs by the order of summation only.
 _TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
 # How near to the K-th score another score must be for fp16 to exchange the two: relative.
-_SCORE_SLACK = {"fp32": 0.0, "fp16": 2e-2}
+_SCORE_SLACK = {"fp32": 0.0, "fp16": 0.1}
 
 
 def sample_images(size: int) -> list[Array]:
@@ -91,6 +91,7 @@ def verify_engine(
         max_positions=spec.decoder.max_positions,
         keep_logits=True,
     )
+    ranked = methods_of(plan.method)[0].ranked
     worst, same_kept, same_tokens = 0.0, True, True
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         seen = reference.vision(pixels[row : row + 1], plan)
@@ -99,16 +100,17 @@ def verify_engine(
             assert seen.kept is not None
             if not np.array_equal(vision.kept[row], seen.kept[0]):
                 same_kept = False
-                score = None if seen.score is None else seen.score[0]
+                score = seen.score[0] if seen.score is not None and ranked else None
                 _check_swaps(vision.kept[row] - plan.leading, seen.kept[0] - plan.leading, score, dtype)
                 visual = vision.visual[row : row + 1].astype(np.float32)
         expected = reference.answer(prompt, visual, answer.token_ids[:-1], plan)
-        if any(not np.array_equal(answer.kept[where], kept) for where, kept in expected.kept.items()):
+        differ = [where for where, kept in expected.kept.items() if not np.array_equal(answer.kept[where], kept)]
+        if differ:
             same_kept = False
+            # Up to the first stage that differs both saw the same tokens; behind it indices mean other tokens.
+            first = differ[0]
+            _check_swaps(answer.kept[first], expected.kept[first], expected.score[first], dtype)
             expected = reference.answer(prompt, visual, answer.token_ids[:-1], plan, answer.kept)
-            for where, score in expected.score.items():
-                best = np.sort(np.argsort(-score, kind="stable")[: len(answer.kept[where])])
-                _check_swaps(answer.kept[where], best, score, dtype)
         logits = expected.logits
         error = float(np.abs(logits - answer.logits).max() / max(1.0, np.abs(logits).max()))
         worst = max(worst, error)
@@ -135,11 +137,14 @@ def verify_engine(
 
 
 def _check_swaps(got: Array, expected: Array, score: Array | None, dtype: str) -> None:
-    """Kept tokens may differ only in those whose scores [V] fp16 cannot tell apart."""
-    assert score is not None, "only rated tokens can change places"
-    line = score[expected].min()
+    """Kept tokens may differ only in those whose scores [V] fp16 cannot tell apart; without scores, in a tenth."""
     moved = np.setxor1d(got, expected)
-    if not (np.abs(score[moved] - line) <= _SCORE_SLACK[dtype] * abs(line)).all():
+    if score is None:
+        fits = dtype == "fp16" and len(moved) <= 2 * max(1, len(expected) // 10)
+    else:
+        line = score[expected].min()
+        fits = bool((np.abs(score[moved] - line) <= _SCORE_SLACK[dtype] * abs(line)).all())
+    if not fits:
         raise VerificationError(
             f"the engine keeps other visual tokens than the reference ({len(moved)} differ); please report this model"
         )

@@ -79,10 +79,11 @@ def test_running_without_a_gpu_is_a_clear_error(built: tuple[Bundle, Recorder]) 
         Runner.open(built[0].folder)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_builds(method: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [*METHODS, "fastervlm+sparsevlm"])
+def test_every_method_builds(method: str, tmp_path: Path) -> None:
     keep = 1.0 if method == "dense" else 0.4
-    options = BuildOptions(str(tiny_checkpoint), keep, method, target="tensorrt-rtx", dtype="fp32", verify=False)
+    dtype = "fp16" if method in ("sparsevlm", "visionzip") else "fp32"
+    options = BuildOptions(str(MICRO), keep, method, target="tensorrt-rtx", dtype=dtype, verify=False)
     bundle = build(options, tmp_path / "bundle")
     assert all((bundle.folder / path).stat().st_size > 10_000 for path in bundle.manifest.target.graphs.values())
 

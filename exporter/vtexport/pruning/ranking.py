@@ -46,7 +46,8 @@ def marked(index: Tensor, total: int) -> Tensor:
     import torch
 
     place = torch.arange(total, device=index.device)
-    return (index[:, :, None] == place).any(dim=1)
+    # TensorRT has no `any`: the runtimes' narrowest common ground is a sum.
+    return (index[:, :, None] == place).float().sum(dim=1) > 0
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ def text_raters(visual: Tensor, text: Tensor, after_image: Tensor) -> Tensor:
     logits = visual.float() @ text.float().transpose(1, 2)
     logits = logits.masked_fill(~after_image[:, None], -torch.inf)
     # A row without any text after the image would be NaN; it has no rater, and scores of zero.
-    weight = torch.softmax(logits, dim=-1).nan_to_num(0.0).mean(dim=1)
+    # A sum, not a mean: torch exports a mean's axis as a computation, which TensorRT does not fold.
+    weight = torch.softmax(logits, dim=-1).nan_to_num(0.0).sum(dim=1) / visual.shape[1]
     count = after_image.sum(dim=1, keepdim=True).clamp(min=1)
     above = after_image & (weight > weight.sum(dim=1, keepdim=True) / count)
-    return above | (after_image & ~above.any(dim=1, keepdim=True))
+    none = above.float().sum(dim=1, keepdim=True) == 0
+    return above | (after_image & none)

@@ -55,7 +55,8 @@ class VisionZip(VisionMethod):
         number = torch.arange(rest.shape[1], device=rest.device)
         is_target = (number % stride == 0) & (number < stride * contextual)
         targets = rest[:, : stride * contextual : stride]
-        key = state.layers[-1].key[:, :, 1:].float().mean(dim=1)
+        # The sum over heads: cosines do not tell it from the mean, whose axis TensorRT cannot fold.
+        key = state.layers[-1].key[:, :, 1:].float().sum(dim=1)
         joined = first_best(cosine(take(key, rest), take(key, targets)))
         members = joined[:, None] == torch.arange(contextual, device=rest.device)[:, None]
         members = (members & ~is_target).to(patches.dtype)
