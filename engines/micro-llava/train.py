@@ -513,7 +513,7 @@ def train(stage: str, steps: int, batch_size: int, lr: float, visible: int, max_
                 picked = [others[i] for i in rng.permutation(len(others))[:3]]
                 asked.append([*places, *picked, count, *scenes.descriptions(scene)])
             # Steps on every token alone would unlearn to do with few.
-            seen = int(rng.integers(10, 60)) if stage == "align" and step % 4 == 3 else visible
+            seen = int(rng.integers(10, 60)) if stage == "align" and step % 8 == 7 else visible
             loss, right, target = decoder_loss(model, packer, batch, asked, seen, stage == "align")
             content = target != tokenizer.eos_token_id
             facts = {"loss": loss.item(), "token_acc": right[content].float().mean().item()}
@@ -569,7 +569,7 @@ def main() -> None:
     elif arguments.stage == "full":
         train("full", arguments.steps or 100, 32, 0.012, TOKENS, 0)
     else:
-        train("align", arguments.steps or 200, 32, 0.008, TOKENS, 0)
+        train("align", arguments.steps or 160, 32, 0.008, TOKENS, 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""What benchmarks compare: vtexport's bundles, transformers, and pruning as research code hooks it into transformers."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from vtexport.generate import generate
+from vtexport.profile import QUESTION, sample_photo
+from vtexport.pruning import PruningPlan
+from vtexport.runtime import Runner
+
+Times = dict[str, float]
+
+
+class Side(Protocol):
+    """One of the things compared: answers the same question about the same photo."""
+
+    def run(self, new_tokens: int) -> tuple[Times, list[int]]:
+        """Milliseconds by stage, and the greedy tokens."""
+        ...
+
+
+class Vtexport:
+    """A bundle, measured through the runtime that users have."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runner = Runner.open(folder)
+        self.photo = sample_photo()
+
+    def run(self, new_tokens: int) -> tuple[Times, list[int]]:
+        start = time.perf_counter()
+        request = self.runner.request(self.photo, QUESTION)
+        preprocess = 1000 * (time.perf_counter() - start)
+        results, timings = generate(
+            self.runner.engine, self.runner.plan, [request], new_tokens, eos_token_ids=(), max_positions=2048
+        )
+        step = timings.per_token
+        assert step is not None
+        return {
+            "vision": timings.vision,
+            "prefill": timings.prefill,
+            "first_token": preprocess + timings.vision + timings.prefill,
+            "per_token": step,
+        }, results[0].token_ids
+
+
+class Transformers:
+    """transformers in fp32 with sdpa: its own processor, its own cache, greedy."""
+
+    def __init__(self, folder: Path) -> None:
+        self.processor: Any = AutoProcessor.from_pretrained(folder)
+        self.model: Any = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+        self.photo = sample_photo()
+
+    def inputs(self) -> Any:
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self.processor(images=self.photo, text=text, return_tensors="pt")
+
+    def run(self, new_tokens: int) -> tuple[Times, list[int]]:
+        with torch.inference_mode():
+            start = time.perf_counter()
+            logits, state = self.prefill(self.inputs())
+            tokens = [int(logits.argmax())]
+            first = 1000 * (time.perf_counter() - start)
+            steps = []
+            for step in range(new_tokens - 1):
+                began = time.perf_counter()
+                logits = self.decode(tokens[-1], state, step)
+                tokens.append(int(logits.argmax()))
+                steps.append(1000 * (time.perf_counter() - began))
+        return {"first_token": first, "per_token": median(steps)}, tokens
+
+    def prefill(self, inputs: Any) -> tuple[Tensor, Any]:
+        out = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        return out.logits[0, -1], out.past_key_values
+
+    def decode(self, token: int, state: Any, step: int) -> Tensor:
+        found: Tensor = self.model(input_ids=torch.tensor([[token]]), past_key_values=state, use_cache=True).logits
+        return found[0, -1]
+
+
+class HookedSparseVLM(Transformers):
+    """SparseVLM written into transformers' decoder loop the way research code does it.
+
+    One image at a time; at a pruning layer the whole attention map is made, and the raters' rows read off it; all
+    other attention is sdpa. Same schedule, same tokens as the engine.
+    """
+
+    def __init__(self, folder: Path, plan: PruningPlan) -> None:
+        super().__init__(folder)
+        self.plan = plan
+
+    def prefill(self, inputs: Any) -> tuple[Tensor, Any]:
+        llava, language = self.model.model, self.model.model.language_model
+        ids = inputs["input_ids"][0]
+        image = (ids == self.model.config.image_token_id).nonzero().flatten()
+        start, count = int(image[0]), len(image)
+        hidden = self.model.get_input_embeddings()(ids)
+        visual = llava.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output[0]
+        hidden = torch.cat([hidden[:start], visual, hidden[start + count :]])[None]
+        m = torch.softmax(visual @ hidden[0, start + count :].T, dim=1).mean(dim=0)
+        raters = (m > m.mean()).nonzero().flatten()
+        cache = DynamicCache()
+        stages = self.plan.decoder_stages
+        for number, layer in enumerate(language.layers):
+            positions = torch.arange(hidden.shape[1])[None]
+            rope = language.rotary_emb(hidden, position_ids=positions)
+            attention = self._map(layer, hidden, rope) if number in stages else None
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rope, past_key_values=cache)
+            if attention is not None:
+                rows = attention[0, :, start + count + raters, start : start + count]
+                hidden = self._prune(hidden, rows.mean(dim=(0, 1)), stages[number].kept, start, count)
+                count = stages[number].carried
+        return self.model.lm_head(language.norm(hidden[:, -1:]))[0, -1], cache
+
+    def decode(self, token: int, state: Any, step: int) -> Tensor:
+        language = self.model.model.language_model
+        hidden = self.model.get_input_embeddings()(torch.tensor([[token]]))
+        for number, layer in enumerate(language.layers):
+            position = torch.tensor([[state.get_seq_length(number)]])
+            rope = language.rotary_emb(hidden, position_ids=position)
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rope, past_key_values=state)
+        found: Tensor = self.model.lm_head(language.norm(hidden))
+        return found[0, -1]
+
+    def _map(self, layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The whole causal attention map [1, H, S, S] of a layer."""
+        attention, x = layer.self_attn, layer.input_layernorm(hidden)
+        size = attention.head_dim
+        query, key = (p(x).unflatten(2, (-1, size)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+        query, key = apply_rotary_pos_emb(query, key, *rope)
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        future = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).triu(1)
+        return torch.softmax((query @ key.transpose(2, 3) / math.sqrt(size)).masked_fill(future, -torch.inf), dim=-1)
+
+    def _prune(self, hidden: Tensor, score: Tensor, keep: int, start: int, count: int) -> Tensor:
+        image = hidden[0, start : start + count]
+        order = score.argsort(descending=True, stable=True)
+        kept = order[:keep].sort().values
+        size = int(0.3 * (count - keep)) + 1
+        clusters = int(0.1 * size) + 1
+        pool = image[order[keep : keep + size].sort().values]
+        distance = torch.cdist(pool, pool) / math.sqrt(pool.shape[1])
+        density = -distance.square().topk(clusters, largest=False).values.mean(dim=1)
+        denser = density[None] > density[:, None]
+        delta = torch.where(denser, distance, distance.max()).amin(dim=1)
+        centres = (delta.log() + density).topk(clusters).indices.sort().values
+        joined = distance[:, centres].argmin(dim=1)
+        joined[centres] = torch.arange(clusters)
+        merged = torch.stack([pool[joined == number].mean(dim=0) for number in range(clusters)])
+        parts = [hidden[0, :start], image[kept], merged, hidden[0, start + count :]]
+        return torch.cat(parts)[None]
+
+
+def in_turns(sides: dict[str, Side], new_tokens: int, runs: int, warm_up: int = 2) -> dict[str, Times]:
+    """Medians of every side's times, the sides taking turns, each first as often as last."""
+    found: dict[str, list[Times]] = {name: [] for name in sides}
+    for number in range(warm_up + runs):
+        for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
+            times, _ = sides[name].run(new_tokens)
+            if number >= warm_up:
+                found[name].append(times)
+    return {name: {stage: median(t[stage] for t in times) for stage in times[0]} for name, times in found.items()}
+
+
+def check_equal(sides: dict[str, Side], pairs: list[tuple[str, str]], new_tokens: int) -> None:
+    """Stop unless both sides of every pair give the same greedy tokens: speed is compared at equal output only."""
+    for one, other in pairs:
+        first, second = (sides[name].run(new_tokens)[1] for name in (one, other))
+        if not np.array_equal(first, second):
+            raise SystemExit(f"{one} and {other} answer differently: {first} and {second}")
