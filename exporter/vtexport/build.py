@@ -82,6 +82,7 @@ class BuildOptions:
         method_options: the method's own options.
         target_options: the target's own options.
         ranks: a calibration file; None takes the recipe's, if it carries one.
+        give_ranking: also give out how much each visual token was attended to, for `run --ranking-from`.
         debug: also give out scores, raters and clusters.
         verify: run the self-check.
     """
@@ -94,6 +95,7 @@ class BuildOptions:
     method_options: Mapping[str, Option] = field(default_factory=dict)
     target_options: Mapping[str, str | int] = field(default_factory=dict)
     ranks: Path | None = None
+    give_ranking: bool = False
     debug: bool = False
     verify: bool = True
 
@@ -233,6 +235,7 @@ def _assemble(
             ),
             graphs=ports,
             debug=options.debug,
+            gives_ranking=options.give_ranking,
             verification=verification,
             files=list_files(building),
         )
@@ -252,6 +255,8 @@ def _check_options(options: BuildOptions, target: Target) -> None:
     vision, decoder = methods_of(options.method)
     if options.debug and not (vision.scores or (decoder is not None and decoder.scores)):
         raise InputError(f"--debug has no effect with method {options.method}, which rates no tokens; leave it out")
+    if options.give_ranking and options.method != "dense":
+        raise InputError(f"--give-ranking ranks every visual token, but method {options.method} drops some; use dense")
     available = target.can_build()
     if not available.works:
         raise TargetError(f"target {target.name} cannot build here: {available.reason}")
@@ -269,8 +274,8 @@ def _trace(spec: ModelSpec, plan: PruningPlan, options: BuildOptions, progress: 
     graphs = []
     for trace in (
         lambda: trace_vision(spec, plan, options.dtype, options.debug),
-        lambda: trace_prefill(spec, plan, options.dtype, options.debug),
-        lambda: trace_decode(spec, options.dtype),
+        lambda: trace_prefill(spec, plan, options.dtype, options.debug, options.give_ranking),
+        lambda: trace_decode(spec, options.dtype, plan.num_visual_tokens if options.give_ranking else 0),
     ):
         graphs.append(trace())
         progress.advance()

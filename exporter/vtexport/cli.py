@@ -16,6 +16,7 @@ from vtexport.errors import InputError, StorageError, VtexportError
 
 _BUNDLE = click.argument("bundle", metavar="DIR", type=click.Path(path_type=Path))
 _MODEL = click.option("--model", required=True, help="A model of `vtexport list`, a checkpoint folder, or a hub id.")
+_RANKING = click.option("--ranking-from", type=click.Path(path_type=Path), help="Bundle that ranks for method sgl.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -38,6 +39,7 @@ def cli() -> None:
 @click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="[default: the target's first]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-METHOD-KEEP]")
 @click.option("--force", is_flag=True, help="Replace a bundle that stands at --out.")
+@click.option("--give-ranking", is_flag=True, help="Let a dense bundle rank visual tokens for another (method sgl).")
 @click.option("--debug", is_flag=True, help="Let the engines also give out scores, raters and clusters.")
 @options.of_methods
 @options.of_targets
@@ -49,6 +51,7 @@ def build(
     dtype: str | None,
     out: Path | None,
     force: bool,
+    give_ranking: bool,
     debug: bool,
     ranks: Path | None,
     **extra: Any,
@@ -78,6 +81,7 @@ def build(
         method_options=options.given(extra, options.METHODS),
         target_options=options.given(extra, options.TARGETS),
         ranks=ranks,
+        give_ranking=give_ranking,
         debug=debug,
     )
     label = extra["schedule"] or (f"{keep:g}" if keep is not None else extra["layers"] or "1")
@@ -124,8 +128,16 @@ def calibrate(model: str, data: Path, out: Path, plot_file: Path | None, exit_to
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image file.")
 @click.option("--prompt", "prompts", multiple=True, help="The question about it; <image> says where the image stands.")
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
+@_RANKING
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a question, one a line.")
-def run(bundle: Path, images: tuple[Path, ...], prompts: tuple[str, ...], max_new_tokens: int, as_json: bool) -> None:
+def run(
+    bundle: Path,
+    images: tuple[Path, ...],
+    prompts: tuple[str, ...],
+    max_new_tokens: int,
+    ranking_from: Path | None,
+    as_json: bool,
+) -> None:
     """Answer questions about images; several --image/--prompt pairs make a batch.
 
     \b
@@ -138,7 +150,7 @@ def run(bundle: Path, images: tuple[Path, ...], prompts: tuple[str, ...], max_ne
 
     pairs = _pairs(images, prompts)
     opened = [(open_image(image), prompt) for image, prompt in pairs]
-    runner = Runner.open(bundle)
+    runner = Runner.open(bundle, ranking_from=ranking_from)
     if as_json:
         for answer in runner.ask(opened, max_new_tokens):
             click.echo(json.dumps(answer.to_json()))
@@ -153,8 +165,9 @@ def run(bundle: Path, images: tuple[Path, ...], prompts: tuple[str, ...], max_ne
 @_BUNDLE
 @click.option("--image", required=True, type=click.Path(path_type=Path), help="An image file.")
 @click.option("--prompt", help="A question, asked too and shown with its answer.")
+@_RANKING
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Picture to write, such as kept.png.")
-def show(bundle: Path, image: Path, prompt: str | None, out: Path) -> None:
+def show(bundle: Path, image: Path, prompt: str | None, ranking_from: Path | None, out: Path) -> None:
     """Draw which parts of an image a bundle keeps.
 
     \b
@@ -166,7 +179,7 @@ def show(bundle: Path, image: Path, prompt: str | None, out: Path) -> None:
 
     opened = open_image(image)
     drawing.check_destination(out)
-    drawing.save(drawing.draw(Runner.open(bundle), opened, prompt), out)
+    drawing.save(drawing.draw(Runner.open(bundle, ranking_from=ranking_from), opened, prompt), out)
     click.echo(out)
 
 
@@ -229,8 +242,9 @@ def profile(
 @cli.command("eval")
 @_BUNDLE
 @click.option("--limit", type=int, help="Ask only the first so many questions.")
+@_RANKING
 @_JSON
-def evaluate(bundle: Path, limit: int | None, as_json: bool) -> None:
+def evaluate(bundle: Path, limit: int | None, ranking_from: Path | None, as_json: bool) -> None:
     """Exact match on micro-llava's held-out questions.
 
     \b
@@ -243,7 +257,7 @@ def evaluate(bundle: Path, limit: int | None, as_json: bool) -> None:
     from vtexport.runtime import Runner
 
     number = NUM_QUESTIONS if limit is None else limit
-    runner = Runner.open(bundle)
+    runner = Runner.open(bundle, ranking_from=ranking_from)
     with stage_progress() as progress:
         progress.stage("ask held-out questions", number)
         score = evaluate_bundle(runner, number, progress.advance)

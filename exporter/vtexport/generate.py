@@ -16,10 +16,17 @@ from vtexport.targets.base import Array, Engine, PrefillOutput, VisionOutput
 
 @dataclass(frozen=True)
 class Request:
-    """One question: its prompt, and its image as float32 [3, S, S]."""
+    """One question.
+
+    Attributes:
+        prompt: its prompt.
+        pixels: its image, float32 [3, S, S].
+        ranking: scores [V] fp32 from another model, for method sgl.
+    """
 
     prompt: Prompt
     pixels: Array
+    ranking: Array | None = None
 
 
 @dataclass
@@ -31,12 +38,14 @@ class Result:
         kept: by stage (`Stage.where`), the tokens that stay as they were, indices [K'] int32 into its input.
         debug: what else a debug build gives out: by stage `score` and `cluster`, and `raters` over the text.
         logits: [len(token_ids), vocabulary] fp32 if asked for.
+        ranking: [V] attention to each visual token over prompt and answer, of a build that gives it.
     """
 
     token_ids: list[int] = field(default_factory=list)
     kept: dict[str, Array] = field(default_factory=dict)
     debug: dict[str, Array] = field(default_factory=dict)
     logits: Array | None = None
+    ranking: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -93,10 +102,13 @@ def generate(
         input_ids[row, : lengths[row]] = request.prompt.token_ids
     at = np.array([request.prompt.image_position for request in requests], dtype=np.int64)
 
+    given = [request.ranking for request in requests if request.ranking is not None]
+    ranking = np.stack(given) if given else None
+
     start = time.perf_counter()
     vision = engine.vision(np.stack([request.pixels for request in requests]))
     seen = time.perf_counter()
-    filled_by = engine.prefill(input_ids, at, lengths, vision.visual, max_new_tokens)
+    filled_by = engine.prefill(input_ids, at, lengths, vision.visual, max_new_tokens, ranking)
     logits, cache = filled_by.logits, filled_by.cache
     filled = time.perf_counter()
 
@@ -124,6 +136,9 @@ def generate(
         # Rows that have ended go on with the batch; what they yield is not read.
         logits = engine.decode(cache, tokens, cached, cached + ahead)
         steps.append(1000 * (time.perf_counter() - began))
+        if cache.ranking is not None:
+            for row in map(int, np.flatnonzero(running)):
+                results[row].ranking = results[row].ranking + cache.ranking[row]
         cached = cached + 1
     if keep_logits:
         for result, rows in zip(results, history, strict=True):
@@ -152,7 +167,9 @@ def _result(row: int, vision: VisionOutput, prefill: PrefillOutput) -> Result:
         result.debug[f"score.{VISION}"] = vision.score[row]
     for name, array in prefill.stages.items():
         kind, _, layer = name.partition(".")
-        if kind == "kept":
+        if name == "ranking":
+            result.ranking = array[row]
+        elif kind == "kept":
             result.kept[f"decoder.{layer}"] = array[row]
         else:
             result.debug[f"{kind}.decoder.{layer}" if layer else kind] = array[row]

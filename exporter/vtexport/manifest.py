@@ -135,6 +135,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target: TargetEntry
     graphs: dict[str, GraphEntry]
     debug: bool
+    gives_ranking: bool
     verification: VerificationEntry | None
     files: list[FileEntry]
 

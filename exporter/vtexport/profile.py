@@ -83,6 +83,8 @@ class _Lane:
 
     def __init__(self, folder: Path, label: str, batch: int) -> None:
         self.runner = Runner.open(folder)
+        if self.runner.needs_ranking:
+            raise InputError(f"{folder} waits for another bundle's ranking; profile the two bundles one by one")
         self.folder = folder
         self.batch = batch
         self.image = sample_photo()
@@ -96,14 +98,9 @@ class _Lane:
         requests = [self.runner.request(self.image, QUESTION) for _ in range(self.batch)]
         preprocess = 1000 * (time.perf_counter() - start)
         # No end tokens: both sides of a comparison then decode the same number of steps.
-        _, timings = generate(
-            self.runner.engine,
-            self.runner.plan,
-            requests,
-            new_tokens,
-            eos_token_ids=(),
-            max_positions=self.runner.bundle.manifest.model.max_positions,
-        )
+        model = self.runner.bundle.manifest.model
+        engine, plan = self.runner.engine, self.runner.plan
+        _, timings = generate(engine, plan, requests, new_tokens, eos_token_ids=(), max_positions=model.max_positions)
         if record:
             self.times["preprocess"].append(preprocess)
             self.times["vision"].append(timings.vision)

@@ -99,6 +99,7 @@ class ReferenceModel:
         new_tokens: Sequence[int],
         plan: PruningPlan,
         forced: Mapping[str, Array] | None = None,
+        ranking: Array | None = None,
     ) -> ReferenceAnswer:
         """The decoder on a prompt, its image as `visual` [1, K, C], and `new_tokens` after it, in one pass.
 
@@ -110,6 +111,7 @@ class ReferenceModel:
             new_tokens: tokens after the prompt.
             plan: the plan whose decoder stages prune.
             forced: by stage, indices to keep instead of those of highest score.
+            ranking: scores [V] for a method that is given them.
         """
         import torch
 
@@ -127,8 +129,8 @@ class ReferenceModel:
                     continue
                 assert method is not None, "a plan with decoder stages has a decoder-stage method"
                 given = None if forced is None or stage.where not in forced else torch.from_numpy(forced[stage.where])
-                rating = partial(self._attention, method, number, rows, raters, attention)
-                dropped = drop(method, plan, stage, rows, rating, None if given is None else given[None])
+                rate = partial(self._score, method, number, rows, raters, attention, ranking)
+                dropped = drop(method, plan, stage, rows, rate, None if given is None else given[None])
                 rows = dropped.sequence
                 if dropped.index is not None and dropped.score is not None:
                     kept[stage.where], score[stage.where] = dropped.index[0].numpy(), dropped.score[0].numpy()
@@ -193,6 +195,16 @@ class ReferenceModel:
         size = self.spec.decoder.head_size
         split = (x.unflatten(2, (-1, size)).transpose(1, 2) for x in (query, key))
         return LayerAttention(*(x.transpose(1, 2).flatten(2) for x in apply_rotary_pos_emb(*split, *rope)))
+
+    def _score(
+        self, method: DecoderMethod, number: int, rows: Rows, raters: Any, own: LayerAttention, ranking: Any
+    ) -> Any:
+        """Scores [1, V] at the stage after layer `number`."""
+        import torch
+
+        if method.raters == "given":
+            return torch.from_numpy(ranking)[None]
+        return method.score(self._attention(method, number, rows, raters, own), rows.layout)
 
     def _attention(self, method: DecoderMethod, number: int, rows: Rows, raters: Any, own: LayerAttention) -> Attention:
         """What rates at the stage after layer `number`."""

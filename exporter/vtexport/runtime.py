@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vtexport.bundle import Bundle
-from vtexport.errors import TargetError
-from vtexport.generate import Request, Timings, generate
+from vtexport.errors import InputError, TargetError
+from vtexport.generate import Request, Result, Timings, generate
 from vtexport.models.prompt import Prompter
-from vtexport.pruning.plan import PruningPlan
+from vtexport.pruning import PruningPlan, methods_of
 from vtexport.targets import get_target
 from vtexport.targets.base import Array
 
@@ -61,11 +61,17 @@ class Answer:
 class Runner:
     """An opened bundle, ready to answer."""
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
-        """Open `bundle` on its target; `threads` 0 leaves the number to the runtime.
+    def __init__(self, bundle: Bundle, threads: int = 0, ranking_from: Bundle | None = None) -> None:
+        """Open `bundle` on its target.
+
+        Args:
+            bundle: the bundle.
+            threads: threads of the runtime; 0 leaves the number to it.
+            ranking_from: the bundle that ranks visual tokens for method sgl.
 
         Raises:
             TargetError: the target cannot run here.
+            InputError: a ranking is missing, has no effect, or is of another length.
         """
         manifest = bundle.manifest
         target = get_target(manifest.target.name)
@@ -76,11 +82,31 @@ class Runner:
         self.plan: PruningPlan = manifest.plan.plan()
         self.engine = target.open(bundle.folder, manifest.target.graphs, threads)
         self.prompter = Prompter(bundle.processor_folder, manifest.model.image_token_id, manifest.model.image_size)
+        self.ranker = None if ranking_from is None else self._ranker(ranking_from, threads)
+
+    def _ranker(self, bundle: Bundle, threads: int) -> Runner:
+        if not self.needs_ranking:
+            raise InputError(f"--ranking-from has no effect with method {self.plan.method}; leave it out")
+        ranker, (stage,) = Runner(bundle, threads), self.plan.decoder_stages.values()
+        if not bundle.manifest.gives_ranking:
+            raise InputError(f"{bundle.folder} gives no ranking; build it with --method dense --give-ranking")
+        if ranker.plan.num_visual_tokens != stage.tokens_in:
+            raise InputError(
+                f"{bundle.folder} ranks {ranker.plan.num_visual_tokens} visual tokens but {stage.tokens_in} enter "
+                f"{self.bundle.folder}'s pruning layer; give a model with the same visual tokens"
+            )
+        return ranker
+
+    @property
+    def needs_ranking(self) -> bool:
+        """Whether the bundle prunes by another one's ranking."""
+        _, decoder = methods_of(self.plan.method)
+        return decoder is not None and decoder.raters == "given"
 
     @classmethod
-    def open(cls, folder: Path, threads: int = 0) -> Runner:
+    def open(cls, folder: Path, threads: int = 0, ranking_from: Path | None = None) -> Runner:
         """Open the bundle in `folder`; see `Bundle.open` and `Runner`."""
-        return cls(Bundle.open(folder), threads)
+        return cls(Bundle.open(folder), threads, None if ranking_from is None else Bundle.open(ranking_from))
 
     def request(self, image: Any, question: str) -> Request:
         """The request that asks `question` about `image`, a PIL image."""
@@ -97,16 +123,13 @@ class Runner:
         start = time.perf_counter()
         requests = [self.request(image, question) for image, question in pairs]
         preprocess = 1000 * (time.perf_counter() - start)
+        ranking: float | None = None
+        if self.needs_ranking:
+            start = time.perf_counter()
+            requests = self._ranked(requests, pairs, max_new_tokens)
+            ranking = 1000 * (time.perf_counter() - start)
+        results, timings = self.generate(requests, max_new_tokens, on_token)
         model = self.bundle.manifest.model
-        results, timings = generate(
-            self.engine,
-            self.plan,
-            requests,
-            max_new_tokens,
-            eos_token_ids=model.eos_token_ids,
-            max_positions=model.max_positions,
-            on_token=on_token,
-        )
         return [
             Answer(
                 text=self.prompter.decode(result.token_ids),
@@ -117,10 +140,39 @@ class Runner:
                     "mean_sparsevlm_count": self.plan.mean_visual_tokens_sparsevlm,
                 },
                 stages=stage_reports(self.plan, model.grid, result.kept),
-                timings_ms=_milliseconds(preprocess, timings),
+                timings_ms=_milliseconds(preprocess, ranking, timings),
             )
             for result in results
         ]
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> tuple[list[Result], Timings]:
+        """`vtexport.generate.generate` with this bundle's engine, plan, end tokens and positions."""
+        model = self.bundle.manifest.model
+        return generate(
+            self.engine,
+            self.plan,
+            requests,
+            max_new_tokens,
+            eos_token_ids=model.eos_token_ids,
+            max_positions=model.max_positions,
+            on_token=on_token,
+        )
+
+    def _ranked(
+        self, requests: Sequence[Request], pairs: Sequence[tuple[Any, str]], max_new_tokens: int
+    ) -> list[Request]:
+        """`requests` with what the ranking bundle attended to while it answered the same pairs."""
+        if self.ranker is None:
+            raise InputError(
+                f"{self.bundle.folder} prunes by another bundle's ranking; give that bundle as --ranking-from"
+            )
+        results, _ = self.ranker.generate([self.ranker.request(*pair) for pair in pairs], max_new_tokens)
+        return [replace(request, ranking=found.ranking) for request, found in zip(requests, results, strict=True)]
 
 
 def stage_reports(plan: PruningPlan, grid: int, kept: Mapping[str, Array]) -> list[StageReport]:
@@ -137,10 +189,11 @@ def stage_reports(plan: PruningPlan, grid: int, kept: Mapping[str, Array]) -> li
     return reports
 
 
-def _milliseconds(preprocess: float, timings: Timings) -> dict[str, float | None]:
+def _milliseconds(preprocess: float, ranking: float | None, timings: Timings) -> dict[str, float | None]:
     per_token = timings.per_token
     return {
         "preprocess": round(preprocess, 3),
+        **({} if ranking is None else {"ranking": round(ranking, 3)}),
         "vision": round(timings.vision, 3),
         "prefill": round(timings.prefill, 3),
         "per_token": None if per_token is None else round(per_token, 3),

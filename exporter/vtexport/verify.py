@@ -77,10 +77,15 @@ def verify_engine(
 
     prompter = Prompter(folder, spec.image_token_id, spec.vision.image_size)
     reference = ReferenceModel(folder, spec)
+    vision_method, decoder = methods_of(plan.method)
     pixels = np.stack([prompter.pixels(Image.fromarray(image)) for image in sample_images(spec.vision.image_size)])
     prompts = [prompter.prompt(text) for text in _PROMPTS]
     vision = engine.vision(pixels)
-    requests = [Request(prompt, pixels[row]) for row, prompt in enumerate(prompts)]
+    rankings: list[Array | None] = [None] * len(prompts)
+    if decoder is not None and decoder.raters == "given":
+        (stage,) = plan.decoder_stages.values()
+        rankings = list(np.random.default_rng(0).random((len(prompts), stage.tokens_in), dtype=np.float32))
+    requests = [Request(prompt, pixels[row], rankings[row]) for row, prompt in enumerate(prompts)]
     # Without end tokens every row runs the full length.
     answers, _ = generate(
         engine,
@@ -91,7 +96,6 @@ def verify_engine(
         max_positions=spec.decoder.max_positions,
         keep_logits=True,
     )
-    ranked = methods_of(plan.method)[0].ranked
     worst, same_kept, same_tokens = 0.0, True, True
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         seen = reference.vision(pixels[row : row + 1], plan)
@@ -100,17 +104,17 @@ def verify_engine(
             assert seen.kept is not None
             if not np.array_equal(vision.kept[row], seen.kept[0]):
                 same_kept = False
-                score = seen.score[0] if seen.score is not None and ranked else None
+                score = seen.score[0] if seen.score is not None and vision_method.ranked else None
                 _check_swaps(vision.kept[row] - plan.leading, seen.kept[0] - plan.leading, score, dtype)
                 visual = vision.visual[row : row + 1].astype(np.float32)
-        expected = reference.answer(prompt, visual, answer.token_ids[:-1], plan)
+        expected = reference.answer(prompt, visual, answer.token_ids[:-1], plan, ranking=rankings[row])
         differ = [where for where, kept in expected.kept.items() if not np.array_equal(answer.kept[where], kept)]
         if differ:
             same_kept = False
             # Up to the first stage that differs both saw the same tokens; behind it indices mean other tokens.
             first = differ[0]
             _check_swaps(answer.kept[first], expected.kept[first], expected.score[first], dtype)
-            expected = reference.answer(prompt, visual, answer.token_ids[:-1], plan, answer.kept)
+            expected = reference.answer(prompt, visual, answer.token_ids[:-1], plan, answer.kept, rankings[row])
         logits = expected.logits
         error = float(np.abs(logits - answer.logits).max() / max(1.0, np.abs(logits).max()))
         worst = max(worst, error)

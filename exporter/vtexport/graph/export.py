@@ -41,41 +41,48 @@ def trace_vision(spec: ModelSpec, plan: PruningPlan, dtype: str, debug: bool) ->
         return _trace("vision", module, (pixels,), ["pixel_values"], names, ({0: Dim("batch")},))
 
 
-def trace_prefill(spec: ModelSpec, plan: PruningPlan, dtype: str, debug: bool = False) -> TracedGraph:
+def trace_prefill(
+    spec: ModelSpec, plan: PruningPlan, dtype: str, debug: bool = False, ranks: bool = False
+) -> TracedGraph:
     """The prefill graph; batch and text length are dynamic, the visual counts are the plan's."""
     with _fake(dtype):
-        module = PrefillGraph(spec, plan, debug)
+        module = PrefillGraph(spec, plan, debug, ranks)
         visual = torch.empty(2, plan.vision_tokens, spec.decoder.hidden_size)
         ids, at, length = (torch.zeros(shape, dtype=torch.int64) for shape in ((2, 7), (2,), (2,)))
-        inputs = (ids, at, length, visual)
         batch, text = Dim("batch"), Dim("text")
+        inputs: tuple[torch.Tensor, ...] = (ids, at, length, visual)
+        dynamic: tuple[dict[int, Dim], ...] = ({0: batch, 1: text}, {0: batch}, {0: batch}, {0: batch})
+        if "ranking" in module.input_names():
+            (stage,) = plan.decoder_stages.values()
+            inputs += (torch.empty(2, stage.tokens_in, dtype=torch.float32),)
+            dynamic += ({0: batch},)
         return _trace(
             "prefill",
             module,
             inputs,
-            ["input_ids", "image_position", "text_length", "visual"],
+            module.input_names(),
             module.output_names(),
-            ({0: batch, 1: text}, {0: batch}, {0: batch}, {0: batch}),
+            dynamic,
         )
 
 
-def trace_decode(spec: ModelSpec, dtype: str) -> TracedGraph:
-    """The decode graph; batch and every layer's cache capacity are dynamic."""
+def trace_decode(spec: ModelSpec, dtype: str, ranks: int = 0) -> TracedGraph:
+    """The decode graph; batch and every layer's cache capacity are dynamic; see `DecodeGraph` for `ranks`."""
     with _fake(dtype):
         d = spec.decoder
-        module = DecodeGraph(spec)
+        module = DecodeGraph(spec, ranks)
         past = [torch.empty(2, d.num_kv_heads, 9, d.head_size) for _ in range(2 * d.num_layers)]
         length, position = (torch.zeros(d.num_layers, 2, dtype=torch.int64) for _ in range(2))
         batch = Dim("batch")
         rooms = [Dim(f"capacity_{layer}") for layer in range(d.num_layers) for _ in ("key", "value")]
-        return _trace(
-            "decode",
-            module,
-            (torch.zeros(2, 1, dtype=torch.int64), length, position, past),
-            ["input_ids", "length", "position", *cache_names("past", d.num_layers)],
-            ["logits", *cache_names("present", d.num_layers)],
-            ({0: batch}, {1: batch}, {1: batch}, [{0: batch, 2: room} for room in rooms]),
-        )
+        inputs: tuple[Any, ...] = (torch.zeros(2, 1, dtype=torch.int64), length, position, past)
+        names = ["input_ids", "length", "position", *cache_names("past", d.num_layers)]
+        outputs = ["logits", *cache_names("present", d.num_layers)]
+        dynamic: tuple[Any, ...] = ({0: batch}, {1: batch}, {1: batch}, [{0: batch, 2: room} for room in rooms])
+        if ranks:
+            inputs += (torch.zeros(2, dtype=torch.int64),)
+            names, outputs, dynamic = [*names, "image_position"], [*outputs, "ranking"], (*dynamic, {0: batch})
+        return _trace("decode", module, inputs, names, outputs, dynamic)
 
 
 def _trace(

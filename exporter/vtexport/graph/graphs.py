@@ -7,11 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vtexport.graph.modules import Decoder, Projector, RotaryTables, VisionTower
+from vtexport.graph.modules import Decoder, DecoderAttention, Projector, RotaryTables, VisionTower
 from vtexport.models.spec import ModelSpec
 from vtexport.pruning import PruningPlan, Stage, methods_of
 from vtexport.pruning.decoder import Attention, Sequence, drop, rows_that_rate
 from vtexport.pruning.layout import Layout
+from vtexport.pruning.ops import token_score
 from vtexport.pruning.vision import TowerState, prune
 
 
@@ -84,19 +85,25 @@ class PrefillGraph(_LanguageGraph):
     """A whole prompt at once, every row of its own length, padded on the right, pruned inside as the plan says.
 
     Inputs: input_ids [B, L] int64 without the image, image_position [B] int64 (text tokens before it),
-    text_length [B] int64, visual [B, K, C]. Outputs: logits [B, vocabulary] fp32 of each row's last token,
+    text_length [B] int64, visual [B, K, C]; for a method that is given its scores also ranking [B, V] fp32. Outputs: logits [B, vocabulary] fp32 of each row's last token,
     per layer i the cache entries key, value [B, G, L + V_i, D] with V_i visual tokens as the plan says, and per
     decoder stage kept.i [B, K'] int32, indices into the visual tokens that entered it. With `debug` also the
-    stages' score.i [B, V_i] fp32 and cluster.i [B, V_i] int32, and raters [B, L] bool.
+    stages' score.i [B, V_i] fp32 and cluster.i [B, V_i] int32, and raters [B, L] bool. With `ranks` also ranking
+    [B, V] fp32: attention to each visual token summed over layers, heads and the prompt's text after the image.
     """
 
-    def __init__(self, spec: ModelSpec, plan: PruningPlan, debug: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, plan: PruningPlan, debug: bool = False, ranks: bool = False) -> None:
         super().__init__(spec)
-        self.plan, self.debug = plan, debug
+        self.plan, self.debug, self.ranks = plan, debug, ranks
         _, self.method = methods_of(plan.method)
 
     def forward(
-        self, input_ids: Tensor, image_position: Tensor, text_length: Tensor, visual: Tensor
+        self,
+        input_ids: Tensor,
+        image_position: Tensor,
+        text_length: Tensor,
+        visual: Tensor,
+        ranking: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         text = self.decoder.embed_tokens(input_ids)
         visual = visual.to(text.dtype)
@@ -107,25 +114,62 @@ class PrefillGraph(_LanguageGraph):
         raters = None if self.method is None else self.method.rating_rows(visual, text, layout)
         stages, blocks = self.plan.decoder_stages, list(self.decoder.blocks())
         caches, seen = [], []
+        total = None
         for number, layer in enumerate(blocks):
             attention = layer.self_attn
             x = layer.input_layernorm(rows.hidden)
             query, key = (part(x, rows.positions, self.rope) for part in (attention.query, attention.key))
             mixed, *cache = attention.prefill(query, key, attention.v_proj(x))
             caches += cache
+            if self.ranks:
+                paid = self._paid(attention, query, key, layout)
+                total = paid if total is None else total + paid
             x = rows.hidden + mixed
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             rows = Sequence(x, rows.positions, rows.layout)
             if number in stages:
                 assert self.method is not None, "a plan with decoder stages has a decoder-stage method"
-                rating = partial(self._attention, number, query, key, rows, raters)
-                dropped = drop(self.method, self.plan, stages[number], rows, rating)
+                rate = partial(self._score, number, query, key, rows, raters, ranking)
+                dropped = drop(self.method, self.plan, stages[number], rows, rate)
                 rows = dropped.sequence
-                seen += [dropped.index, dropped.score, dropped.cluster][: 3 if self.debug else 1]
+                score = dropped.score if self.method.scores else None
+                seen += [dropped.index, score, dropped.cluster][: 3 if self.debug else 1]
         if self.debug and raters is not None:
             seen.append(raters)
+        seen.append(total)
         last = rows.layout.rows_of(rows.hidden, rows.layout.last_place()[:, None])
         return self.logits(last[:, 0]), *caches, *(found for found in seen if found is not None)
+
+    def _score(
+        self,
+        number: int,
+        query: Tensor,
+        key: Tensor,
+        rows: Sequence,
+        raters: Tensor | None,
+        ranking: Tensor | None,
+    ) -> Tensor:
+        """Scores [B, V] at the stage after layer `number`, whose own rotated queries and keys are given."""
+        assert self.method is not None
+        if self.method.raters == "given":
+            assert ranking is not None
+            return ranking
+        return self.method.score(self._attention(number, query, key, rows, raters), rows.layout)
+
+    def _paid(self, attention: DecoderAttention, query: Tensor, key: Tensor, layout: Layout) -> Tensor:
+        """Attention [B, V] to each visual token, summed over heads and the prompt's text after the image."""
+        places, rows = layout.text_places(), layout.after_image()
+        size = query.shape[2] // attention.num_heads
+        mean = token_score(
+            layout.rows_of(query, places).unflatten(2, (attention.num_heads, size)).transpose(1, 2),
+            key.unflatten(2, (attention.kv_heads, size)).transpose(1, 2),
+            rows,
+            places,
+            layout.image_position,
+            layout.visual,
+            attention.scale,
+        )
+        return mean * (rows.float().sum(dim=1, keepdim=True) * attention.num_heads)
 
     def _attention(self, number: int, query: Tensor, key: Tensor, rows: Sequence, raters: Tensor | None) -> Attention:
         """What rates at the stage after layer `number`, whose own rotated queries and keys are given."""
@@ -148,10 +192,15 @@ class PrefillGraph(_LanguageGraph):
     def output_names(self) -> list[str]:
         names = ["logits", *cache_names("present", self.plan.num_layers)]
         for layer, stage in self.plan.decoder_stages.items():
-            names += stage_outputs(layer, stage, self.debug)
+            assert self.method is not None
+            names += stage_outputs(layer, stage, self.debug, self.method.scores)
         if self.debug and self.method is not None and self.method.raters == "text":
             names.append("raters")
-        return names
+        return [*names, "ranking"] if self.ranks else names
+
+    def input_names(self) -> list[str]:
+        names = ["input_ids", "image_position", "text_length", "visual"]
+        return [*names, "ranking"] if self.method is not None and self.method.raters == "given" else names
 
 
 class DecodeGraph(_LanguageGraph):
@@ -159,21 +208,40 @@ class DecodeGraph(_LanguageGraph):
 
     Inputs: input_ids [B, 1] int64, length [N, B] int64 (tokens in each layer's cache of each row), position [N, B]
     int64 (of the new token, in each layer), and per layer the caches key, value [B, G, M_i, D]. Outputs: logits
-    [B, vocabulary] fp32 and the caches with the new token in place.
+    [B, vocabulary] fp32 and the caches with the new token in place. With `ranks`, the number of visual tokens, there
+    are also the input image_position [B] int64, and the output ranking [B, V] fp32, the new token's attention to each
+    visual token summed over layers and heads.
     """
 
-    def forward(self, input_ids: Tensor, length: Tensor, position: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+    def __init__(self, spec: ModelSpec, ranks: int = 0) -> None:
+        super().__init__(spec)
+        self.ranks = ranks
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        length: Tensor,
+        position: Tensor,
+        past: list[Tensor],
+        image_position: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         x = self.decoder.embed_tokens(input_ids)
-        caches = []
+        caches: list[Tensor] = []
+        total = None
         for number, layer in enumerate(self.decoder.blocks()):
             cache = (past[2 * number], past[2 * number + 1])
-            mixed, key, value = layer.self_attn.decode(
-                layer.input_layernorm(x), position[number][:, None], self.rope, cache, length[number]
-            )
+            attention, normed, place = layer.self_attn, layer.input_layernorm(x), position[number][:, None]
+            mixed, key, value = attention.decode(normed, place, self.rope, cache, length[number])
+            if image_position is not None:
+                heads, one = attention.num_heads, torch.ones_like(place)
+                query = attention.query(normed, place, self.rope).unflatten(2, (heads, -1)).transpose(1, 2)
+                last = length[number][:, None]
+                paid = token_score(query, key, one > 0, last, image_position, self.ranks, attention.scale) * heads
+                total = paid if total is None else total + paid
             x = x + mixed
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             caches += [key, value]
-        return self.logits(x[:, 0]), *caches
+        return self.logits(x[:, 0]), *caches, *([] if total is None else [total])
 
 
 def cache_names(kind: str, layers: int) -> list[str]:
@@ -181,11 +249,11 @@ def cache_names(kind: str, layers: int) -> list[str]:
     return [f"{kind}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
-def stage_outputs(layer: int, stage: Stage, debug: bool) -> list[str]:
+def stage_outputs(layer: int, stage: Stage, debug: bool, scores: bool) -> list[str]:
     """Names of what prefill gives out of the stage after `layer`."""
     if stage.carried == 0:
         return []
     names = [f"kept.{layer}"]
-    if debug:
+    if debug and scores:
         names += [f"score.{layer}"] + ([f"cluster.{layer}"] if stage.recycled else [])
     return names

@@ -83,8 +83,9 @@ class Dropped:
 class DecoderMethod(Method):
     """A method that acts on the output of decoder layers."""
 
-    #: which rows of attention rate visual tokens: the prompt's raters, its last token, or none (no rating)
-    raters: ClassVar[Literal["text", "last", "none"]] = "last"
+    #: which rows of attention rate visual tokens: the prompt's raters or its last token; or a ranking is given to the
+    #: engine, or nothing is rated
+    raters: ClassVar[Literal["text", "last", "given", "none"]] = "last"
     #: whose attention: the pruning layer's own, or that of the next layer on the pruning layer's output
     attention_of: ClassVar[Literal["own", "next"]] = "own"
 
@@ -134,7 +135,7 @@ def drop(
     plan: PruningPlan,
     stage: Stage,
     sequence: Sequence,
-    attention: Callable[[], Attention],
+    rate: Callable[[], Tensor],
     forced: Tensor | None = None,
 ) -> Dropped:
     """Apply one decoder stage to the output of its layer.
@@ -144,7 +145,7 @@ def drop(
         plan: the plan.
         stage: one of its decoder stages.
         sequence: the layer's output.
-        attention: gives the attention that rates; not called if no token is rated.
+        rate: gives the scores [B, V] fp32 of the stage's visual tokens; not called if none can stay.
         forced: [B, K'] indices to keep instead of those of highest score.
     """
     import torch
@@ -154,8 +155,7 @@ def drop(
     layout = sequence.layout
     if stage.carried == 0:
         return Dropped(_without_image(plan, sequence), None)
-    rated = attention()
-    score = method.score(rated, layout)
+    score = rate()
     visual = layout.visual_of(sequence.hidden)
     kept, index = token_select(visual, score, stage.kept)
     if forced is not None:

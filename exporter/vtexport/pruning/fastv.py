@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from vtexport.errors import InputError
 from vtexport.pruning.decoder import DecoderMethod
 from vtexport.pruning.plan import Option, Stage
-from vtexport.pruning.schedule import Budget, nearest, parse_layers
+from vtexport.pruning.schedule import Budget, one_stage, parse_layers
 
 
 class FastV(DecoderMethod):
@@ -26,8 +25,6 @@ class FastV(DecoderMethod):
 
     def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
         layers = parse_layers(str(options["layers"] or 1), budget.num_layers)
-        if len(layers) != 1:
-            raise InputError(f"--layers {options['layers']}: method {self.name} prunes once; give one layer")
+        stages = one_stage(layers, budget, self.name)
         options["layers"] = str(layers[0])
-        family = ((Stage.decoder(layers[0], budget.entering, kept),) for kept in range(1, budget.entering))
-        return nearest(family, budget, self.name, layers)
+        return stages

@@ -13,6 +13,7 @@ from vtexport.pruning.method import Method
 from vtexport.pruning.pool import Pool
 from vtexport.pruning.pyramiddrop import PyramidDrop
 from vtexport.pruning.random import Random
+from vtexport.pruning.sgl import SGL
 from vtexport.pruning.sparsevlm import SparseVLM
 from vtexport.pruning.sparsevlm_plus import SparseVLMPlus
 from vtexport.pruning.vision import VisionMethod
@@ -29,6 +30,7 @@ METHODS: dict[str, Method] = {
         FastV(),
         PyramidDrop(),
         Exit(),
+        SGL(),
         FasterVLM(),
         VTCCls(),
         VisPruner(),

@@ -230,6 +230,18 @@ def nearest(
     return means[best]
 
 
+def one_stage(layers: Sequence[int], budget: Budget, method: str) -> tuple[Stage, ...]:
+    """The only stage of a method that prunes once, after the one layer given.
+
+    Raises:
+        InputError: several layers, or no count within `TOLERANCE`.
+    """
+    if len(layers) != 1:
+        raise InputError(f"--layers {','.join(map(str, layers))}: method {method} prunes once; give one layer")
+    family = ((Stage.decoder(layers[0], budget.entering, kept),) for kept in range(1, budget.entering))
+    return nearest(family, budget, method, layers)
+
+
 def _mean(stages: tuple[Stage, ...], budget: Budget) -> float:
     tokens, start, total = budget.entering, 0, 0
     for stage in stages:

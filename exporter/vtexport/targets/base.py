@@ -46,7 +46,7 @@ class PrefillOutput:
         logits: [B, vocabulary] fp32 of each row's last token.
         cache: the KV cache, with room for further tokens.
         stages: what the decoder stages give out, by name (`vtexport.graph.graphs.PrefillGraph`): kept.i, and of a
-            debug build score.i, cluster.i and raters.
+            debug build score.i, cluster.i and raters; ranking if built to give it.
     """
 
     logits: Array
@@ -59,6 +59,11 @@ class Cache(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def ranking(self) -> Array | None:
+        """Of the last decode step, [B, V] attention to each visual token; None unless built to give it."""
+        ...
 
 
 class Engine(Protocol):
@@ -73,9 +78,15 @@ class Engine(Protocol):
         ...
 
     def prefill(
-        self, input_ids: Array, image_position: Array, text_length: Array, visual: Array, new_tokens: int
+        self,
+        input_ids: Array,
+        image_position: Array,
+        text_length: Array,
+        visual: Array,
+        new_tokens: int,
+        ranking: Array | None = None,
     ) -> PrefillOutput:
-        """The prefill graph; the cache gets room for `new_tokens` tokens more."""
+        """The prefill graph; the cache gets room for `new_tokens` tokens more; `ranking` for a method given its scores."""
         ...
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:

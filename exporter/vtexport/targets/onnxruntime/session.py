@@ -24,6 +24,7 @@ class OrtCache:
     length: Array
     position: Array
     logits: Array
+    ranking: Array | None = None
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +67,13 @@ class OrtEngine:
         return VisionOutput(found["visual"], found.get("kept"), found.get("score"))
 
     def prefill(
-        self, input_ids: Array, image_position: Array, text_length: Array, visual: Array, new_tokens: int
+        self,
+        input_ids: Array,
+        image_position: Array,
+        text_length: Array,
+        visual: Array,
+        new_tokens: int,
+        ranking: Array | None = None,
     ) -> PrefillOutput:
         feeds = {
             "input_ids": input_ids,
@@ -74,12 +81,19 @@ class OrtEngine:
             "text_length": text_length,
             "visual": visual,
         }
+        if ranking is not None:
+            feeds["ranking"] = ranking
         session = self.session("prefill")
         names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, session.run(names, feeds), strict=True))
         logits = found.pop("logits")
         present = {name: found.pop(name) for name in names if name.startswith("present.")}
-        return PrefillOutput(logits, self._cache(present, new_tokens, logits.shape[1]), found)
+        cache = self._cache(present, new_tokens, logits.shape[1])
+        if "ranking" in found:
+            cache.ranking = np.zeros_like(found["ranking"])
+            cache.binding.bind_ortvalue_output("ranking", ort.OrtValue.ortvalue_from_numpy(cache.ranking))
+            cache.binding.bind_cpu_input("image_position", image_position)
+        return PrefillOutput(logits, cache, found)
 
     def _cache(self, present: Mapping[str, Array], new_tokens: int, vocabulary: int) -> OrtCache:
         binding = self.session("decode").io_binding()

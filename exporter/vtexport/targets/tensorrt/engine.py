@@ -32,6 +32,8 @@ class CudaCache:
 
     front: dict[str, Any]
     back: dict[str, Any]
+    image_position: Array | None = None
+    ranking: Array | None = None
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +92,13 @@ class TensorRTEngine:
         return VisionOutput(arrays["visual"], arrays.get("kept"), arrays.get("score"))
 
     def prefill(
-        self, input_ids: Array, image_position: Array, text_length: Array, visual: Array, new_tokens: int
+        self,
+        input_ids: Array,
+        image_position: Array,
+        text_length: Array,
+        visual: Array,
+        new_tokens: int,
+        ranking: Array | None = None,
     ) -> PrefillOutput:
         inputs = {
             "input_ids": input_ids,
@@ -98,6 +106,8 @@ class TensorRTEngine:
             "text_length": text_length,
             "visual": visual,
         }
+        if ranking is not None:
+            inputs["ranking"] = ranking
         found = self._graph("prefill").run({n: torch.from_numpy(a).cuda() for n, a in inputs.items()})
         front, back, stages = {}, {}, {}
         for name, tensor in found.items():
@@ -109,13 +119,18 @@ class TensorRTEngine:
             room[:, :, :tokens] = tensor
             front[name], back[name] = room, torch.empty_like(room)
         logits = stages.pop("logits")
-        return PrefillOutput(logits, CudaCache(front, back), stages)
+        return PrefillOutput(logits, CudaCache(front, back, image_position if "ranking" in stages else None), stages)
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
         assert isinstance(cache, CudaCache)
         arrays = {"input_ids": tokens[:, None], "length": length, "position": position}
+        if cache.image_position is not None:
+            arrays["image_position"] = cache.image_position
         inputs = {n: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)).cuda() for n, a in arrays.items()}
         inputs |= {name.replace("present", "past"): buffer for name, buffer in cache.front.items()}
-        logits: Array = self._graph("decode").run(inputs, cache.back)["logits"].cpu().numpy()
+        found = self._graph("decode").run(inputs, cache.back)
+        logits: Array = found["logits"].cpu().numpy()
+        if "ranking" in found:
+            cache.ranking = found["ranking"].cpu().numpy()
         cache.front, cache.back = cache.back, cache.front
         return logits

@@ -111,6 +111,7 @@ def parse_architectures(text: str) -> tuple[int, ...]:
 
 def _profile(job: CompileJob, name: str) -> dict[str, tuple[Any, Any, Any]]:
     """Smallest, usual and largest shape of every input of graph `name`."""
+    names = {value.name for value in job.models[name].graph.inputs}
     batch, text = int(job.options["max_batch"]), int(job.options["max_text"])
     d, v = job.spec.decoder, job.spec.vision
     usual_text = min(48, text)
@@ -127,19 +128,24 @@ def _profile(job: CompileJob, name: str) -> dict[str, tuple[Any, Any, Any]]:
         size = fixed(v.image_size)
         return {"pixel_values": shapes(rows, fixed(v.channels), size, size)}
     if name == "prefill":
-        return {
+        inputs = {
             "input_ids": shapes(rows, (1, usual_text, text)),
             "image_position": shapes(rows),
             "text_length": shapes(rows),
             "visual": shapes(rows, fixed(job.plan.vision_tokens), fixed(d.hidden_size)),
         }
+        if "ranking" in names:
+            inputs["ranking"] = shapes(rows, fixed(job.plan.vision_tokens))
+        return inputs
     from vtexport.graph.graphs import cache_names
 
     layers = fixed(d.num_layers)
     inputs = {"input_ids": shapes(rows, fixed(1)), "length": shapes(layers, rows), "position": shapes(layers, rows)}
-    for number, name in enumerate(cache_names("past", d.num_layers)):
+    if "image_position" in names:
+        inputs["image_position"] = shapes(rows)
+    for number, cache in enumerate(cache_names("past", d.num_layers)):
         visual = job.plan.per_layer[number // 2]
         room = min(visual + text, d.max_positions)
         usual = min(visual + min(128, text), room)
-        inputs[name] = shapes(rows, fixed(d.num_kv_heads), (1, usual, room), fixed(d.head_size))
+        inputs[cache] = shapes(rows, fixed(d.num_kv_heads), (1, usual, room), fixed(d.head_size))
     return inputs
