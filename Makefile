@@ -9,7 +9,7 @@ BUNDLE := engines/builds/micro-llava-0.25
 
 demo: $(VENV)/base.stamp
 	$(BIN)/vtexport build --model micro-llava --keep 0.25 --out $(BUNDLE) --force
-	$(BIN)/vtexport show $(BUNDLE) --image engines/micro-llava/example.png -o $(BUNDLE)-kept.png
+	$(BIN)/vtexport show $(BUNDLE) --image engines/micro-llava/example.png --prompt "what digit is red?" -o $(BUNDLE)-kept.png
 	$(BIN)/vtexport run $(BUNDLE) --image engines/micro-llava/example.png --prompt "what digit is red?"
 
 test: check

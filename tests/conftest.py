@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,33 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from tests.checkpoints import MICRO, random_checkpoint
 from vtexport.build import BuildOptions, build
 from vtexport.micro import heldout
+from vtexport.models import ModelSpec
 from vtexport.runtime import Runner
 
 BuildBundle = Callable[..., Path]
 
 # Tests run in as many processes as there are cores (pytest-xdist): one thread each.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trace_each_decode_graph_once() -> Iterator[None]:
+    """A decode graph knows no plan: bundles of one model and dtype differ in their other graphs only."""
+    from vtexport.graph import export
+
+    traced: dict[str, export.TracedGraph] = {}
+    trace = export.trace_decode
+
+    def remembered(spec: ModelSpec, dtype: str, ranks: int = 0) -> export.TracedGraph:
+        key = repr((spec, dtype, ranks))
+        if key not in traced:
+            traced[key] = trace(spec, dtype, ranks)
+        # A target changes the graph it compiles.
+        return replace(traced[key], model=traced[key].model.clone())
+
+    export.trace_decode = remembered
+    yield
+    export.trace_decode = trace
 
 
 @pytest.fixture(scope="session")

@@ -224,7 +224,7 @@ def test_eval_counts_exact_matches(vtexport, micro_bundle: Path) -> None:
 def test_list_and_doctor(vtexport) -> None:
     listed = json.loads(vtexport("list", "--json").out)
     assert set(listed["methods"]) == {
-        "dense", "sparsevlm", "sparsevlm-plus", "fastv", "pyramiddrop", "exit",
+        "dense", "sparsevlm", "sparsevlm-plus", "fastv", "pyramiddrop", "exit", "sgl",
         "fastervlm", "vtc-cls", "vispruner", "visionzip", "divprune", "random", "pool",
     }  # fmt: skip
     assert set(listed["targets"]) == {"onnxruntime", "tensorrt-rtx"}
@@ -268,6 +268,8 @@ def test_list_and_doctor(vtexport) -> None:
         (["--keep", "0.5", "--merge", "max"], "--merge max is unknown; choose one of mean, sum"),
         (["--keep", "0.5", "--ranks", "nowhere.toml"], "no such calibration file"),
         (["--keep", "0.5", "--ranks", "x.toml", "--method", "pool"], "--ranks has no effect with method pool"),
+        (["--keep", "0.5", "--give-ranking"], "but method sparsevlm drops some; use dense"),
+        (["--keep", "0.5", "--method", "sgl", "--debug"], "--debug has no effect with method sgl"),
         (["--keep", "0.5", "--method", "fastv+sparsevlm"], "cannot be combined; give one vision-stage method"),
         (["--keep", "0.5", "--method", "sparsevlm+fastervlm"], "cannot be combined"),
         (["--keep", "0.5", "--method", "fastervlm+pool"], "cannot be combined"),
@@ -447,3 +449,30 @@ def test_bad_calibrations(vtexport, tiny_checkpoint: Path, pairs: Path, tmp_path
         (tmp_path / "bad.toml").write_text(text)
         outcome = vtexport("build", "--model", tiny_checkpoint, "--keep", "0.5", "--ranks", "bad.toml", "--out", "out")
         check_refused(outcome, "is not a calibration", tmp_path, ["bad.toml", *left])
+
+
+def test_a_small_models_ranking_prunes_a_large_one(
+    vtexport, build_bundle, tiny_checkpoint: Path, micro_bundle: Path, photo: Path, tmp_path: Path
+) -> None:
+    ranker = build_bundle(tiny_checkpoint, 1.0, "dense", give_ranking=True)
+    pruned = build_bundle(tiny_checkpoint, 0.6, "sgl")
+    asked = ["--image", photo, "--prompt", "how many digits are there?"]
+    outcome = vtexport("run", pruned, *asked, "--ranking-from", ranker, "--max-new-tokens", "4", "--json")
+    assert outcome.code == 0, outcome.err
+    line = json.loads(outcome.out)
+    assert line["timings_ms"]["ranking"] > 0
+    (stage,) = line["stages"]
+    assert stage["in"] == 25 > stage["kept"] == len(stage["index"])
+    assert vtexport("show", pruned, *asked, "--ranking-from", ranker, "-o", "kept.png").code == 0
+    (tmp_path / "kept.png").unlink()
+    for command, message in (
+        (["run", pruned, *asked], "give that bundle as --ranking-from"),
+        (["run", micro_bundle, *asked, "--ranking-from", ranker], "--ranking-from has no effect with method fastervlm"),
+        (["run", pruned, *asked, "--ranking-from", pruned], "gives no ranking; build it with --method dense"),
+        (["run", pruned, *asked, "--ranking-from", "nowhere"], "nowhere is not a folder"),
+        (["profile", pruned], "waits for another bundle's ranking"),
+    ):
+        check_refused(vtexport(*command), message, tmp_path)
+    other = build_bundle(MICRO, 1.0, "dense", give_ranking=True, verify=False)
+    refused = vtexport("run", pruned, *asked, "--ranking-from", other)
+    check_refused(refused, "ranks 144 visual tokens but 25 enter", tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,8 @@ def test_trap_pruning_silently_switched_off(method: str, tiny_checkpoint: Path, 
     runner = Runner.open(build_bundle(tiny_checkpoint, keep, method, verify=False))
     recording = Recording(runner)
     request = runner.request(noise_images(1)[0], QUESTIONS[0])
+    if runner.needs_ranking:
+        request = replace(request, ranking=np.arange(25, dtype=np.float32))
     generate(recording, runner.plan, [request], 2, eos_token_ids=(), max_positions=512)  # type: ignore[arg-type]
     # What the caches really hold, not what the plan says.
     held = [filled - len(request.prompt.token_ids) for filled in recording.filled]

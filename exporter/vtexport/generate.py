@@ -11,7 +11,7 @@ import numpy as np
 from vtexport.errors import InputError
 from vtexport.models.prompt import Prompt
 from vtexport.pruning.plan import VISION, PruningPlan
-from vtexport.targets.base import Array, Engine, PrefillOutput, VisionOutput
+from vtexport.targets.base import Array, Engine, PrefillInput, PrefillOutput, VisionOutput
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def generate(
     start = time.perf_counter()
     vision = engine.vision(np.stack([request.pixels for request in requests]))
     seen = time.perf_counter()
-    filled_by = engine.prefill(input_ids, at, lengths, vision.visual, max_new_tokens, ranking)
+    filled_by = engine.prefill(PrefillInput(input_ids, at, lengths, vision.visual, ranking), max_new_tokens)
     logits, cache = filled_by.logits, filled_by.cache
     filled = time.perf_counter()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,37 @@ def test_a_combination_is_one_stage_after_the_other(name: str, checkpoint, build
             tokens = torch.cat([llava.visual_tokens(model, pixels, np.array([0]))[0], tokens])
         visual.append(tokens)
     check_decoder(runner, requests, results, model, scheme, visual)
+
+
+def test_a_bundle_ranks_what_its_decoder_attended_to(checkpoint, build_bundle: BuildBundle) -> None:
+    folder, model = checkpoint("grouped-heads")
+    bundle = build_bundle(folder, 1.0, "dense", give_ranking=True, verify=False)
+    runner = Runner.open(bundle)
+    requests = [runner.request(image, text) for image, text in zip(noise_images(4, seed=6), QUESTIONS, strict=True)]
+    results, _ = runner.generate(requests, 12)
+    for request, result in zip(requests, results, strict=True):
+        visual = llava.visual_tokens(model, torch.from_numpy(request.pixels[None]), None)[0]
+        trace = methods.Decoder(model).generate(request.prompt, visual, methods.Scheme({}), len(result.token_ids))
+        assert trace.tokens == result.token_ids
+        np.testing.assert_allclose(result.ranking, trace.ranking.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grouped-heads", "odd-sizes"])
+def test_sgl_keeps_what_it_was_told_to(name: str, checkpoint, build_bundle: BuildBundle) -> None:
+    folder, model = checkpoint(name)
+    runner = Runner.open(build_bundle(folder, 0.5, "sgl"))
+    (layer, stage), *_ = runner.plan.decoder_stages.items()
+    rankings = np.random.default_rng(5).random((4, stage.tokens_in), dtype=np.float32)
+    requests = [
+        replace(runner.request(image, text), ranking=ranking)
+        for image, text, ranking in zip(noise_images(4, seed=6), QUESTIONS, rankings, strict=True)
+    ]
+    results, _ = generate(
+        runner.engine, runner.plan, requests, NEW_TOKENS, eos_token_ids=(), max_positions=256, keep_logits=True
+    )
+    for request, result in zip(requests, results, strict=True):
+        scheme = methods.Scheme({layer: stage.kept}, given=torch.from_numpy(request.ranking), positions="original")
+        visual = llava.visual_tokens(model, torch.from_numpy(request.pixels[None]), None)[0]
+        trace = methods.Decoder(model).generate(request.prompt, visual, scheme, NEW_TOKENS)
+        assert result.kept[stage.where].tolist() == trace.kept[layer]
+        check_answer(result, trace)

@@ -54,3 +54,16 @@ def test_pruning_makes_it_cheaper_in_the_decoder_only() -> None:
     assert less.prefill < 0.5 * full.prefill
     assert less.decode < full.decode
     assert 0.95 < less.vision / full.vision < 1
+
+
+def test_each_layer_is_paid_for_the_tokens_that_enter_it() -> None:
+    spec, plan = micro_plan("sparsevlm", 0.33)
+    counts = set(plan.per_layer)
+    assert len(counts) > 1
+    # A schedule costs what uniform plans of its layers' own counts would, layer by layer, and a little scoring.
+    text = 13
+    layers = {n: plan_flops(spec, make_plan("fastervlm", tokens=144, layers=12, keep=n / 144), text) for n in counts}
+    head = 2 * spec.decoder.hidden_size * spec.decoder.vocab_size
+    expected = sum((layers[n].prefill - head) / 12 for n in plan.per_layer) + head
+    extra = plan_flops(spec, plan, text).prefill - expected
+    assert 0 < extra < 0.01 * expected

@@ -161,6 +161,7 @@ class Trace:
     score: dict[int, Tensor] = field(default_factory=dict)
     clusters: dict[int, dict[int, int]] = field(default_factory=dict)
     raters: list[int] = field(default_factory=list)
+    ranking: Tensor | float = 0.0
 
 
 @dataclass
@@ -171,6 +172,7 @@ class Scheme:
     rows: str = "raters"
     attention: str = "own"
     plus: bool = False
+    given: Tensor | None = None
     recycle: tuple[float, float] | None = None
     paper: bool = False
     positions: str = "compact"
@@ -201,6 +203,8 @@ class Decoder:
                 query, key, value = self._project(layer, rows, position)
                 attention = self._attention(query, key)
                 caches.append((key, value, list(position)))
+                if not scheme.kept:
+                    trace.ranking += attention[:, image[-1] + 1 :, image].sum(dim=(0, 1))
                 rows = self._finish(layer, rows, attention, value)
                 if number in scheme.kept:
                     last = len(rows) - 1
@@ -221,7 +225,10 @@ class Decoder:
                     query, key, value = self._project(layer, row, [place])
                     key, value = torch.cat([old_key, key], dim=1), torch.cat([old_value, value], dim=1)
                     caches[number] = (key, value, [*places, place])
-                    row = self._finish(layer, row, self._attention(query, key), value)
+                    attention = self._attention(query, key)
+                    if not scheme.kept:
+                        trace.ranking += attention[:, 0, at : at + len(visual)].sum(dim=0)
+                    row = self._finish(layer, row, attention, value)
                 logits = self._logits(row[-1])
         return trace
 
@@ -236,7 +243,7 @@ class Decoder:
                     visual[:, r, v] /= self._ones_product(position[row] - position[column])
             heads = best(visual.sum(dim=(1, 2)).tolist(), math.floor(14 / 32 * len(visual) + 0.5))
             visual = visual[heads]
-        score = visual.mean(dim=0).mean(dim=0)
+        score = visual.mean(dim=0).mean(dim=0) if scheme.given is None else scheme.given
         kept = sorted(best(score.tolist(), scheme.kept[number])) if scheme.kept[number] else []
         trace.kept[number], trace.score[number] = kept, score
         places = [image[i] for i in kept]

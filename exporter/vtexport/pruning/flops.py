@@ -18,7 +18,7 @@ class Flops:
 
     Attributes:
         vision: tower up to the feature layer, scoring, and projector on the kept tokens.
-        prefill: the decoder over visual and text tokens, and the head on the last one.
+        prefill: the decoder over visual and text tokens, scoring at its stages, and the head on the last one.
         decode: one further token behind them.
     """
 
@@ -40,7 +40,18 @@ def plan_flops(spec: ModelSpec, plan: PruningPlan, text_tokens: int = NOMINAL_TE
     layers = [_layer(spec.decoder, n + text_tokens, n + text_tokens) for n in plan.per_layer]
     step = [_layer(spec.decoder, 1, n + text_tokens + 1) for n in plan.per_layer]
     head = 2 * spec.decoder.hidden_size * spec.decoder.vocab_size
-    return Flops(_vision(spec, plan), float(sum(layers) + head), float(sum(step) + head))
+    rating = _rating(spec.decoder, plan, text_tokens)
+    return Flops(_vision(spec, plan), float(sum(layers) + rating + head), float(sum(step) + head))
+
+
+def _rating(d: DecoderSpec, plan: PruningPlan, text_tokens: int) -> int:
+    """Queries of the rows that rate against all keys, at every decoder stage."""
+    _, method = methods_of(plan.method)
+    if method is None or not method.scores:
+        return 0
+    rows = text_tokens if method.raters == "text" else 1
+    keys = sum(stage.tokens_in + text_tokens for stage in plan.decoder_stages.values())
+    return 2 * rows * keys * d.num_heads * d.head_size
 
 
 def _layer(d: DecoderSpec, rows: int, keys: int) -> int:

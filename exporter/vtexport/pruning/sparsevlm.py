@@ -61,7 +61,7 @@ class SparseVLM(DecoderMethod):
         return "schedule" if options["schedule"] else ""
 
     def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
-        recycling = _recycling(options)
+        recycling = self.recycling(options)
         if options["schedule"]:
             stages = preset_stages(str(options["schedule"]), self.name, budget, recycling)
         else:
@@ -78,23 +78,21 @@ class SparseVLM(DecoderMethod):
     def merge(self, hidden: Tensor, score: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
         from vtexport.pruning.ops import token_recycle
 
-        recycling = _recycling(plan.options)
+        recycling = self.recycling(plan.options)
         assert recycling is not None, "a plan that recycles says how"
         pool, clusters = recycling.counts(stage.tokens_in - stage.kept)
         return token_recycle(hidden, score, stage.kept, pool, clusters, plan.options["merge"] == "sum")
 
+    def recycling(self, options: Mapping[str, Option]) -> Recycling | None:
+        """How the options say to recycle.
 
-def _recycling(options: Mapping[str, Option]) -> Recycling | None:
-    """How the options say to recycle.
-
-    Raises:
-        InputError: a fraction outside (0, 1].
-    """
-    if not options["recycle"]:
-        return None
-    for name in ("recycle_pool", "recycle_clusters"):
-        if not 0 < float(options[name]) <= 1:
-            raise InputError(
-                f"--{name.replace('_', '-')} {options[name]} is out of range; give a share above 0, at most 1"
-            )
-    return Recycling(float(options["recycle_pool"]), float(options["recycle_clusters"]))
+        Raises:
+            InputError: a fraction outside (0, 1].
+        """
+        if not options["recycle"]:
+            return None
+        for name in ("recycle_pool", "recycle_clusters"):
+            if not 0 < float(options[name]) <= 1:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} {options[name]} is out of range; give a share above 0, at most 1")
+        return Recycling(float(options["recycle_pool"]), float(options["recycle_clusters"]))

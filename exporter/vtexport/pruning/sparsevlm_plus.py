@@ -10,7 +10,7 @@ from vtexport.errors import InputError
 from vtexport.pruning.decoder import Attention
 from vtexport.pruning.layout import Layout
 from vtexport.pruning.plan import Option, Stage, round_half_up
-from vtexport.pruning.schedule import Budget, choose_layers, preset_stages, solve
+from vtexport.pruning.schedule import Budget, Recycling
 from vtexport.pruning.sparsevlm import SparseVLM
 
 if TYPE_CHECKING:
@@ -49,13 +49,10 @@ class SparseVLMPlus(SparseVLM):
                     "visual tokens enter this decoder; use sparsevlm, or combine with a vision-stage method"
                 )
             options["reach"] = budget.reach
-        if options["schedule"]:
-            stages = preset_stages(str(options["schedule"]), self.name, budget, None)
-        else:
-            layers = choose_layers(str(options["layers"]), budget)
-            stages = solve(budget, layers, str(options["rule"]), None, self.name)
-        options["layers"] = ",".join(str(stage.layer) for stage in stages)
-        return stages
+        return super().stages(budget, options)
+
+    def recycling(self, options: Mapping[str, Option]) -> Recycling | None:
+        return None
 
     def score(self, attention: Attention, layout: Layout) -> Tensor:
         from vtexport.pruning.ops import token_score_heads

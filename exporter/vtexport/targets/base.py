@@ -39,6 +39,29 @@ class VisionOutput:
 
 
 @dataclass(frozen=True)
+class PrefillInput:
+    """What prefill takes.
+
+    Attributes:
+        input_ids: [B, L] int64, the prompts without their image, padded on the right.
+        image_position: [B] int64, text tokens before the image.
+        text_length: [B] int64, text tokens of each prompt.
+        visual: [B, K, C], what the vision graph gave.
+        ranking: [B, V] fp32, for a method that is given its scores.
+    """
+
+    input_ids: Array
+    image_position: Array
+    text_length: Array
+    visual: Array
+    ranking: Array | None = None
+
+    def feeds(self) -> dict[str, Array]:
+        """The graph's inputs by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
+
+@dataclass(frozen=True)
 class PrefillOutput:
     """What prefill gives.
 
@@ -77,16 +100,8 @@ class Engine(Protocol):
         """The vision graph on pixels [B, 3, S, S] fp32."""
         ...
 
-    def prefill(
-        self,
-        input_ids: Array,
-        image_position: Array,
-        text_length: Array,
-        visual: Array,
-        new_tokens: int,
-        ranking: Array | None = None,
-    ) -> PrefillOutput:
-        """The prefill graph; the cache gets room for `new_tokens` tokens more; `ranking` for a method given its scores."""
+    def prefill(self, inputs: PrefillInput, new_tokens: int) -> PrefillOutput:
+        """The prefill graph; the cache gets room for `new_tokens` tokens more."""
         ...
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:

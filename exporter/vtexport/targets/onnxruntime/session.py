@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from vtexport.errors import TargetError, first_line
-from vtexport.targets.base import Array, Cache, PrefillOutput, VisionOutput
+from vtexport.targets.base import Array, Cache, PrefillInput, PrefillOutput, VisionOutput
 
 
 @dataclass
@@ -66,33 +66,17 @@ class OrtEngine:
         found = dict(zip(names, session.run(names, {"pixel_values": pixels}), strict=True))
         return VisionOutput(found["visual"], found.get("kept"), found.get("score"))
 
-    def prefill(
-        self,
-        input_ids: Array,
-        image_position: Array,
-        text_length: Array,
-        visual: Array,
-        new_tokens: int,
-        ranking: Array | None = None,
-    ) -> PrefillOutput:
-        feeds = {
-            "input_ids": input_ids,
-            "image_position": image_position,
-            "text_length": text_length,
-            "visual": visual,
-        }
-        if ranking is not None:
-            feeds["ranking"] = ranking
+    def prefill(self, inputs: PrefillInput, new_tokens: int) -> PrefillOutput:
         session = self.session("prefill")
         names = [output.name for output in session.get_outputs()]
-        found = dict(zip(names, session.run(names, feeds), strict=True))
+        found = dict(zip(names, session.run(names, inputs.feeds()), strict=True))
         logits = found.pop("logits")
         present = {name: found.pop(name) for name in names if name.startswith("present.")}
         cache = self._cache(present, new_tokens, logits.shape[1])
         if "ranking" in found:
             cache.ranking = np.zeros_like(found["ranking"])
             cache.binding.bind_ortvalue_output("ranking", ort.OrtValue.ortvalue_from_numpy(cache.ranking))
-            cache.binding.bind_cpu_input("image_position", image_position)
+            cache.binding.bind_cpu_input("image_position", inputs.image_position)
         return PrefillOutput(logits, cache, found)
 
     def _cache(self, present: Mapping[str, Array], new_tokens: int, vocabulary: int) -> OrtCache:

@@ -15,7 +15,7 @@ import tensorrt_rtx_bindings as trt
 import torch
 
 from vtexport.errors import TargetError
-from vtexport.targets.base import Array, Cache, PrefillOutput, VisionOutput
+from vtexport.targets.base import Array, Cache, PrefillInput, PrefillOutput, VisionOutput
 from vtexport.targets.tensorrt.builder import _logger
 
 _DTYPES = {
@@ -91,24 +91,8 @@ class TensorRTEngine:
         arrays = {name: tensor.cpu().numpy() for name, tensor in found.items()}
         return VisionOutput(arrays["visual"], arrays.get("kept"), arrays.get("score"))
 
-    def prefill(
-        self,
-        input_ids: Array,
-        image_position: Array,
-        text_length: Array,
-        visual: Array,
-        new_tokens: int,
-        ranking: Array | None = None,
-    ) -> PrefillOutput:
-        inputs = {
-            "input_ids": input_ids,
-            "image_position": image_position,
-            "text_length": text_length,
-            "visual": visual,
-        }
-        if ranking is not None:
-            inputs["ranking"] = ranking
-        found = self._graph("prefill").run({n: torch.from_numpy(a).cuda() for n, a in inputs.items()})
+    def prefill(self, inputs: PrefillInput, new_tokens: int) -> PrefillOutput:
+        found = self._graph("prefill").run({n: torch.from_numpy(a).cuda() for n, a in inputs.feeds().items()})
         front, back, stages = {}, {}, {}
         for name, tensor in found.items():
             if not name.startswith("present."):
@@ -119,7 +103,9 @@ class TensorRTEngine:
             room[:, :, :tokens] = tensor
             front[name], back[name] = room, torch.empty_like(room)
         logits = stages.pop("logits")
-        return PrefillOutput(logits, CudaCache(front, back, image_position if "ranking" in stages else None), stages)
+        return PrefillOutput(
+            logits, CudaCache(front, back, inputs.image_position if "ranking" in stages else None), stages
+        )
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
         assert isinstance(cache, CudaCache)
