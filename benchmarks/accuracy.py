@@ -185,7 +185,7 @@ def plot(rows: dict[tuple[str, float], Point | None], methods: Sequence[str], pa
     for number, method in enumerate(methods):
         line = [dense, *(point for keep in KEEPS if (point := rows[method, keep]) is not None)]
         style = "o-" if method in inside else "s--"
-        colour = f"C{number % 10}"
+        colour = pyplot.colormaps["tab20"](number)
         axes.plot([100 * p.flops for p in line], [100 * p.accuracy for p in line], style, label=method, color=colour)
     axes.set_xlabel("decoder prefill FLOPs, % of dense")
     axes.set_ylabel("exact match, %")
