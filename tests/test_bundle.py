@@ -173,8 +173,8 @@ def test_wrong_logits_fail_the_build(tiny_checkpoint: Path, tmp_path: Path, monk
 
     real = ReferenceModel.answer
 
-    def shifted(*args: object) -> ReferenceAnswer:
-        found = real(*args)
+    def shifted(*args: object, **given: object) -> ReferenceAnswer:
+        found = real(*args, **given)
         return replace(found, logits=found.logits + 0.5)
 
     monkeypatch.setattr(ReferenceModel, "answer", shifted)

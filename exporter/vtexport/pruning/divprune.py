@@ -30,7 +30,8 @@ class DivPrune(VisionMethod):
         embedded = state.project(state.patches)
         distance = 1 - cosine(embedded, embedded)
         total = distance.shape[1]
-        itself = torch.eye(total, dtype=torch.bool, device=distance.device)
+        number = torch.arange(total, device=distance.device)
+        itself = number == number[:, None]
         chosen = [first_best(distance.masked_fill(itself, torch.inf).amin(dim=2))[:, None]]
         # A token's distance to itself is no use: those chosen lie below every distance.
         spread = distance.new_full((), torch.inf).expand(distance.shape[0], total)
