@@ -44,7 +44,7 @@ def main() -> None:
         for method, keep in (("dense", 1.0), *((method, arguments.keep) for method in METHODS)):
             print(f"build {method}, keep {keep:g}", flush=True)
             bundles[method] = build(BuildOptions(str(folder), keep, method), work / method)
-        plans = {method: bundle.manifest.plan.plan() for method, bundle in bundles.items()}
+        plans = {method: bundle.manifest.pruning_plans()[0] for method, bundle in bundles.items()}
         vtexport = {method: Vtexport(bundle.folder) for method, bundle in bundles.items()}
         text = len(vtexport["dense"].runner.prompter.prompt(QUESTION).token_ids)
         sides: dict[str, Side] = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tests.checkpoints import MICRO, random_checkpoint
+from vtexport import cli
 from vtexport.build import BuildOptions, build
 from vtexport.micro import heldout
 from vtexport.models import ModelSpec
@@ -102,3 +105,37 @@ def noise_images(count: int, size: tuple[int, int] = (120, 90), seed: int = 7) -
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, 9, 12, 3), dtype=np.uint8)
     return [Image.fromarray(one).resize(size, Image.Resampling.BICUBIC) for one in coarse]
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def vtexport(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run the command in this process, in an empty folder, through the entry point that users have."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["vtexport", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+def check_refused(outcome: Outcome, message: str, folder: Path, left: Sequence[str] = ()) -> None:
+    """One line on stderr, exit code 2, nothing on stdout, nothing new in the folder."""
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert len(outcome.err.splitlines()) == 1
+    assert message in outcome.err
+    assert sorted(path.name for path in folder.iterdir()) == sorted(left)

@@ -37,7 +37,7 @@ def test_a_copy_elsewhere_runs(bundle_copy: Path, photo: Path) -> None:
 
 def test_the_manifest_is_the_plan_and_lists_every_file(micro_bundle: Path) -> None:
     opened = Bundle.open(micro_bundle)
-    plan = opened.manifest.plan.plan()
+    plan = opened.manifest.pruning_plans()[0]
     assert (plan.method, plan.vision_tokens, plan.num_visual_tokens) == ("fastervlm", 36, 144)
     listed = {entry.path for entry in opened.manifest.files} | {MANIFEST}
     assert listed == {p.relative_to(micro_bundle).as_posix() for p in micro_bundle.rglob("*") if p.is_file()}
@@ -122,7 +122,7 @@ def test_an_existing_bundle_needs_force_and_is_replaced_whole(tiny_checkpoint: P
         build(options, out)
     assert (out / MANIFEST).read_bytes() == before
     other = build(BuildOptions(str(tiny_checkpoint), 0.5, verify=False), out, force=True)
-    assert other.manifest.plan.keep == 0.5
+    assert other.manifest.plans[0].keep == 0.5
     assert siblings(out) == {"bundle"}
 
 

@@ -6,55 +6,20 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.checkpoints import MICRO, random_checkpoint
+from tests.conftest import check_refused
 from vtexport import cli
 from vtexport.manifest import MANIFEST
 from vtexport.micro import heldout
 from vtexport.pruning.rank import Calibration
 
 README = Path(__file__).parents[1] / "README.md"
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def vtexport(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run the command in this process, in an empty folder, through the entry point that users have."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["vtexport", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capfd.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
-
-
-def check_refused(outcome: Outcome, message: str, folder: Path, left: Sequence[str] = ()) -> None:
-    """One line on stderr, exit code 2, nothing on stdout, nothing new in the folder."""
-    assert outcome.code == 2
-    assert outcome.out == ""
-    assert len(outcome.err.splitlines()) == 1
-    assert message in outcome.err
-    assert sorted(path.name for path in folder.iterdir()) == sorted(left)
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +22,7 @@ from vtexport.errors import InputError, TargetError
 from vtexport.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
+    AdaptiveEntry,
     GraphEntry,
     Manifest,
     ModelEntry,
@@ -34,13 +36,25 @@ from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
 from vtexport.models.llava import fingerprint, rope_reach
 from vtexport.models.prompt import PROCESSOR_FILES
 from vtexport.models.resolve import recipe_ranks
-from vtexport.pruning import DEFAULT_METHOD, PruningPlan, dense_plan, make_plan, methods_of
+from vtexport.pruning import DEFAULT_METHOD, PruningPlan, adaptive_plans, dense_plan, make_plan, methods_of
+from vtexport.pruning.adaptive import AUTO, DEFAULT_BUCKETS, DEFAULT_TARGET_ACCURACY, Policy
 from vtexport.pruning.plan import Option
 from vtexport.pruning.rank import Calibration
 from vtexport.targets import DEFAULT_TARGET, get_target
-from vtexport.targets.base import GRAPHS, WEIGHTS_FILE, Compiled, CompileJob, Engine, Target, graph_folder
+from vtexport.targets.base import (
+    WEIGHTS_FILE,
+    Compiled,
+    CompileJob,
+    Engine,
+    Target,
+    graph_folder,
+    graph_names,
+    prefill_names,
+)
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from vtexport.graph.export import TracedGraph
 
 DTYPES = ("fp32", "fp16")
@@ -75,7 +89,11 @@ class BuildOptions:
 
     Attributes:
         model: recipe name, folder or hub id.
-        keep: share of the visual tokens kept, in (0, 1]; None where a method's options decide it.
+        keep: share of the visual tokens kept, in (0, 1]; None where a method's options decide it; "auto" to choose it
+            for every image.
+        buckets: with keep "auto", the keep ratios to choose from; None for `DEFAULT_BUCKETS`.
+        target_accuracy: with keep "auto", the share of the dense model's answers that must stay as they are at
+            calibration; None for `DEFAULT_TARGET_ACCURACY`.
         method: a key of `vtexport.pruning.METHODS`, or a vision-stage and a decoder-stage method as `a+b`.
         target: a key of `vtexport.targets.TARGETS`.
         dtype: "fp32" or "fp16".
@@ -88,12 +106,14 @@ class BuildOptions:
     """
 
     model: str
-    keep: float | None = None
+    keep: float | str | None = None
     method: str = DEFAULT_METHOD
     target: str = DEFAULT_TARGET
     dtype: str = "fp32"
     method_options: Mapping[str, Option] = field(default_factory=dict)
     target_options: Mapping[str, str | int] = field(default_factory=dict)
+    buckets: tuple[float, ...] | None = None
+    target_accuracy: float | None = None
     ranks: Path | None = None
     give_ranking: bool = False
     debug: bool = False
@@ -116,25 +136,36 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
     folder = resolve_model(options.model)
     spec = read_spec(folder)
     checkpoint = Checkpoint.open(folder)
-    plan = make_plan(
+    calibration = _calibration(options, checkpoint, spec)
+    plan = partial(
+        make_plan,
         options.method,
         tokens=spec.vision.num_visual_tokens,
         layers=spec.decoder.num_layers,
-        keep=options.keep,
         leading=spec.vision.num_visual_tokens - spec.vision.num_patches,
         options=options.method_options,
-        calibration=_calibration(options, checkpoint, spec),
+        calibration=calibration,
         reach=rope_reach(spec),
         tower_layers=spec.vision.feature_layer,
     )
     source = _Source(options.model, folder, folder, checkpoint, spec)
-    return _assemble(source, plan, target, options, out, shown)
+    if not isinstance(options.keep, str):
+        return _assemble(source, [plan(keep=options.keep)], None, target, options, out, shown)
+    plans, policy = adaptive_plans(
+        options.method,
+        DEFAULT_BUCKETS if options.buckets is None else options.buckets,
+        DEFAULT_TARGET_ACCURACY if options.target_accuracy is None else options.target_accuracy,
+        calibration,
+        options.method_options,
+        lambda keep: plan(keep=keep),
+    )
+    return _assemble(source, plans, policy, target, options, out, shown)
 
 
 def _calibration(options: BuildOptions, checkpoint: Checkpoint, spec: ModelSpec) -> Calibration | None:
     """The calibration that was asked for or that the recipe carries; refused if it is another model's."""
     _, decoder = methods_of(options.method)
-    if decoder is None or not decoder.calibrated:
+    if options.keep != AUTO and (decoder is None or not decoder.calibrated):
         if options.ranks is None:
             return None
         raise InputError(
@@ -157,7 +188,8 @@ def build_dense_twin(bundle: Bundle, out: Path, progress: Progress | None = None
         InputError: `bundle` is dense itself, or its target keeps weights inside its engines.
     """
     manifest = bundle.manifest
-    if not manifest.plan.stages:
+    plans = manifest.pruning_plans()
+    if not plans[0].stages:
         raise InputError(f"{bundle.folder} is dense itself; give another bundle to compare it with")
     weights = [bundle.folder / place / WEIGHTS_FILE for place in ("vision", "decoder")]
     if not all(path.is_file() for path in weights):
@@ -167,7 +199,6 @@ def build_dense_twin(bundle: Bundle, out: Path, progress: Progress | None = None
     spec = read_spec(bundle.processor_folder)
     checkpoint = Checkpoint.of_files(bundle.folder, weights)
     source = _Source(manifest.model.name, bundle.folder, bundle.processor_folder, checkpoint, spec)
-    plan = dense_plan(manifest.plan.plan())
     options = BuildOptions(
         model=manifest.model.name,
         keep=1.0,
@@ -177,7 +208,9 @@ def build_dense_twin(bundle: Bundle, out: Path, progress: Progress | None = None
         target_options=manifest.target.options,
         verify=False,
     )
-    return _assemble(source, plan, get_target(options.target), options, out, progress or Silent())
+    return _assemble(
+        source, [dense_plan(plans[0])], None, get_target(options.target), options, out, progress or Silent()
+    )
 
 
 @dataclass(frozen=True)
@@ -192,14 +225,20 @@ class _Source:
 
 
 def _assemble(
-    source: _Source, plan: PruningPlan, target: Target, options: BuildOptions, out: Path, shown: Progress
+    source: _Source,
+    plans: Sequence[PruningPlan],
+    policy: Policy | None,
+    target: Target,
+    options: BuildOptions,
+    out: Path,
+    shown: Progress,
 ) -> Bundle:
     spec = source.spec
     check_space(out, _needed_bytes(spec, options.dtype))
     resolved = {**target.options, **options.target_options}
     with write_folder(out) as building:
-        graphs = _trace(spec, plan, options, shown)
-        _write_weights(graphs, building, source.checkpoint, spec, plan, shown)
+        graphs = _trace(spec, plans, options, shown)
+        _write_weights(graphs, building, source.checkpoint, spec, plans, shown)
         _copy_processor(source.processor, building)
         ports = {graph.name: _ports(graph) for graph in graphs}
         compiled = target.compile(
@@ -207,7 +246,7 @@ def _assemble(
                 folder=building,
                 models={graph.name: graph.model for graph in graphs},
                 spec=spec,
-                plan=plan,
+                plans=plans,
                 dtype=options.dtype,
                 options=resolved,
                 report=shown.stage,
@@ -217,14 +256,15 @@ def _assemble(
         )
         verification = None
         if options.verify:
-            verification = _verify(target, compiled, building, source.folder, spec, plan, options, shown)
+            verification = _verify(target, compiled, building, source.folder, spec, plans, options, shown)
         target.finish(building)
         shown.stage("hash files")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             vtexport=version("vtexport"),
             model=_model_entry(source.name, spec),
-            plan=PlanEntry.of(plan),
+            plans=[PlanEntry.of(plan) for plan in plans],
+            adaptive=None if policy is None else AdaptiveEntry(**asdict(policy)),
             target=TargetEntry(
                 name=target.name,
                 dtype=options.dtype,
@@ -253,6 +293,15 @@ def _check_options(options: BuildOptions, target: Target) -> None:
             raise InputError(f"--{name.replace('_', '-')} has no effect with target {target.name}; leave it out")
     target.check_options({**target.options, **options.target_options})
     vision, decoder = methods_of(options.method)
+    if options.keep == AUTO:
+        if decoder is not None and decoder.raters == "given":
+            raise InputError(f"--keep auto cannot go with method {options.method}, whose tokens another bundle ranks")
+    elif isinstance(options.keep, str):
+        raise InputError(f"--keep {options.keep!r} is neither a ratio nor auto")
+    else:
+        for flag, value in (("buckets", options.buckets), ("target-accuracy", options.target_accuracy)):
+            if value is not None:
+                raise InputError(f"--{flag} has no effect without --keep auto; leave it out")
     if options.debug and not (vision.scores or (decoder is not None and decoder.scores)):
         raise InputError(f"--debug has no effect with method {options.method}, which rates no tokens; leave it out")
     if options.give_ranking and options.method != "dense":
@@ -267,18 +316,21 @@ def _needed_bytes(spec: ModelSpec, dtype: str) -> int:
     return int(spec.num_parameters() * (4 if dtype == "fp32" else 2) * 1.1) + (4 << 20)
 
 
-def _trace(spec: ModelSpec, plan: PruningPlan, options: BuildOptions, progress: Progress) -> list[TracedGraph]:
+def _trace(
+    spec: ModelSpec, plans: Sequence[PruningPlan], options: BuildOptions, progress: Progress
+) -> list[TracedGraph]:
     from vtexport.graph.export import trace_decode, trace_prefill, trace_vision
 
-    progress.stage("trace vision, prefill, decode", 3)
-    graphs = []
-    for trace in (
-        lambda: trace_vision(spec, plan, options.dtype, options.debug),
-        lambda: trace_prefill(spec, plan, options.dtype, options.debug, options.give_ranking),
-        lambda: trace_decode(spec, options.dtype, plan.num_visual_tokens if options.give_ranking else 0),
-    ):
-        graphs.append(trace())
+    names = prefill_names(len(plans))
+    progress.stage(f"trace {', '.join(graph_names(len(plans)))}", len(plans) + 2)
+    graphs = [trace_vision(spec, plans, options.dtype, options.debug)]
+    progress.advance()
+    for plan, name in zip(plans, names, strict=True):
+        graphs.append(trace_prefill(spec, plan, options.dtype, options.debug, options.give_ranking, name))
         progress.advance()
+    ranks = spec.vision.num_visual_tokens if options.give_ranking else 0
+    graphs.append(trace_decode(spec, options.dtype, ranks))
+    progress.advance()
     return graphs
 
 
@@ -287,7 +339,7 @@ def _write_weights(
     building: Path,
     checkpoint: Checkpoint,
     spec: ModelSpec,
-    plan: PruningPlan,
+    plans: Sequence[PruningPlan],
     progress: Progress,
 ) -> None:
     from vtexport.graph.weights import weights_size, write_weights
@@ -295,12 +347,12 @@ def _write_weights(
 
     cos, sin = rope_tables(spec)
     computed = {"rope.cos": cos.numpy(), "rope.sin": sin.numpy()}
-    constants = methods_of(plan.method)[0].constants(plan, spec.vision.grid)
-    computed |= {f"pruning.{name}": array for name, array in constants.items()}
-    groups = {
-        place: [graph.model for graph in graphs if graph_folder(graph.name) == place]
-        for place in sorted({graph_folder(name) for name in GRAPHS})
-    }
+    for number, plan in enumerate(plans):
+        constants = methods_of(plan.method)[0].constants(plan, spec.vision.grid)
+        computed |= {f"pruning.{number}.{name}": array for name, array in constants.items()}
+    groups: dict[str, list[ir.Model]] = {}
+    for graph in graphs:
+        groups.setdefault(graph_folder(graph.name), []).append(graph.model)
     progress.stage("write weights", sum(weights_size(models) for models in groups.values()))
     for place, models in groups.items():
         (building / place).mkdir()
@@ -343,15 +395,15 @@ def _verify(
     building: Path,
     folder: Path,
     spec: ModelSpec,
-    plan: PruningPlan,
+    plans: Sequence[PruningPlan],
     options: BuildOptions,
     progress: Progress,
 ) -> VerificationEntry:
     from vtexport.verify import SAMPLES, verify_engine
 
-    progress.stage("verify against transformers", SAMPLES)
+    progress.stage("verify against transformers", SAMPLES * len(plans))
     engine, ran = _verifiable(target, compiled, building)
-    return verify_engine(engine, ran, folder, spec, plan, options.dtype, progress.advance)
+    return verify_engine(engine, ran, folder, spec, plans, options.dtype, progress.advance)
 
 
 def _verifiable(target: Target, compiled: Compiled, building: Path) -> tuple[Engine, str]:
@@ -360,5 +412,5 @@ def _verifiable(target: Target, compiled: Compiled, building: Path) -> tuple[Eng
         return target.open(building, compiled.files, 0), target.name
     from vtexport.targets.onnxruntime.session import OrtEngine
 
-    sources = {name: f"{graph_folder(name)}/{name}.onnx" for name in GRAPHS}
+    sources = {name: f"{graph_folder(name)}/{name}.onnx" for name in compiled.files}
     return OrtEngine(building, sources), f"the ONNX files of {target.name}, on onnxruntime"

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vtexport.errors import InputError
+from vtexport.models.llava import rope_reach
 from vtexport.models.prompt import Prompt, Prompter, open_image
-from vtexport.pruning import PruningPlan, make_plan
+from vtexport.pruning import PruningPlan, make_plan, methods_of
+from vtexport.pruning.adaptive import AdaptiveTable
+from vtexport.pruning.dense import Dense
 from vtexport.pruning.rank import RANK_TOLERANCE, Calibration
 from vtexport.pruning.schedule import default_layers
 
@@ -23,6 +26,36 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 #: keep ratios for which pruning layers are tried
 KEEPS = (0.5, 0.33, 0.25, 0.17, 0.11)
+#: keep ratios at which methods are tried for `--keep auto`
+BUCKETS = (0.5, 0.33, 0.25, 0.17, 0.125)
+_BINS = 8
+# Tokens of the dense model's greedy answer that must come out the same.
+_ANSWER_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to measure beyond ranks and layers.
+
+    Attributes:
+        methods: methods to try for `--keep auto`, their options at their defaults.
+        buckets: keep ratios to try them at, descending.
+        exit_tolerance: share of the pairs whose next token may change where visual tokens leave early.
+    """
+
+    methods: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = BUCKETS
+    exit_tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.exit_tolerance < 1:
+            raise InputError(
+                f"--exit-tolerance {self.exit_tolerance:g} is out of range; give a share from 0 to below 1"
+            )
+        for method in self.methods:
+            _, decoder = methods_of(method)
+            if method == Dense.name or (decoder is not None and decoder.raters == "given"):
+                raise InputError(f"--method {method} has nothing to calibrate for --keep auto; leave it out")
 
 
 @dataclass(frozen=True)
@@ -59,7 +92,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def calibrate_model(
-    name: str, pairs: Sequence[Pair], exit_tolerance: float = 0.0, advance: Callable[[], None] = lambda: None
+    name: str, pairs: Sequence[Pair], asked: Asked | None = None, advance: Callable[[], None] = lambda: None
 ) -> Calibration:
     """Measure the model that `name` says (see `vtexport.models.resolve_model`) on `pairs`; see `calibrate`."""
     from vtexport.models import Checkpoint, read_spec, resolve_model
@@ -70,7 +103,7 @@ def calibrate_model(
     spec = read_spec(folder)
     mark = fingerprint(Checkpoint.open(folder))
     prompter = Prompter(folder, spec.image_token_id, spec.vision.image_size)
-    return calibrate(ReferenceModel(folder, spec), prompter, pairs, mark, exit_tolerance, advance)
+    return calibrate(ReferenceModel(folder, spec), prompter, pairs, mark, asked or Asked(), advance)
 
 
 def calibrate(
@@ -78,7 +111,7 @@ def calibrate(
     prompter: Prompter,
     pairs: Sequence[Pair],
     fingerprint: str,
-    exit_tolerance: float = 0.0,
+    asked: Asked,
     advance: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Measure `model` on `pairs`; see `Calibration` for what.
@@ -88,14 +121,12 @@ def calibrate(
         prompter: its processor.
         pairs: images and prompts, at least one.
         fingerprint: of the checkpoint.
-        exit_tolerance: share of the pairs whose next token may change where visual tokens leave early.
-        advance: called `steps(pairs)` times.
+        asked: what else to measure.
+        advance: called `steps(pairs, asked)` times.
 
     Raises:
-        InputError: a tolerance outside [0, 1).
+        InputError: a method that cannot keep as little as asked.
     """
-    if not 0 <= exit_tolerance < 1:
-        raise InputError(f"--exit-tolerance {exit_tolerance:g} is out of range; give a share from 0 to below 1")
     subjects = [_Subject(model, prompter.prompt(p.prompt), prompter.pixels(p.image)[None]) for p in pairs]
     found = []
     for subject in subjects:
@@ -113,23 +144,45 @@ def calibrate(
         layers=(default_layers(model.spec.decoder.num_layers),) * len(KEEPS),
         agreement=(0.0,) * len(KEEPS),
         # After the last layer nothing is left to drop, so that one always qualifies.
-        exit_layer=int(np.flatnonzero(np.mean([one.changed for one in found], axis=0) <= exit_tolerance)[0]),
-        exit_tolerance=exit_tolerance,
+        exit_layer=int(np.flatnonzero(np.mean([one.changed for one in found], axis=0) <= asked.exit_tolerance)[0]),
+        exit_tolerance=asked.exit_tolerance,
     )
     choices = []
     for keep in KEEPS:
         choices.append(_best_layers(subjects, calibration, keep))
         advance()
-    return replace(
+    calibration = replace(
         calibration,
         layers=tuple(layers for layers, _ in choices),
         agreement=_rounded([agreement for _, agreement in choices]),
     )
+    tables = [_adaptive_table(subjects, calibration, method, asked.buckets, advance) for method in asked.methods]
+    return replace(calibration, adaptive=tuple(tables))
 
 
-def steps(pairs: Sequence[Pair]) -> int:
+def steps(pairs: Sequence[Pair], asked: Asked) -> int:
     """How often `calibrate` calls `advance`."""
-    return len(pairs) + len(KEEPS)
+    return len(pairs) + len(KEEPS) + len(asked.methods) * len(asked.buckets)
+
+
+def _adaptive_table(
+    subjects: Sequence[_Subject],
+    calibration: Calibration,
+    method: str,
+    buckets: Sequence[float],
+    advance: Callable[[], None],
+) -> AdaptiveTable:
+    """How often `method` leaves the dense answer as it was, by keep ratio and spread of CLS's attention."""
+    spreads = np.array([subject.spread for subject in subjects])
+    # Bins of equally many pairs; a stable order, so that equal spreads fall into the same bins every time.
+    bins = np.array_split(np.argsort(spreads, kind="stable"), min(_BINS, len(subjects)))
+    rows = []
+    for keep in buckets:
+        plan = subjects[0].plan(method, keep=keep, calibration=calibration)
+        same = np.array([subject.same_answer(plan) for subject in subjects])
+        rows.append(_rounded([same[members].mean() for members in bins]))
+        advance()
+    return AdaptiveTable(method, tuple(buckets), _rounded([spreads[members].max() for members in bins]), tuple(rows))
 
 
 def _candidates(num_layers: int) -> list[tuple[int, ...]]:
@@ -169,17 +222,39 @@ class _Subject:
     def __init__(self, model: ReferenceModel, prompt: Prompt, pixels: Array) -> None:
         d, v = model.spec.decoder, model.spec.vision
         leading = v.num_visual_tokens - v.num_patches
-        self.model, self.prompt = model, prompt
-        self.plan = partial(make_plan, tokens=v.num_visual_tokens, layers=d.num_layers, leading=leading)
-        dense = self.plan("dense", keep=1.0)
-        self.visual = model.vision(pixels, dense).visual
-        self.token = int(model.answer(prompt, self.visual, (), dense).logits[0].argmax())
+        self.model, self.prompt, self.pixels = model, prompt, pixels
+        self.plan = partial(
+            make_plan,
+            tokens=v.num_visual_tokens,
+            layers=d.num_layers,
+            leading=leading,
+            reach=rope_reach(model.spec),
+            tower_layers=v.feature_layer,
+        )
+        self.dense = self.plan("dense", keep=1.0)
+        seen = model.vision(pixels, self.dense)
+        self.visual, self.spread = seen.visual, seen.spread
+        self.token = int(model.answer(prompt, self.visual, (), self.dense).logits[0].argmax())
 
     def chance(self, plan: PruningPlan) -> tuple[float, bool]:
         """The probability of the dense model's token under `plan`, and whether it is the greedy one."""
         logits = self.model.answer(self.prompt, self.visual, (), plan).logits[0].astype(np.float64)
         weights = np.exp(logits - logits.max())
         return float(weights[self.token] / weights.sum()), int(logits.argmax()) == self.token
+
+    @cached_property
+    def dense_answer(self) -> list[int]:
+        """The dense model's greedy answer, up to its end token or `_ANSWER_TOKENS` tokens."""
+        tokens = [self.token]
+        while len(tokens) < _ANSWER_TOKENS and tokens[-1] not in self.model.spec.eos_token_ids:
+            tokens.append(int(self.model.answer(self.prompt, self.visual, tokens, self.dense).logits[-1].argmax()))
+        return tokens
+
+    def same_answer(self, plan: PruningPlan) -> bool:
+        """Whether `plan` leaves the dense answer as it was; one pass, for it is asked token by token of that answer."""
+        visual = self.visual if plan.vision_stage is None else self.model.vision(self.pixels, plan).visual
+        logits = self.model.answer(self.prompt, visual, self.dense_answer[:-1], plan).logits
+        return bool(np.array_equal(logits.argmax(axis=1), self.dense_answer))
 
 
 @dataclass(frozen=True)

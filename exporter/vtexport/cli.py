@@ -33,7 +33,13 @@ def cli() -> None:
 
 @cli.command()
 @_MODEL
-@click.option("--keep", type=float, help="Mean visual tokens over the decoder's layers, as a share above 0, at most 1.")
+@click.option(
+    "--keep",
+    type=options.KeepRatio(),
+    help="Mean visual tokens over the decoder's layers, as a share above 0, at most 1; auto chooses for every image.",
+)
+@click.option("--buckets", help="The keep ratios that --keep auto chooses from.  [default: 0.5,0.25,0.125]")
+@click.option("--target-accuracy", type=float, help="Answers that --keep auto must leave as they are.  [default: 0.97]")
 @click.option("--method", help="Pruning method of `vtexport list`, or two as VISION+DECODER.  [default: sparsevlm]")
 @click.option("--target", help="Runtime to build for.  [default: onnxruntime]")
 @click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="[default: the target's first]")
@@ -45,7 +51,9 @@ def cli() -> None:
 @options.of_targets
 def build(
     model: str,
-    keep: float | None,
+    keep: float | str | None,
+    buckets: str | None,
+    target_accuracy: float | None,
     method: str | None,
     target: str | None,
     dtype: str | None,
@@ -61,12 +69,14 @@ def build(
     \b
     vtexport build --model micro-llava --keep 0.25 --out micro
     vtexport build --model micro-llava --keep 0.1 --method fastervlm+sparsevlm
+    vtexport build --model micro-llava --keep auto --target-accuracy 0.95
     vtexport build --model llava-hf/llava-1.5-7b-hf --schedule sparsevlm-192 --target tensorrt-rtx --sm 89,120
     """
     from vtexport.build import BuildOptions
     from vtexport.build import build as build_bundle
     from vtexport.console import stage_progress, stdout
     from vtexport.pruning import DEFAULT_METHOD
+    from vtexport.pruning.adaptive import parse_buckets
     from vtexport.report import build_summary
     from vtexport.targets import DEFAULT_TARGET, get_target
 
@@ -80,11 +90,13 @@ def build(
         dtype=dtype or chosen.dtypes[0],
         method_options=options.given(extra, options.METHODS),
         target_options=options.given(extra, options.TARGETS),
+        buckets=None if buckets is None else parse_buckets(buckets),
+        target_accuracy=target_accuracy,
         ranks=ranks,
         give_ranking=give_ranking,
         debug=debug,
     )
-    label = extra["schedule"] or (f"{keep:g}" if keep is not None else extra["layers"] or "1")
+    label = extra["schedule"] or (f"{keep:g}" if isinstance(keep, float) else keep or extra["layers"] or "1")
     destination = out or Path(f"{Path(model).name}-{method}-{label}")
     with stage_progress() as progress:
         bundle = build_bundle(made, destination, force=force, progress=progress)
@@ -97,26 +109,43 @@ def build(
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="File to write, such as ranks.toml.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Also draw the measurements into this file.")
 @click.option("--exit-tolerance", default=0.0, show_default=True, help="Share of pairs whose next token may change.")
-def calibrate(model: str, data: Path, out: Path, plot_file: Path | None, exit_tolerance: float) -> None:
-    """Measure a model's ranks, which the schedules of sparsevlm rest on.
+@click.option("--method", "methods", multiple=True, help="Also try this method for --keep auto; may be repeated.")
+@click.option("--buckets", help="Keep ratios to try it at.  [default: 0.5,0.33,0.25,0.17,0.125]")
+def calibrate(
+    model: str,
+    data: Path,
+    out: Path,
+    plot_file: Path | None,
+    exit_tolerance: float,
+    methods: tuple[str, ...],
+    buckets: str | None,
+) -> None:
+    """Measure a model: the ranks that sparsevlm's schedules rest on, and what --keep auto must know of a method.
 
     \b
-    vtexport calibrate --model micro-llava --data pairs.jsonl -o ranks.toml --plot ranks.png
+    vtexport calibrate --model micro-llava --data pairs.jsonl -o ranks.toml --plot ranks.png --method sparsevlm
     vtexport build --model micro-llava --keep 0.25 --ranks ranks.toml
+    vtexport build --model micro-llava --keep auto --ranks ranks.toml
     """
     from vtexport import calibrate as calibration
     from vtexport.console import stage_progress, stdout
+    from vtexport.pruning.adaptive import parse_buckets
     from vtexport.report import calibration_table
     from vtexport.show import check_destination
 
+    if buckets is not None and not methods:
+        raise InputError("--buckets has no effect without --method; leave it out")
+    asked = calibration.Asked(
+        methods, calibration.BUCKETS if buckets is None else parse_buckets(buckets), exit_tolerance
+    )
     if not out.absolute().parent.is_dir():
         raise StorageError(f"{out}: {out.absolute().parent} is not a folder; give another -o")
     if plot_file is not None:
         check_destination(plot_file)
     pairs = calibration.read_pairs(data)
     with stage_progress() as progress:
-        progress.stage("measure pairs, try layers", calibration.steps(pairs))
-        found = calibration.calibrate_model(model, pairs, exit_tolerance, progress.advance)
+        progress.stage("measure pairs, try layers and methods", calibration.steps(pairs, asked))
+        found = calibration.calibrate_model(model, pairs, asked, progress.advance)
     found.save(out)
     if plot_file is not None:
         calibration.plot(found, plot_file)
@@ -189,6 +218,7 @@ def show(bundle: Path, image: Path, prompt: str | None, ranking_from: Path | Non
 @click.option("--batch", default=1, show_default=True)
 @click.option("--new-tokens", default=16, show_default=True, help="Tokens decoded a run.")
 @click.option("--runs", default=10, show_default=True)
+@click.option("--bucket", type=float, help="Keep ratio of an auto bundle to measure.  [default: the sample photo's]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the report to this file.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Also draw the report into this file.")
 def profile(
@@ -197,6 +227,7 @@ def profile(
     batch: int,
     new_tokens: int,
     runs: int,
+    bucket: float | None,
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
@@ -230,6 +261,7 @@ def profile(
             new_tokens=new_tokens,
             runs=runs,
             against_label=against,
+            bucket=bucket,
             advance=progress.advance,
         )
     if json_file is not None:
@@ -263,7 +295,8 @@ def evaluate(bundle: Path, limit: int | None, ranking_from: Path | None, as_json
         score = evaluate_bundle(runner, number, progress.advance)
     if as_json:
         kinds = {kind: right / total for kind, (right, total) in score.by_kind.items()}
-        click.echo(json.dumps({"accuracy": score.accuracy, "questions": score.total, "by_kind": kinds}))
+        found = {"accuracy": score.accuracy, "questions": score.total, "by_kind": kinds, "by_keep": score.by_keep}
+        click.echo(json.dumps({**found, "mean_visual_tokens": score.mean_visual_tokens}))
     else:
         stdout.print(score_table(score))
 

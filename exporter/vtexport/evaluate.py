@@ -17,11 +17,13 @@ MAX_NEW_TOKENS = 6
 
 @dataclass(frozen=True)
 class Score:
-    """Exact matches of all questions, and by kind of question."""
+    """Exact matches of all questions, and by kind of question; and how many questions ran at which keep ratio."""
 
     right: int
     total: int
     by_kind: dict[str, tuple[int, int]]
+    by_keep: dict[float, int]
+    mean_visual_tokens: float
 
     @property
     def accuracy(self) -> float:
@@ -51,14 +53,19 @@ def evaluate(
     if not 1 <= limit <= heldout.NUM_QUESTIONS:
         raise InputError(f"--limit {limit} is out of range; give 1 to {heldout.NUM_QUESTIONS}")
     counts = {kind: [0, 0] for kind in scenes.KINDS}
+    by_keep = {plan.keep: 0 for plan in runner.plans}
+    tokens = 0.0
     for batch in _batches(heldout.examples(limit)):
         pairs = [(Image.fromarray(example.image * (0 if blank else 1)), example.question.text) for example in batch]
         for example, answer in zip(batch, runner.ask(pairs, MAX_NEW_TOKENS), strict=True):
             counts[example.question.kind][0] += answer.text == example.question.answer
             counts[example.question.kind][1] += 1
+            by_keep[answer.keep] += 1
+            tokens += answer.visual_tokens["mean"]
         advance(len(batch))
     by_kind = {kind: (right, total) for kind, (right, total) in counts.items() if total}
-    return Score(sum(r for r, _ in by_kind.values()), sum(t for _, t in by_kind.values()), by_kind)
+    right, total = (sum(column) for column in zip(*by_kind.values(), strict=True))
+    return Score(right, total, by_kind, by_keep, tokens / total)
 
 
 def _batches(examples: Iterator[heldout.Example]) -> Iterator[list[heldout.Example]]:

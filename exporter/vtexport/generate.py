@@ -39,6 +39,8 @@ class Result:
         debug: what else a debug build gives out: by stage `score` and `cluster`, and `raters` over the text.
         logits: [len(token_ids), vocabulary] fp32 if asked for.
         ranking: [V] attention to each visual token over prompt and answer, of a build that gives it.
+        bucket: the number of the plan that this row got.
+        spread: by what it was chosen, of a build with several plans.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -46,6 +48,8 @@ class Result:
     debug: dict[str, Array] = field(default_factory=dict)
     logits: Array | None = None
     ranking: Array | None = None
+    bucket: int = 0
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,22 @@ def generate(
     max_positions: int,
     on_token: Callable[[int, int], None] | None = None,
     keep_logits: bool = False,
+    bucket: int = 0,
+    vision: VisionOutput | None = None,
 ) -> tuple[list[Result], Timings]:
     """Answer `requests` greedily, as one batch.
 
     Args:
         engine: an opened engine.
-        plan: the plan compiled into it.
+        plan: the plan compiled into it, or into its prefill graph number `bucket`.
         requests: at least one.
         max_new_tokens: at least 1.
         eos_token_ids: tokens that end a row.
         max_positions: the model's longest sequence.
         on_token: called with (row, token) as tokens come.
         keep_logits: whether results carry logits.
+        bucket: the number of the plan.
+        vision: what the vision graph gave for these requests, if it has run already; `Timings.vision` is then zero.
 
     Raises:
         InputError: prompt, visual and new tokens together exceed `max_positions`.
@@ -106,13 +114,15 @@ def generate(
     ranking = np.stack(given) if given else None
 
     start = time.perf_counter()
-    vision = engine.vision(np.stack([request.pixels for request in requests]))
-    seen = time.perf_counter()
-    filled_by = engine.prefill(PrefillInput(input_ids, at, lengths, vision.visual, ranking), max_new_tokens)
+    if vision is None:
+        vision = engine.vision(np.stack([request.pixels for request in requests]))
+    looked = time.perf_counter()
+    visual_tokens = vision.seen(bucket).visual
+    filled_by = engine.prefill(PrefillInput(input_ids, at, lengths, visual_tokens, ranking), max_new_tokens, bucket)
     logits, cache = filled_by.logits, filled_by.cache
     filled = time.perf_counter()
 
-    results = [_result(row, vision, filled_by) for row in range(len(requests))]
+    results = [_result(row, vision, filled_by, bucket) for row in range(len(requests))]
     history: list[list[Array]] = [[] for _ in requests]
     running = np.ones(len(requests), dtype=bool)
     # Every layer's cache holds all text and the visual tokens that entered it.
@@ -143,7 +153,7 @@ def generate(
     if keep_logits:
         for result, rows in zip(results, history, strict=True):
             result.logits = np.stack(rows)
-    timings = Timings(1000 * (seen - start), 1000 * (filled - seen), tuple(steps), cache.nbytes)
+    timings = Timings(1000 * (looked - start), 1000 * (filled - looked), tuple(steps), cache.nbytes)
     return results, timings
 
 
@@ -158,11 +168,12 @@ def _check_reach(plan: PruningPlan, requests: Sequence[Request]) -> None:
         )
 
 
-def _result(row: int, vision: VisionOutput, prefill: PrefillOutput) -> Result:
+def _result(row: int, vision: VisionOutput, prefill: PrefillOutput, bucket: int) -> Result:
     """What the graphs gave out for one row, by stage."""
-    result = Result()
-    if vision.kept is not None:
-        result.kept[VISION] = vision.kept[row]
+    result = Result(bucket=bucket)
+    kept = vision.seen(bucket).kept
+    if kept is not None:
+        result.kept[VISION] = kept[row]
     if vision.score is not None:
         result.debug[f"score.{VISION}"] = vision.score[row]
     for name, array in prefill.stages.items():

@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 
 from vtexport.errors import BundleError
+from vtexport.pruning.adaptive import Policy
 from vtexport.pruning.plan import Option, PruningPlan, Stage
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 
 
@@ -78,6 +79,14 @@ class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
+class AdaptiveEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How each image gets one of several plans: `vtexport.pruning.adaptive.Policy`."""
+
+    limits: list[float]
+    target_accuracy: float
+    accuracy: float
+
+
 class TargetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the bundle was compiled for, with what, and which file is which graph."""
 
@@ -126,18 +135,29 @@ class VerificationEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole of manifest.json."""
+    """The whole of manifest.json; several plans, from most to fewest tokens, are a choice per image (`adaptive`)."""
 
     schema_version: int
     vtexport: str
     model: ModelEntry
-    plan: PlanEntry
+    plans: list[PlanEntry]
+    adaptive: AdaptiveEntry | None
     target: TargetEntry
     graphs: dict[str, GraphEntry]
     debug: bool
     gives_ranking: bool
     verification: VerificationEntry | None
     files: list[FileEntry]
+
+    def pruning_plans(self) -> list[PruningPlan]:
+        """The plans, one a prefill graph."""
+        return [entry.plan() for entry in self.plans]
+
+    def policy(self) -> Policy | None:
+        """What chooses among several plans; None where there is one."""
+        if self.adaptive is None:
+            return None
+        return Policy(tuple(self.adaptive.limits), self.adaptive.target_accuracy, self.adaptive.accuracy)
 
 
 class _Version(msgspec.Struct):
@@ -170,7 +190,9 @@ def decode(data: bytes, where: str) -> Manifest:
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-        manifest.plan.plan()
+        plans, choices = manifest.pruning_plans(), [] if manifest.adaptive is None else manifest.adaptive.limits
+        if len(plans) != 1 + len(choices):
+            raise ValueError(f"{len(plans)} plans, {len(choices)} limits between them")
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
         raise BundleError(f"{where} is damaged ({error}); build the bundle again") from error
     return manifest

@@ -43,6 +43,21 @@ METHODS = (
 TARGETS = ("sm", "max_batch", "max_text")
 
 
+class KeepRatio(click.ParamType):  # type: ignore[type-arg]  # not generic before Click 8.4
+    """A number, or the word `auto`."""
+
+    name = "ratio|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        """A float, or "auto"."""
+        if value == "auto":
+            return str(value)
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a ratio nor auto", param, ctx)
+
+
 def of_methods(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags of methods to a command."""
     for flag in reversed(_FLAGS):

@@ -81,17 +81,32 @@ class Report:
 class _Lane:
     """One bundle being measured."""
 
-    def __init__(self, folder: Path, label: str, batch: int) -> None:
+    def __init__(self, folder: Path, label: str, batch: int, bucket: float | None = None) -> None:
         self.runner = Runner.open(folder)
         if self.runner.needs_ranking:
             raise InputError(f"{folder} waits for another bundle's ranking; profile the two bundles one by one")
         self.folder = folder
         self.batch = batch
         self.image = sample_photo()
-        plan = self.runner.plan
+        self.bucket = self._bucket(bucket)
+        plan = self.runner.plans[self.bucket]
         self.side = Side(label, plan.method, plan.keep, plan.mean_visual_tokens)
         self.times: dict[str, list[float]] = {stage: [] for stage in STAGES}
         self.text_tokens = len(self.runner.prompter.prompt(QUESTION).token_ids)
+
+    def _bucket(self, keep: float | None) -> int:
+        """The number of the plan of keep ratio `keep`; by default the one that the sample photo gets."""
+        keeps = [plan.keep for plan in self.runner.plans]
+        if self.runner.policy is None:
+            if keep is not None:
+                raise InputError(f"--bucket has no effect: {self.folder} was built for keep {keeps[0]:g} only")
+            return 0
+        if keep is None:
+            vision = self.runner.engine.vision(self.runner.prompter.pixels(self.image)[None])
+            return int(self.runner.policy.choose(vision.spread)[0])
+        if keep not in keeps:
+            raise InputError(f"--bucket {keep:g} is none of {self.folder}; give {', '.join(f'{k:g}' for k in keeps)}")
+        return keeps.index(keep)
 
     def run(self, new_tokens: int, record: bool) -> None:
         start = time.perf_counter()
@@ -99,8 +114,15 @@ class _Lane:
         preprocess = 1000 * (time.perf_counter() - start)
         # No end tokens: both sides of a comparison then decode the same number of steps.
         model = self.runner.bundle.manifest.model
-        engine, plan = self.runner.engine, self.runner.plan
-        _, timings = generate(engine, plan, requests, new_tokens, eos_token_ids=(), max_positions=model.max_positions)
+        _, timings = generate(
+            self.runner.engine,
+            self.runner.plans[self.bucket],
+            requests,
+            new_tokens,
+            eos_token_ids=(),
+            max_positions=model.max_positions,
+            bucket=self.bucket,
+        )
         if record:
             self.times["preprocess"].append(preprocess)
             self.times["vision"].append(timings.vision)
@@ -112,14 +134,15 @@ class _Lane:
     def finish(self, new_tokens: int) -> None:
         self.side.stages = {stage: Stats.of(times) for stage, times in self.times.items() if times}
         spec = read_spec(self.runner.bundle.processor_folder)
-        flops = plan_flops(spec, self.runner.plan, self.text_tokens)
+        flops = plan_flops(spec, self.runner.plans[self.bucket], self.text_tokens)
         self.side.gflops = {
             "vision": flops.vision / 1e9,
             "prefill": flops.prefill / 1e9,
             "first_token": flops.first_token / 1e9,
             "per_token": flops.decode / 1e9,
         }
-        self.side.peak_memory_bytes = peak_memory(self.folder, self.batch, new_tokens)
+        keep = None if self.runner.policy is None else self.side.keep
+        self.side.peak_memory_bytes = peak_memory(self.folder, self.batch, new_tokens, keep)
 
 
 def profile(
@@ -130,6 +153,7 @@ def profile(
     new_tokens: int = 16,
     runs: int = 10,
     against_label: str | None = None,
+    bucket: float | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Report:
     """Measure the bundle in `folder`, and the one in `against` in turns with it.
@@ -141,12 +165,13 @@ def profile(
         new_tokens: tokens decoded a run, at least 2; end tokens are ignored.
         runs: recorded runs a bundle, at least 1, after `WARM_UP` unrecorded ones.
         against_label: what to call the other bundle in the report.
+        bucket: of a bundle with `--keep auto`, the keep ratio to measure; None for the one its sample photo gets.
         advance: called once a run of all bundles.
     """
     for name, value, least in (("batch", batch, 1), ("new-tokens", new_tokens, 2), ("runs", runs, 1)):
         if value < least:
             raise InputError(f"--{name} {value} is too small; give at least {least}")
-    lanes = [_Lane(folder, str(folder), batch)]
+    lanes = [_Lane(folder, str(folder), batch, bucket)]
     if against is not None:
         lanes.append(_Lane(against, against_label or str(against), batch))
     for number in range(WARM_UP + runs):
@@ -197,14 +222,14 @@ def device_name() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
-def peak_memory(folder: Path, batch: int, new_tokens: int) -> int:
+def peak_memory(folder: Path, batch: int, new_tokens: int, bucket: float | None = None) -> int:
     """Peak resident bytes of a fresh process that opens the bundle and answers once."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_answer_once, folder, batch, new_tokens).result()
+        return pool.submit(_answer_once, folder, batch, new_tokens, bucket).result()
 
 
-def _answer_once(folder: Path, batch: int, new_tokens: int) -> int:
-    lane = _Lane(folder, "", batch)
+def _answer_once(folder: Path, batch: int, new_tokens: int, bucket: float | None) -> int:
+    lane = _Lane(folder, "", batch, bucket)
     lane.run(new_tokens, record=False)
     # ru_maxrss would count the parent, of which this process began as a copy.
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():

@@ -27,11 +27,12 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class ReferenceVision:
-    """visual [1, K, C], kept [1, K'] int32 or None, score [1, V] or None."""
+    """visual [1, K, C], kept [1, K'] int32 or None, score [1, V] or None; spread of CLS's attention in patches."""
 
     visual: Any
     kept: Array | None
     score: Array | None
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ class ReferenceModel:
         constants = {k: torch.from_numpy(a) for k, a in method.constants(plan, v.grid).items()}
         with torch.inference_mode():
             pruned = prune(method, plan, state, constants)
+            spread = float(state.spread()[0])
         kept = None if pruned.index is None else pruned.index.numpy()
-        return ReferenceVision(pruned.tokens, kept, None if pruned.score is None else pruned.score.numpy())
+        return ReferenceVision(pruned.tokens, kept, None if pruned.score is None else pruned.score.numpy(), spread)
 
     def answer(
         self,

@@ -15,9 +15,10 @@ from vtexport.doctor import examine, versions
 from vtexport.evaluate import Score
 from vtexport.models.prompt import Prompter
 from vtexport.models.resolve import read_recipe, recipe_names
-from vtexport.models.spec import read_spec
+from vtexport.models.spec import ModelSpec, read_spec
 from vtexport.profile import STAGES, Report, Side
-from vtexport.pruning import DEFAULT_METHOD, METHODS, dense_plan
+from vtexport.pruning import DEFAULT_METHOD, METHODS, PruningPlan, dense_plan
+from vtexport.pruning.adaptive import AdaptiveTable
 from vtexport.pruning.flops import NOMINAL_TEXT_TOKENS, plan_flops
 from vtexport.pruning.rank import Calibration
 from vtexport.runtime import Answer
@@ -55,9 +56,20 @@ def _verification(bundle: Bundle) -> str:
 
 
 def _plan_rows(bundle: Bundle) -> list[tuple[str, str]]:
-    plan = bundle.manifest.plan.plan()
+    """The plan; of several, what chooses, and then each."""
+    spec, policy = read_spec(bundle.processor_folder), bundle.manifest.policy()
+    plans = bundle.manifest.pruning_plans()
+    rows: list[tuple[str, str]] = []
+    if policy is not None:
+        rows.append(("keep auto", f"{policy.accuracy:.1%} of answers as dense ones at calibration"))
+        for number, plan in enumerate(plans):
+            limit = f"spread up to {policy.limits[number - 1]:.4g} patches" if number else "any other image"
+            rows.append((f"  keep {plan.keep:g}", limit))
+    return rows + [row for plan in plans for row in _one_plan(plan, spec)]
+
+
+def _one_plan(plan: PruningPlan, spec: ModelSpec) -> list[tuple[str, str]]:
     dense = dense_plan(plan)
-    spec = read_spec(bundle.processor_folder)
     cost, full = plan_flops(spec, plan), plan_flops(spec, dense)
     flops = (
         f"{cost.first_token / 1e9:.4g} GFLOPs to the first token, {cost.first_token / full.first_token:.0%} of dense "
@@ -143,11 +155,20 @@ class TokenStream:
 
 
 def run_summary(answers: Sequence[Answer]) -> str:
-    """One line on tokens and time."""
+    """A line on tokens and time; with `--keep auto` one for every keep ratio chosen."""
+    return "\n".join(
+        _run_line([answer for answer in answers if answer.keep == keep])
+        for keep in sorted({answer.keep for answer in answers})
+    )
+
+
+def _run_line(answers: Sequence[Answer]) -> str:
     tokens, times = answers[0].visual_tokens, answers[0].timings_ms
     step = "" if times["per_token"] is None else f", {times['per_token']:.1f} ms a token"
+    spreads = ", ".join(f"{answer.spread:.1f}" for answer in answers if answer.spread is not None)
+    chosen = f"keep {answers[0].keep:g} chosen (attention spread over {spreads} patches): " if spreads else ""
     return (
-        f"{tokens['mean']:g} of {tokens['total']:g} visual tokens; preprocess {times['preprocess']:.1f} ms, "
+        f"{chosen}{tokens['mean']:g} of {tokens['total']:g} visual tokens; preprocess {times['preprocess']:.1f} ms, "
         f"vision {times['vision']:.1f} ms, prefill {times['prefill']:.1f} ms{step}"
     )
 
@@ -174,7 +195,7 @@ def profile_table(report: Report) -> RenderableType:
 def _side_row(side: Side) -> tuple[str, str]:
     return (
         side.bundle,
-        f"{side.method}, {side.mean_visual_tokens:g} visual tokens, peak memory {_megabytes(side.peak_memory_bytes)}, "
+        f"{side.method}, keep {side.keep:g}, {side.mean_visual_tokens:g} visual tokens, peak memory {_megabytes(side.peak_memory_bytes)}, "
         f"KV cache {_megabytes(side.cache_bytes)}, {side.gflops['first_token']:.4g} GFLOPs to the first token",
     )
 
@@ -194,7 +215,10 @@ def score_table(score: Score) -> RenderableType:
     for kind, (right, total) in score.by_kind.items():
         table.add_row(kind, str(right), str(total), f"{right / total:.1%}")
     table.add_row("all", str(score.right), str(score.total), f"{score.accuracy:.1%}")
-    return table
+    if len(score.by_keep) == 1:
+        return table
+    shares = ", ".join(f"keep {keep:g} for {count / score.total:.0%}" for keep, count in score.by_keep.items())
+    return Group(table, "", f"{shares} of the questions, {score.mean_visual_tokens:.4g} visual tokens on average")
 
 
 def calibration_table(found: Calibration) -> RenderableType:
@@ -206,7 +230,15 @@ def calibration_table(found: Calibration) -> RenderableType:
     for keep, chosen, agreement in zip(found.keeps, found.layers, found.agreement, strict=True):
         choices.add_row(f"{keep:g}", ",".join(map(str, chosen)), f"{agreement:.1%}")
     notes = f"{found.pairs} pairs; visual tokens may leave after layer {found.exit_layer}"
-    return Group(layers, "", choices, "", notes)
+    return Group(layers, "", choices, *(part for table in found.adaptive for part in ("", _spread(table))), "", notes)
+
+
+def _spread(table: AdaptiveTable) -> Table:
+    """Unchanged answers by keep ratio and spread of CLS's attention."""
+    shown = _table(f"{table.method}, spread up to", *(f"{limit:.3g}" for limit in table.spread))
+    for keep, row in zip(table.keeps, table.agreement, strict=True):
+        shown.add_row(f"keep {keep:g}", *(f"{share:.0%}" for share in row))
+    return shown
 
 
 def catalogue() -> dict[str, dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,23 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, and how it came about."""
+    """One answer, and how it came about.
+
+    Attributes:
+        text: the answer.
+        token_ids: its tokens, the end token included if it came.
+        keep: the keep ratio that this image got.
+        spread: by what it was chosen, of a build with `--keep auto`: how many patches share CLS's attention.
+        visual_tokens: see README.
+        stages: what each stage did.
+        timings_ms: of the rows that ran together: all of a batch, or with `--keep auto` those of equal keep ratio
+            (vision always all).
+    """
 
     text: str
     token_ids: list[int]
+    keep: float
+    spread: float | None
     visual_tokens: dict[str, float]
     stages: list[StageReport]
     timings_ms: dict[str, float | None]
@@ -79,7 +93,8 @@ class Runner:
         if not available.works:
             raise TargetError(f"{bundle.folder} cannot run here: {available.reason}")
         self.bundle = bundle
-        self.plan: PruningPlan = manifest.plan.plan()
+        self.plans: list[PruningPlan] = manifest.pruning_plans()
+        self.policy = manifest.policy()
         self.engine = target.open(bundle.folder, manifest.target.graphs, threads)
         self.prompter = Prompter(bundle.processor_folder, manifest.model.image_token_id, manifest.model.image_size)
         self.ranker = None if ranking_from is None else self._ranker(ranking_from, threads)
@@ -96,6 +111,11 @@ class Runner:
                 f"{self.bundle.folder}'s pruning layer; give a model with the same visual tokens"
             )
         return ranker
+
+    @property
+    def plan(self) -> PruningPlan:
+        """The plan; of several, the one of most tokens."""
+        return self.plans[0]
 
     @property
     def needs_ranking(self) -> bool:
@@ -129,39 +149,63 @@ class Runner:
             requests = self._ranked(requests, pairs, max_new_tokens)
             ranking = 1000 * (time.perf_counter() - start)
         results, timings = self.generate(requests, max_new_tokens, on_token)
-        model = self.bundle.manifest.model
         return [
-            Answer(
-                text=self.prompter.decode(result.token_ids),
-                token_ids=result.token_ids,
-                visual_tokens={
-                    "total": self.plan.num_visual_tokens,
-                    "mean": self.plan.mean_visual_tokens,
-                    "mean_sparsevlm_count": self.plan.mean_visual_tokens_sparsevlm,
-                },
-                stages=stage_reports(self.plan, model.grid, result.kept),
-                timings_ms=_milliseconds(preprocess, ranking, timings),
-            )
-            for result in results
+            self._answer(result, _milliseconds(preprocess, ranking, times))
+            for result, times in zip(results, timings, strict=True)
         ]
+
+    def _answer(self, result: Result, times: dict[str, float | None]) -> Answer:
+        plan = self.plans[result.bucket]
+        return Answer(
+            text=self.prompter.decode(result.token_ids),
+            token_ids=result.token_ids,
+            keep=plan.keep,
+            spread=None if result.spread is None else round(result.spread, 3),
+            visual_tokens={
+                "total": plan.num_visual_tokens,
+                "mean": plan.mean_visual_tokens,
+                "mean_sparsevlm_count": plan.mean_visual_tokens_sparsevlm,
+            },
+            stages=stage_reports(plan, self.bundle.manifest.model.grid, result.kept),
+            timings_ms=times,
+        )
 
     def generate(
         self,
         requests: Sequence[Request],
         max_new_tokens: int,
         on_token: Callable[[int, int], None] | None = None,
-    ) -> tuple[list[Result], Timings]:
-        """`vtexport.generate.generate` with this bundle's engine, plan, end tokens and positions."""
+    ) -> tuple[list[Result], list[Timings]]:
+        """`vtexport.generate.generate` with this bundle's engine, plans, end tokens and positions.
+
+        With several plans the images are looked at once, and rows of equal plan go on as one batch.
+
+        Returns:
+            results in the order of `requests`, and the timings of the batch that each was in.
+        """
         model = self.bundle.manifest.model
-        return generate(
-            self.engine,
-            self.plan,
-            requests,
-            max_new_tokens,
-            eos_token_ids=model.eos_token_ids,
-            max_positions=model.max_positions,
-            on_token=on_token,
-        )
+        answer = partial(generate, self.engine, eos_token_ids=model.eos_token_ids, max_positions=model.max_positions)
+        if self.policy is None:
+            results, timings = answer(self.plan, requests, max_new_tokens, on_token=on_token)
+            return results, [timings] * len(results)
+        start = time.perf_counter()
+        vision = self.engine.vision(np.stack([request.pixels for request in requests]))
+        looked = 1000 * (time.perf_counter() - start)
+        chosen, found = self.policy.choose(vision.spread), {}
+        for bucket in np.unique(chosen):
+            rows = [int(row) for row in np.flatnonzero(chosen == bucket)]
+            results, timings = answer(
+                self.plans[bucket],
+                [requests[row] for row in rows],
+                max_new_tokens,
+                on_token=_renumbered(on_token, rows),
+                bucket=int(bucket),
+                vision=vision.rows(np.array(rows)),
+            )
+            for row, result in zip(rows, results, strict=True):
+                result.spread = float(vision.spread[row])
+                found[row] = result, replace(timings, vision=looked)
+        return [found[row][0] for row in range(len(requests))], [found[row][1] for row in range(len(requests))]
 
     def _ranked(
         self, requests: Sequence[Request], pairs: Sequence[tuple[Any, str]], max_new_tokens: int
@@ -173,6 +217,11 @@ class Runner:
             )
         results, _ = self.ranker.generate([self.ranker.request(*pair) for pair in pairs], max_new_tokens)
         return [replace(request, ranking=found.ranking) for request, found in zip(requests, results, strict=True)]
+
+
+def _renumbered(on_token: Callable[[int, int], None] | None, rows: Sequence[int]) -> Callable[[int, int], None] | None:
+    """`on_token` for some rows of a batch."""
+    return None if on_token is None else lambda row, token: on_token(rows[row], token)
 
 
 def stage_reports(plan: PruningPlan, grid: int, kept: Mapping[str, Array]) -> list[StageReport]:

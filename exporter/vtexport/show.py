@@ -36,11 +36,15 @@ def draw(runner: Runner, image: Any, question: str | None = None) -> Any:
             )
         # The decoder need not run to see what the vision stage keeps.
         vision = runner.engine.vision(runner.prompter.pixels(image)[None])
-        stages = stage_reports(runner.plan, model.grid, {} if vision.kept is None else {VISION: vision.kept[0]})
-        caption = f"{model.name}: {runner.plan.num_visual_tokens} visual tokens"
+        bucket = 0 if runner.policy is None else int(runner.policy.choose(vision.spread)[0])
+        plan, kept = runner.plans[bucket], vision.seen(bucket).kept
+        stages = stage_reports(plan, model.grid, {} if kept is None else {VISION: kept[0]})
+        keep, caption = plan.keep, f"{model.name}: {plan.num_visual_tokens} visual tokens"
     else:
         answer = runner.ask([(image, question)])[0]
-        stages, caption = answer.stages, f"{question} {answer.text}"
+        stages, keep, caption = answer.stages, answer.keep, f"{question} {answer.text}"
+    if runner.policy is not None:
+        caption += f" (keep {keep:g} chosen)"
     panels = [_panel(_enlarged(seen), caption)]
     for stage in stages:
         panels.append(_panel(_dimmed(seen, model.grid, stage), _describe(stage)))

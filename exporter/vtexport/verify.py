@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from vtexport.errors import VerificationError
 from vtexport.generate import Request, generate
 from vtexport.manifest import VerificationEntry
 from vtexport.models import ModelSpec, Prompter
+from vtexport.models.prompt import Prompt
 from vtexport.pruning import PruningPlan, methods_of
 from vtexport.reference import Array, ReferenceModel
-from vtexport.targets.base import Engine
+from vtexport.targets.base import Engine, VisionOutput
 
 SAMPLES = 4
 NEW_TOKENS = 16
@@ -28,6 +30,8 @@ _PROMPTS = (
 _TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
 # How near to the K-th score another score must be for fp16 to exchange the two: relative.
 _SCORE_SLACK = {"fp32": 0.0, "fp16": 0.1}
+# How far the spread of CLS's attention may be off: relative.
+_SPREAD_SLACK = {"fp32": 1e-4, "fp16": 3e-2}
 
 
 def sample_images(size: int) -> list[Array]:
@@ -51,11 +55,11 @@ def verify_engine(
     ran: str,
     folder: Path,
     spec: ModelSpec,
-    plan: PruningPlan,
+    plans: Sequence[PruningPlan],
     dtype: str,
     advance: Callable[[], None],
 ) -> VerificationEntry:
-    """Run `engine` and the reference on the samples, as one ragged batch and row by row.
+    """Run `engine` and the reference on the samples, as one ragged batch and row by row, under every plan.
 
     Kept indices must be equal (in fp16 two tokens of nearly equal score may change places), logits within
     tolerance, and every greedy token the reference's own choice, or one that its logits do not tell apart
@@ -66,9 +70,9 @@ def verify_engine(
         ran: what was opened, for the manifest: a target, or the ONNX files where a target cannot run here.
         folder: the checkpoint.
         spec: its geometry.
-        plan: the plan compiled into the engine.
+        plans: the plans compiled into the engine.
         dtype: "fp32" or "fp16".
-        advance: called once a sample.
+        advance: called once a sample and plan.
 
     Raises:
         VerificationError: the engine does not do what the reference does.
@@ -76,68 +80,110 @@ def verify_engine(
     from PIL import Image
 
     prompter = Prompter(folder, spec.image_token_id, spec.vision.image_size)
-    reference = ReferenceModel(folder, spec)
-    vision_method, decoder = methods_of(plan.method)
     pixels = np.stack([prompter.pixels(Image.fromarray(image)) for image in sample_images(spec.vision.image_size)])
-    prompts = [prompter.prompt(text) for text in _PROMPTS]
-    vision = engine.vision(pixels)
+    samples = _Samples(
+        reference=ReferenceModel(folder, spec),
+        pixels=pixels,
+        prompts=[prompter.prompt(text) for text in _PROMPTS],
+        vision=engine.vision(pixels),
+        max_positions=spec.decoder.max_positions,
+        dtype=dtype,
+    )
+    found = [_check_plan(engine, bucket, plan, samples, advance) for bucket, plan in enumerate(plans)]
+    return VerificationEntry(
+        ran=ran,
+        against="transformers, fp32, eager attention",
+        samples=SAMPLES,
+        tokens=NEW_TOKENS,
+        same_kept=all(one.same_kept for one in found),
+        same_tokens=all(one.same_tokens for one in found),
+        max_logit_error=max(one.worst for one in found),
+        tolerance=_TOLERANCE[dtype],
+    )
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """What every plan is checked on: the reference, images, prompts, and what the engine saw in the images."""
+
+    reference: ReferenceModel
+    pixels: Array
+    prompts: list[Prompt]
+    vision: VisionOutput
+    max_positions: int
+    dtype: str
+
+
+@dataclass
+class _Found:
+    """How one plan did."""
+
+    worst: float = 0.0
+    same_kept: bool = True
+    same_tokens: bool = True
+
+
+def _check_plan(
+    engine: Engine, bucket: int, plan: PruningPlan, samples: _Samples, advance: Callable[[], None]
+) -> _Found:
+    """Hold plan number `bucket` of `engine` to the reference; see `verify_engine`."""
+    reference, prompts, dtype = samples.reference, samples.prompts, samples.dtype
+    vision_method, decoder = methods_of(plan.method)
     rankings: list[Array | None] = [None] * len(prompts)
     if decoder is not None and decoder.raters == "given":
         (stage,) = plan.decoder_stages.values()
         rankings = list(np.random.default_rng(0).random((len(prompts), stage.tokens_in), dtype=np.float32))
-    requests = [Request(prompt, pixels[row], rankings[row]) for row, prompt in enumerate(prompts)]
     # Without end tokens every row runs the full length.
     answers, _ = generate(
         engine,
         plan,
-        requests,
+        [Request(prompt, samples.pixels[row], rankings[row]) for row, prompt in enumerate(prompts)],
         NEW_TOKENS,
         eos_token_ids=(),
-        max_positions=spec.decoder.max_positions,
+        max_positions=samples.max_positions,
         keep_logits=True,
+        bucket=bucket,
+        vision=samples.vision,
     )
-    worst, same_kept, same_tokens = 0.0, True, True
+    found, own = _Found(), samples.vision.seen(bucket)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        seen = reference.vision(pixels[row : row + 1], plan)
+        seen = reference.vision(samples.pixels[row : row + 1], plan)
         visual = seen.visual
-        if vision.kept is not None:
+        if own.kept is not None:
             assert seen.kept is not None
-            if not np.array_equal(vision.kept[row], seen.kept[0]):
-                same_kept = False
+            if not np.array_equal(own.kept[row], seen.kept[0]):
+                found.same_kept = False
                 score = seen.score[0] if seen.score is not None and vision_method.ranked else None
-                _check_swaps(vision.kept[row] - plan.leading, seen.kept[0] - plan.leading, score, dtype)
-                visual = vision.visual[row : row + 1].astype(np.float32)
+                _check_swaps(own.kept[row] - plan.leading, seen.kept[0] - plan.leading, score, dtype)
+                visual = own.visual[row : row + 1].astype(np.float32)
         expected = reference.answer(prompt, visual, answer.token_ids[:-1], plan, ranking=rankings[row])
         differ = [where for where, kept in expected.kept.items() if not np.array_equal(answer.kept[where], kept)]
         if differ:
-            same_kept = False
+            found.same_kept = False
             # Up to the first stage that differs both saw the same tokens; behind it indices mean other tokens.
             first = differ[0]
             _check_swaps(answer.kept[first], expected.kept[first], expected.score[first], dtype)
             expected = reference.answer(prompt, visual, answer.token_ids[:-1], plan, answer.kept, rankings[row])
         logits = expected.logits
         error = float(np.abs(logits - answer.logits).max() / max(1.0, np.abs(logits).max()))
-        worst = max(worst, error)
+        found.worst = max(found.worst, error)
         if not error <= _TOLERANCE[dtype]:
             raise VerificationError(
                 f"the engine's logits differ from the reference's by {error:.2g} of their range "
                 f"(allowed {_TOLERANCE[dtype]:g}); please report this model"
             )
         margin = logits.max(axis=1) - np.take_along_axis(logits, np.array(answer.token_ids)[:, None], 1)[:, 0]
-        same_tokens &= bool((margin == 0).all())
+        found.same_tokens &= bool((margin == 0).all())
         if (margin > 2 * _TOLERANCE[dtype] * max(1.0, np.abs(logits).max())).any():
             raise VerificationError("the engine's greedy tokens differ from the reference's; please report this model")
+        spread = samples.vision.arrays.get("spread")
+        if spread is not None and abs(spread[row] - seen.spread) > _SPREAD_SLACK[dtype] * seen.spread:
+            raise VerificationError(
+                f"CLS's attention is spread over {spread[row]:.4g} patches in the engine, {seen.spread:.4g} in the "
+                "reference; please report this model"
+            )
         advance()
-    return VerificationEntry(
-        ran=ran,
-        against="transformers, fp32, eager attention",
-        samples=len(prompts),
-        tokens=NEW_TOKENS,
-        same_kept=same_kept,
-        same_tokens=same_tokens,
-        max_logit_error=worst,
-        tolerance=_TOLERANCE[dtype],
-    )
+    return found
 
 
 def _check_swaps(got: Array, expected: Array, score: Array | None, dtype: str) -> None:

@@ -31,10 +31,10 @@ class TracedGraph:
     model: ir.Model
 
 
-def trace_vision(spec: ModelSpec, plan: PruningPlan, dtype: str, debug: bool) -> TracedGraph:
-    """The vision graph; batch is dynamic, the visual counts are the plan's."""
+def trace_vision(spec: ModelSpec, plans: Sequence[PruningPlan], dtype: str, debug: bool) -> TracedGraph:
+    """The vision graph; batch is dynamic, the visual counts are the plans'."""
     with _fake(dtype):
-        module = VisionGraph(spec, plan, debug)
+        module = VisionGraph(spec, plans, debug)
         size = spec.vision.image_size
         pixels = torch.empty(2, spec.vision.channels, size, size, dtype=torch.float32)
         names = module.output_names()
@@ -42,9 +42,9 @@ def trace_vision(spec: ModelSpec, plan: PruningPlan, dtype: str, debug: bool) ->
 
 
 def trace_prefill(
-    spec: ModelSpec, plan: PruningPlan, dtype: str, debug: bool = False, ranks: bool = False
+    spec: ModelSpec, plan: PruningPlan, dtype: str, debug: bool = False, ranks: bool = False, name: str = "prefill"
 ) -> TracedGraph:
-    """The prefill graph; batch and text length are dynamic, the visual counts are the plan's."""
+    """The prefill graph `name`; batch and text length are dynamic, the visual counts are the plan's."""
     with _fake(dtype):
         module = PrefillGraph(spec, plan, debug, ranks)
         visual = torch.empty(2, plan.vision_tokens, spec.decoder.hidden_size)
@@ -57,7 +57,7 @@ def trace_prefill(
             inputs += (torch.empty(2, stage.tokens_in, dtype=torch.float32),)
             dynamic += ({0: batch},)
         return _trace(
-            "prefill",
+            name,
             module,
             inputs,
             module.input_names(),

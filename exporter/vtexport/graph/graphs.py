@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Several
 from functools import partial
 
 import torch
@@ -19,13 +20,15 @@ from vtexport.pruning.vision import TowerState, prune
 class VisionGraph(nn.Module):
     """pixel_values [B, 3, S, S] fp32 -> visual [B, K, C], kept [B, K'] int32, with `debug` also score [B, V].
 
-    `kept` is absent where no token stays as it was (dense keeps all, pool merges all).
+    `kept` is absent where no token stays as it was (dense keeps all, pool merges all). Of several plans each has its
+    own visual.i and kept.i, unless none prunes here; and there is spread [B] fp32, by which one of them is chosen.
     """
 
-    def __init__(self, spec: ModelSpec, plan: PruningPlan, debug: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, plans: Several[PruningPlan], debug: bool = False) -> None:
         super().__init__()
-        self.spec, self.plan, self.debug = spec, plan, debug
-        self.method, _ = methods_of(plan.method)
+        self.spec, self.debug, self.chooses = spec, debug, len(plans) > 1
+        self.plans = plans if plans[0].vision_stage is not None else plans[:1]
+        self.method, _ = methods_of(plans[0].method)
         self.vision = VisionTower(spec.vision)
         self.projector = Projector(
             spec.vision.hidden_size,
@@ -34,31 +37,39 @@ class VisionGraph(nn.Module):
             spec.projector_activation,
         )
         self.pruning = nn.Module()
-        for name, array in self.method.constants(plan, spec.vision.grid).items():
-            kind = torch.from_numpy(array[:0]).dtype
-            self.pruning.register_buffer(name, torch.empty(array.shape, dtype=kind))
+        for number, plan in enumerate(self.plans):
+            part = nn.Module()
+            for name, array in self.method.constants(plan, spec.vision.grid).items():
+                kind = torch.from_numpy(array[:0]).dtype
+                part.register_buffer(name, torch.empty(array.shape, dtype=kind))
+            self.pruning.add_module(str(number), part)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         pixels = pixel_values.to(self.vision.embeddings.class_embedding.dtype)
         features, layers = self.vision(pixels)
         v = self.spec.vision
         state = TowerState(features, layers, v.head_size**-0.5, v.grid, self.projector)
-        pruned = prune(self.method, self.plan, state, dict(self.pruning.named_buffers()))
-        outputs = [pruned.tokens]
-        if pruned.index is not None:
-            outputs.append(pruned.index)
+        outputs = []
+        for plan, part in zip(self.plans, self.pruning.children(), strict=True):
+            pruned = prune(self.method, plan, state, dict(part.named_buffers()))
+            outputs += [pruned.tokens] if pruned.index is None else [pruned.tokens, pruned.index]
         if self.debug and pruned.score is not None:
             outputs.append(pruned.score)
+        if self.chooses:
+            outputs.append(state.spread())
         return tuple(outputs)
 
     def output_names(self) -> list[str]:
-        names = ["visual"]
-        stage = self.plan.vision_stage
-        if stage is not None and stage.kept > self.plan.leading:
-            names.append("kept")
+        names = []
+        for number, plan in enumerate(self.plans):
+            own = f".{number}" if len(self.plans) > 1 else ""
+            stage = plan.vision_stage
+            names += [f"visual{own}"]
+            if stage is not None and stage.kept > plan.leading:
+                names.append(f"kept{own}")
         if self.debug and self.method.scores:
             names.append("score")
-        return names
+        return [*names, "spread"] if self.chooses else names
 
 
 class _LanguageGraph(nn.Module):

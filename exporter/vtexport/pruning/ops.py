@@ -40,6 +40,20 @@ def token_score(
     return result
 
 
+def spread(score: Tensor) -> Tensor:
+    """Over how many patches scores are spread: exp of their entropy, 1 (all on one) … V (all alike).
+
+    Args:
+        score: [B, V] fp32, positive.
+
+    Returns:
+        [B] fp32.
+    """
+    share = score / score.sum(dim=1, keepdim=True)
+    # The smallest normal fp32 stands in for a share of zero, whose term is zero.
+    return torch.exp(-(share * share.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(dim=1))
+
+
 def attention_rows(query: Tensor, key: Tensor, places: Tensor, scale: float) -> Tensor:
     """Softmaxed attention [B, H, R, N] fp32 of the given rows."""
     batch, heads, number, size = query.shape

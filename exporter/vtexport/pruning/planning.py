@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from vtexport.errors import InputError
+from vtexport.pruning.adaptive import Policy, solve_policy
 from vtexport.pruning.dense import Dense
 from vtexport.pruning.plan import Option, PruningPlan, check_keep
 from vtexport.pruning.rank import Calibration
@@ -89,6 +90,45 @@ def make_plan(
         return plan
     ratio = round(plan.mean_visual_tokens / tokens, 4)
     return PruningPlan(method, ratio, tokens, layers, leading, stages, resolved)
+
+
+def adaptive_plans(
+    method: str,
+    buckets: Sequence[float],
+    target_accuracy: float,
+    calibration: Calibration | None,
+    options: Mapping[str, Option],
+    plan: Callable[[float], PruningPlan],
+) -> tuple[list[PruningPlan], Policy]:
+    """The plans of `--keep auto`, from most to fewest tokens, and what chooses among them.
+
+    Args:
+        method: as `make_plan`'s.
+        buckets: keep ratios, descending.
+        target_accuracy: see `vtexport.pruning.adaptive.solve_policy`.
+        calibration: of this model, with a table for `method`.
+        options: the method's own options as given; there may be none, for the calibration is of the defaults.
+        plan: `make_plan` with all but the keep ratio.
+
+    Raises:
+        InputError: an option, no table for the method or a bucket, or a target out of reach.
+    """
+    for name in options:
+        raise InputError(
+            f"--{name.replace('_', '-')} cannot go with --keep auto, whose calibration is of the method's defaults; "
+            "leave it out or give a ratio as --keep"
+        )
+    tables = {} if calibration is None else {table.method: table for table in calibration.adaptive}
+    untried = [keep for keep in buckets if method not in tables or keep not in tables[method].keeps]
+    if untried:
+        listed = ",".join(f"{keep:g}" for keep in buckets)
+        raise InputError(
+            f"--keep auto needs to know how method {method} does at keep {', '.join(f'{keep:g}' for keep in untried)}, "
+            f"which no calibration of this model says; run vtexport calibrate --method {method} --buckets {listed} "
+            "and give its file as --ranks"
+        )
+    plans = [plan(keep) for keep in buckets]
+    return plans, solve_policy(tables[method], plans, target_accuracy)
 
 
 def dense_plan(plan: PruningPlan) -> PruningPlan:

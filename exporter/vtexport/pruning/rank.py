@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vtexport.errors import InputError
+from vtexport.pruning.adaptive import AdaptiveTable
 
 #: singular values below this share of the greatest do not count into the rank
 RANK_TOLERANCE = 0.01
@@ -33,6 +34,7 @@ class Calibration:
         exit_layer: the earliest layer after which dropping every visual token changed no greedy next token, up to
             `exit_tolerance`; one number.
         exit_tolerance: share of the pairs whose next token might change; one number.
+        adaptive: what `--keep auto` rests on, a table a method.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Calibration:
     agreement: tuple[float, ...]
     exit_layer: int
     exit_tolerance: float
+    adaptive: tuple[AdaptiveTable, ...] = ()
 
     def pruning_layers(self, keep: float) -> tuple[int, ...]:
         """The layers to prune after for `keep`: those that did best at the nearest ratio tried, as ratios go."""
@@ -57,10 +60,10 @@ class Calibration:
         lines = ["# Written by vtexport calibrate; see vtexport.pruning.rank for what the values are."]
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, tuple):
-                lines.append(f"{item.name} = {_listed(value)}")
-            else:
-                lines.append(f"{item.name} = {value!r}".replace("'", '"'))
+            if item.name != "adaptive":
+                lines.append(_entry(item.name, value))
+        for table in self.adaptive:
+            lines += ["", "[[adaptive]]", *(_entry(name, value) for name, value in vars(table).items())]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     @classmethod
@@ -74,12 +77,15 @@ class Calibration:
             data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             values["layers"] = tuple(tuple(map(int, entry)) for entry in values.get("layers", ()))
+            values["adaptive"] = tuple(_table(entry) for entry in values.get("adaptive", ()))
             found = cls(**values)
         except OSError as error:
             raise InputError(f"{path}: no such calibration file; write one with vtexport calibrate") from error
-        except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
+        except (tomllib.TOMLDecodeError, TypeError, ValueError, KeyError) as error:
             raise InputError(f"{path} is not a calibration ({error}); write it anew with vtexport calibrate") from error
-        lengths = {len(found.ranks), len(found.rank_spread), len(found.mass)}, {len(found.keeps), len(found.layers)}
+        lengths = [{len(found.ranks), len(found.rank_spread), len(found.mass)}, {len(found.keeps), len(found.layers)}]
+        for table in found.adaptive:
+            lengths += [{len(table.keeps), len(table.agreement)}, {len(table.spread), *map(len, table.agreement)}]
         if any(len(same) != 1 for same in lengths) or not found.keeps:
             raise InputError(f"{path} has lists of unequal length; write it anew with vtexport calibrate")
         return found
@@ -97,6 +103,20 @@ class Calibration:
             )
         if self.model != model:
             raise InputError(f"{path} was calibrated on another checkpoint of this size; calibrate this one")
+
+
+def _table(entry: dict[str, Any]) -> AdaptiveTable:
+    return AdaptiveTable(
+        method=str(entry["method"]),
+        keeps=tuple(map(float, entry["keeps"])),
+        spread=tuple(map(float, entry["spread"])),
+        agreement=tuple(tuple(map(float, row)) for row in entry["agreement"]),
+    )
+
+
+def _entry(name: str, value: Any) -> str:
+    """A line of TOML."""
+    return f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {_listed(value)}"
 
 
 def _listed(value: Any) -> str:

@@ -60,6 +60,12 @@ class TowerState:
         one = torch.ones(batch, 1, dtype=torch.int64, device=key.device)
         return token_score(query, key, one > 0, one * (keys - 1), one[:, 0], self.grid * self.grid, self.scale)
 
+    def spread(self) -> Tensor:
+        """How many patches share CLS's attention in the layer that yields the features, [B] fp32."""
+        from vtexport.pruning.ops import spread
+
+        return spread(self.cls_score())
+
 
 @dataclass(frozen=True)
 class Pruned:

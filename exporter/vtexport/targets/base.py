@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from vtexport.pruning import PruningPlan
 
 Array = np.ndarray[Any, Any]
-GRAPHS = ("vision", "prefill", "decode")
 #: the weights of a folder's graphs, while they are compiled and in bundles whose runtime reads them
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -30,12 +29,39 @@ class Availability:
 
 
 @dataclass(frozen=True)
-class VisionOutput:
-    """visual [B, K, C]; kept [B, K'] int32 or None; score [B, V] of a debug build or None."""
+class Seen:
+    """What the vision graph gives the prefill graph of one plan: visual [B, K, C]; kept [B, K'] int32 or None."""
 
     visual: Array
     kept: Array | None
-    score: Array | None
+
+
+@dataclass(frozen=True)
+class VisionOutput:
+    """The vision graph's outputs by name (`vtexport.graph.graphs.VisionGraph`), rows of a batch in front."""
+
+    arrays: Mapping[str, Array]
+
+    def seen(self, bucket: int = 0) -> Seen:
+        """What plan number `bucket` works on."""
+        own, shared = f".{bucket}", self.arrays.get("visual")
+        if shared is not None:
+            return Seen(shared, self.arrays.get("kept"))
+        return Seen(self.arrays["visual" + own], self.arrays.get("kept" + own))
+
+    @property
+    def score(self) -> Array | None:
+        """Scores [B, V] of a debug build of a vision-stage method that rates."""
+        return self.arrays.get("score")
+
+    @property
+    def spread(self) -> Array:
+        """How many patches share CLS's attention, [B] fp32; of a build with several plans."""
+        return self.arrays["spread"]
+
+    def rows(self, rows: Array) -> VisionOutput:
+        """The same of some rows of the batch."""
+        return VisionOutput({name: array[rows] for name, array in self.arrays.items()})
 
 
 @dataclass(frozen=True)
@@ -100,8 +126,8 @@ class Engine(Protocol):
         """The vision graph on pixels [B, 3, S, S] fp32."""
         ...
 
-    def prefill(self, inputs: PrefillInput, new_tokens: int) -> PrefillOutput:
-        """The prefill graph; the cache gets room for `new_tokens` tokens more."""
+    def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
+        """The prefill graph of plan number `bucket`; the cache gets room for `new_tokens` tokens more."""
         ...
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
@@ -123,7 +149,7 @@ class CompileJob:
     Attributes:
         folder: the bundle under construction; graphs and weights lie in `vision/` and `decoder/`.
         models: the traced graphs by name, weights attached.
-        spec, plan, dtype: what they were traced from.
+        spec, plans, dtype: what they were traced from.
         options: the target's own options, every one resolved.
         report: called with (line, steps) when a piece of work begins; steps None if unknown.
         advance: called with steps done.
@@ -133,7 +159,7 @@ class CompileJob:
     folder: Path
     models: Mapping[str, ir.Model]
     spec: ModelSpec
-    plan: PruningPlan
+    plans: Sequence[PruningPlan]
     dtype: str
     options: Mapping[str, str | int]
     report: Callable[[str, int | None], None]
@@ -178,6 +204,16 @@ class Target(Protocol):
     def open(self, folder: Path, files: Mapping[str, str], threads: int) -> Engine:
         """Open the compiled files; `threads` 0 leaves the number to the runtime."""
         ...
+
+
+def prefill_names(plans: int) -> list[str]:
+    """The names of the prefill graphs of so many plans."""
+    return ["prefill"] if plans == 1 else [f"prefill-{bucket}" for bucket in range(plans)]
+
+
+def graph_names(plans: int) -> list[str]:
+    """The names of all graphs of a bundle with so many plans."""
+    return ["vision", *prefill_names(plans), "decode"]
 
 
 def graph_folder(name: str) -> str:

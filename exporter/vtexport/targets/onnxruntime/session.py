@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from vtexport.errors import TargetError, first_line
-from vtexport.targets.base import Array, Cache, PrefillInput, PrefillOutput, VisionOutput
+from vtexport.targets.base import Array, Cache, PrefillInput, PrefillOutput, VisionOutput, prefill_names
 
 
 @dataclass
@@ -32,7 +32,7 @@ class OrtCache:
 
 
 class OrtEngine:
-    """The three sessions of a bundle; a session is made when it is first used."""
+    """The sessions of a bundle, one a graph; a session is made when it is first used."""
 
     def __init__(self, folder: Path, files: Mapping[str, str], threads: int = 0) -> None:
         self._paths = {name: folder / file for name, file in files.items()}
@@ -64,10 +64,10 @@ class OrtEngine:
         session = self.session("vision")
         names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, session.run(names, {"pixel_values": pixels}), strict=True))
-        return VisionOutput(found["visual"], found.get("kept"), found.get("score"))
+        return VisionOutput(found)
 
-    def prefill(self, inputs: PrefillInput, new_tokens: int) -> PrefillOutput:
-        session = self.session("prefill")
+    def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
+        session = self.session(prefill_names(len(self._paths) - 2)[bucket])
         names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, session.run(names, inputs.feeds()), strict=True))
         logits = found.pop("logits")

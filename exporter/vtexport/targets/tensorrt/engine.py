@@ -15,7 +15,7 @@ import tensorrt_rtx_bindings as trt
 import torch
 
 from vtexport.errors import TargetError
-from vtexport.targets.base import Array, Cache, PrefillInput, PrefillOutput, VisionOutput
+from vtexport.targets.base import Array, Cache, PrefillInput, PrefillOutput, VisionOutput, prefill_names
 from vtexport.targets.tensorrt.builder import _logger
 
 _DTYPES = {
@@ -71,7 +71,7 @@ class _Graph:
 
 
 class TensorRTEngine:
-    """The three plans of a bundle on the current GPU."""
+    """The plans of a bundle on the current GPU."""
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self._paths = paths
@@ -88,11 +88,11 @@ class TensorRTEngine:
 
     def vision(self, pixels: Array) -> VisionOutput:
         found = self._graph("vision").run({"pixel_values": torch.from_numpy(pixels).cuda()})
-        arrays = {name: tensor.cpu().numpy() for name, tensor in found.items()}
-        return VisionOutput(arrays["visual"], arrays.get("kept"), arrays.get("score"))
+        return VisionOutput({name: tensor.cpu().numpy() for name, tensor in found.items()})
 
-    def prefill(self, inputs: PrefillInput, new_tokens: int) -> PrefillOutput:
-        found = self._graph("prefill").run({n: torch.from_numpy(a).cuda() for n, a in inputs.feeds().items()})
+    def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
+        graph = self._graph(prefill_names(len(self._paths) - 2)[bucket])
+        found = graph.run({n: torch.from_numpy(a).cuda() for n, a in inputs.feeds().items()})
         front, back, stages = {}, {}, {}
         for name, tensor in found.items():
             if not name.startswith("present."):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vtexport.errors import InputError
-from vtexport.targets.base import GRAPHS, WEIGHTS_FILE, Availability, Compiled, CompileJob, Engine, graph_folder
+from vtexport.targets.base import WEIGHTS_FILE, Availability, Compiled, CompileJob, Engine, graph_folder, prefill_names
 
 #: compute capabilities to compile for; TensorRT for RTX also knows 75, but has no fp32 matmul there, and scores
 #: are fp32 on every target so that every target keeps the same tokens
@@ -81,10 +81,9 @@ class TensorRTRTXTarget:
         return Compiled(files, {"tensorrt-rtx": builder.version()}, facts)
 
     def finish(self, folder: Path) -> None:
-        for name in GRAPHS:
-            place = folder / graph_folder(name)
-            (place / f"{name}.onnx").unlink()
-            (place / WEIGHTS_FILE).unlink(missing_ok=True)
+        for place in {folder / graph_folder(name) for name in ("vision", "decode")}:
+            for source in [*place.glob("*.onnx"), place / WEIGHTS_FILE]:
+                source.unlink(missing_ok=True)
 
     def open(self, folder: Path, files: Mapping[str, str], threads: int) -> Engine:
         from vtexport.targets.tensorrt.engine import TensorRTEngine
@@ -127,15 +126,16 @@ def _profile(job: CompileJob, name: str) -> dict[str, tuple[Any, Any, Any]]:
     if name == "vision":
         size = fixed(v.image_size)
         return {"pixel_values": shapes(rows, fixed(v.channels), size, size)}
-    if name == "prefill":
+    if name != "decode":
+        plan = job.plans[prefill_names(len(job.plans)).index(name)]
         inputs = {
             "input_ids": shapes(rows, (1, usual_text, text)),
             "image_position": shapes(rows),
             "text_length": shapes(rows),
-            "visual": shapes(rows, fixed(job.plan.vision_tokens), fixed(d.hidden_size)),
+            "visual": shapes(rows, fixed(plan.vision_tokens), fixed(d.hidden_size)),
         }
         if "ranking" in names:
-            inputs["ranking"] = shapes(rows, fixed(job.plan.vision_tokens))
+            inputs["ranking"] = shapes(rows, fixed(plan.vision_tokens))
         return inputs
     from vtexport.graph.graphs import cache_names
 
@@ -144,7 +144,7 @@ def _profile(job: CompileJob, name: str) -> dict[str, tuple[Any, Any, Any]]:
     if "image_position" in names:
         inputs["image_position"] = shapes(rows)
     for number, cache in enumerate(cache_names("past", d.num_layers)):
-        visual = job.plan.per_layer[number // 2]
+        visual = max(plan.per_layer[number // 2] for plan in job.plans)
         room = min(visual + text, d.max_positions)
         usual = min(visual + min(128, text), room)
         inputs[cache] = shapes(rows, fixed(d.num_kv_heads), (1, usual, room), fixed(d.head_size))

@@ -1,0 +1,186 @@
+"""`--keep auto` in a bundle: every image gets what a bundle of the keep ratio chosen for it would give."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.checkpoints import MICRO
+from tests.conftest import BuildBundle, check_refused
+from vtexport.build import BuildOptions, build
+from vtexport.bundle import Bundle
+from vtexport.errors import InputError
+from vtexport.evaluate import evaluate
+from vtexport.micro import heldout
+from vtexport.models import Checkpoint, read_spec
+from vtexport.models.llava import fingerprint
+from vtexport.pruning.adaptive import AdaptiveTable
+from vtexport.pruning.rank import Calibration
+from vtexport.runtime import Runner
+
+METHODS = ("sparsevlm", "fastervlm", "fastervlm+sparsevlm")
+KEEPS = (0.5, 0.25)
+EXAMPLES = list(heldout.examples(8))
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """micro-llava's own, with tables by which images of spread up to 9.5 patches get a quarter of the tokens."""
+    own = Calibration.load(MICRO / "ranks.toml")
+    tables = (AdaptiveTable(method, KEEPS, (9.5, 20.0), ((1.0, 1.0), (1.0, 0.0))) for method in METHODS)
+    path = tmp_path_factory.mktemp("ranks") / "ranks.toml"
+    replace(own, adaptive=tuple(tables)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adaptive_bundle(calibration: Path, build_bundle: BuildBundle) -> Path:
+    return build_bundle(keep="auto", method="sparsevlm", buckets=KEEPS, ranks=calibration)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_image_gets_what_a_bundle_of_its_keep_ratio_gives(
+    method: str, calibration: Path, build_bundle: BuildBundle
+) -> None:
+    runner = Runner.open(build_bundle(keep="auto", method=method, buckets=KEEPS, ranks=calibration))
+    pairs = [(Image.fromarray(example.image), example.question.text) for example in EXAMPLES]
+    answers = runner.ask(pairs)
+    own = {} if method == "fastervlm" else {"ranks": calibration}
+    fixed = {keep: Runner.open(build_bundle(MICRO, keep, method, **own)).ask(pairs) for keep in KEEPS}
+    assert {answer.keep for answer in answers} == set(KEEPS)
+    for row, answer in enumerate(answers):
+        assert answer.spread is not None
+        assert answer.keep == (0.25 if answer.spread <= 9.5 else 0.5)
+        expected = fixed[answer.keep][row]
+        assert answer.token_ids == expected.token_ids
+        assert answer.stages == expected.stages
+        assert answer.visual_tokens == expected.visual_tokens
+        # And alone as in a batch.
+        alone = runner.ask([pairs[row]])[0]
+        assert (alone.keep, alone.token_ids, alone.stages) == (answer.keep, answer.token_ids, answer.stages)
+
+
+def test_the_graphs_share_weights_and_decode(
+    adaptive_bundle: Path, calibration: Path, build_bundle: BuildBundle
+) -> None:
+    bundle = Bundle.open(adaptive_bundle)
+    assert set(bundle.manifest.target.graphs) == {"vision", "prefill-0", "prefill-1", "decode"}
+    assert bundle.manifest.verification is not None
+    assert bundle.manifest.verification.same_kept
+    assert bundle.manifest.verification.same_tokens
+    one = Bundle.open(build_bundle(MICRO, 0.25, "sparsevlm", ranks=calibration))
+    assert bundle.size() < one.size() + 3_000_000
+
+
+def test_eval_counts_what_was_chosen(adaptive_bundle: Path) -> None:
+    score = evaluate(Runner.open(adaptive_bundle), 32)
+    assert sum(score.by_keep.values()) == 32
+    assert all(score.by_keep.values())
+    plans = Bundle.open(adaptive_bundle).manifest.pruning_plans()
+    tokens = sum(plan.mean_visual_tokens * score.by_keep[plan.keep] for plan in plans)
+    assert score.mean_visual_tokens == pytest.approx(tokens / 32)
+
+
+def test_commands_speak_of_the_chosen_bucket(
+    vtexport,
+    adaptive_bundle: Path,
+    micro_bundle: Path,
+    photo: Path,
+    tmp_path: Path,
+) -> None:
+    ask = ("--image", photo, "--prompt", "what digit is red?")
+    answer = json.loads(vtexport("run", adaptive_bundle, *ask, "--json").out)
+    assert answer["keep"] in KEEPS
+    assert answer["spread"] > 1
+    plain = vtexport("run", adaptive_bundle, *ask)
+    assert plain.out.strip() == answer["text"]
+    assert f"keep {answer['keep']:g} chosen" in plain.err
+    assert vtexport("show", adaptive_bundle, *ask, "-o", "kept.png").code == 0
+    described = vtexport("inspect", adaptive_bundle).out
+    assert "100.0% of answers as dense ones at calibration" in described
+    assert "spread up to 9.5 patches" in described
+    assert "keep 0.25 for" in vtexport("eval", adaptive_bundle, "--limit", "16").out
+    profiled = vtexport("profile", adaptive_bundle, "--bucket", "0.25", "--runs", "1", "--new-tokens", "2")
+    assert "sparsevlm, keep 0.25" in profiled.out
+    unasked = vtexport("profile", adaptive_bundle, "--runs", "1", "--new-tokens", "2", "--json", "profile.json")
+    assert unasked.code == 0
+    assert json.loads((tmp_path / "profile.json").read_text())["this"]["keep"] in KEEPS
+    for bundle, message in ((micro_bundle, "--bucket has no effect"), (adaptive_bundle, "--bucket 0.3 is none of")):
+        refused = vtexport("profile", bundle, "--bucket", "0.3")
+        assert message in refused.err
+        assert refused.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep", "automatic"], "'automatic' is neither a ratio nor auto"),
+        (["--keep", "0.5", "--buckets", "0.5,0.25"], "--buckets has no effect without --keep auto"),
+        (["--keep", "0.5", "--target-accuracy", "0.9"], "--target-accuracy has no effect without --keep auto"),
+        (["--keep", "auto", "--buckets", "0.5"], "leaves nothing to choose from"),
+        (["--keep", "auto", "--buckets", "0.5,0.2"], "at keep 0.2, which no calibration of this model says"),
+        (["--keep", "auto", "--method", "fastv"], "run vtexport calibrate --method fastv --buckets 0.5,0.25,0.125"),
+        (["--keep", "auto", "--layers", "1"], "--layers cannot go with --keep auto"),
+        (["--keep", "auto", "--method", "sgl"], "--keep auto cannot go with method sgl"),
+        (["--keep", "auto", "--target-accuracy", "2"], "--target-accuracy 2 is out of range"),
+        (["--keep", "auto", "--buckets", "0.17,0.125", "--target-accuracy", "1"], "is out of reach: at keep 0.17"),
+    ],
+)
+def test_bad_options(vtexport, arguments: list[str], message: str, tmp_path: Path) -> None:
+    outcome = vtexport("build", "--model", "micro-llava", "--out", "out", *arguments)
+    check_refused(outcome, message, tmp_path)
+
+
+def test_calibrate_measures_methods(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from vtexport.calibrate import Asked, Pair, calibrate_model, steps
+
+    pairs = [Pair(Image.fromarray(example.image), example.question.text) for example in EXAMPLES]
+    asked, done = Asked(("fastervlm", "sparsevlm"), (0.5, 0.4)), []
+    found = calibrate_model(str(tiny_checkpoint), pairs, asked, lambda: done.append(1))
+    assert len(done) == steps(pairs, asked)
+    assert [table.method for table in found.adaptive] == ["fastervlm", "sparsevlm"]
+    for table in found.adaptive:
+        assert table.keeps == (0.5, 0.4)
+        assert list(table.spread) == sorted(table.spread)
+        assert all(share in (0, 1) for row in table.agreement for share in row)  # eight bins of one pair each
+    # What was measured is what the engine does: build on it, and compare with the dense bundle's answers.
+    found.save(tmp_path / "ranks.toml")
+    spec = read_spec(tiny_checkpoint)
+    found.check(
+        tmp_path / "ranks.toml",
+        fingerprint(Checkpoint.open(tiny_checkpoint)),
+        spec.vision.num_visual_tokens,
+        spec.decoder.num_layers,
+    )
+    dense, half = (
+        Runner(build(BuildOptions(str(tiny_checkpoint), keep, method, verify=False), tmp_path / method))
+        for keep, method in ((1.0, "dense"), (0.5, "fastervlm"))
+    )
+    same = [
+        dense.ask([(pair.image, pair.prompt)], 8)[0].token_ids == half.ask([(pair.image, pair.prompt)], 8)[0].token_ids
+        for pair in pairs
+    ]
+    assert sum(same) == sum(found.adaptive[0].agreement[0])
+
+
+def test_what_calibrate_refuses(vtexport, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    Image.fromarray(EXAMPLES[0].image).save(tmp_path / "a.png")
+    (tmp_path / "pairs.jsonl").write_text('{"image": "a.png", "prompt": "what digit is red?"}\n')
+    left = ["a.png", "pairs.jsonl"]
+    base = ("calibrate", "--model", tiny_checkpoint, "--data", "pairs.jsonl", "-o", "ranks.toml")
+    for more, message in {
+        ("--buckets", "0.5,0.25"): "--buckets has no effect without --method",
+        ("--method", "dense"): "--method dense has nothing to calibrate",
+        ("--method", "fastervlm+sgl"): "has nothing to calibrate",
+        ("--method", "best"): "unknown method 'best'",
+    }.items():
+        check_refused(vtexport(*base, *more), message, tmp_path, left)
+
+
+def test_an_unknown_word_as_keep_is_refused_in_python_too(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'most' is neither a ratio nor auto"):
+        build(BuildOptions(str(MICRO), "most"), tmp_path / "out")
