@@ -9,7 +9,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from vtexport.models.prompt import PROCESSOR_FILES
 from vtexport.models.resolve import engines_folder
@@ -72,6 +84,49 @@ def random_checkpoint(
     processor["image_processor"]["size"] = {"shortest_edge": size}
     processor["image_processor"]["crop_size"] = {"height": size, "width": size}
     (folder / "processor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def random_clip(folder: Path, seed: int, width: int, *, eos: int = 3, **text: Any) -> Path:
+    """Write a random CLIP checkpoint into `folder`: text tower of 24 positions, a word-level tokenizer.
+
+    Args:
+        folder: where to.
+        seed: of the weights.
+        width: of the vision tower, which has to be LLaVA's.
+        eos: the end token's id; 2 is what old configs say whatever it is.
+        **text: changes to the text tower.
+    """
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 24,
+        "bos_token_id": 1,
+        "eos_token_id": eos,
+    }
+    vision = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(
+        text_config={**sizes, **text},
+        vision_config={**vision, "image_size": 16, "patch_size": 8},
+        projection_dim=24,
+    )
+    torch.manual_seed(seed)
+    model = CLIPModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    end = 63 if eos == 2 else eos
+    words = ["<pad>", "<s>", "<unk>", "what", "digit", "is", "red", "where", "the", "?", "how", "many", "are", "there"]
+    vocabulary = {word: number for number, word in enumerate(words) if number != end}
+    vocabulary |= {"what": 20, "</s>": end}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", end)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     return folder
 
 

@@ -192,7 +192,7 @@ def test_list_and_doctor(vtexport) -> None:
     listed = json.loads(vtexport("list", "--json").out)
     assert set(listed["methods"]) == {
         "dense", "sparsevlm", "sparsevlm-plus", "fastv", "pyramiddrop", "exit", "sgl",
-        "fastervlm", "vtc-cls", "vispruner", "visionzip", "divprune", "random", "pool",
+        "fastervlm", "vtc-cls", "vispruner", "visionzip", "divprune", "cdpruner", "random", "pool",
     }  # fmt: skip
     assert set(listed["targets"]) == {"onnxruntime", "tensorrt-rtx"}
     assert "micro-llava" in listed["models"]
@@ -212,7 +212,7 @@ def test_list_and_doctor(vtexport) -> None:
         (["--keep", "1.5"], "out of range"),
         (["--keep", "nan"], "out of range"),
         (["--keep", "0.001", "--method", "fastervlm"], "leaves no image token of 144; the least"),
-        (["--keep", "many"], "'many' is not a valid float"),
+        (["--keep", "many"], "'many' is neither a ratio nor auto"),
         ([], "--keep is missing"),
         (["--keep", "0.5", "--method", "best"], "unknown method 'best'; choose one of dense"),
         (["--keep", "0.5", "--method", "dense"], "has no effect with method dense"),

@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtexport
+from tests.checkpoints import random_clip
 from tests.conftest import BuildBundle, noise_images
 from vtexport import profile as profiling
 from vtexport.generate import Request, generate
@@ -132,12 +133,11 @@ class Recording:
         self.positions: list[np.ndarray] = []
         self.filled: list[int] = []
 
-    def vision(self, pixels):
-        return self.engine.vision(pixels)
+    def vision(self, pixels, question_ids=None):
+        return self.engine.vision(pixels, question_ids)
 
-    def prefill(self, *arguments):
-        out = self.engine.prefill(*arguments)
-        new_tokens = arguments[-1]
+    def prefill(self, inputs, new_tokens, bucket=0):
+        out = self.engine.prefill(inputs, new_tokens, bucket)
         self.filled = [buffer.shape()[2] - new_tokens for buffer in out.cache.buffers[::2]]
         return out
 
@@ -178,10 +178,13 @@ def test_trap_the_kv_of_the_layer_before_pruning_appended_twice(
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "dense"])
-def test_trap_pruning_silently_switched_off(method: str, tiny_checkpoint: Path, build_bundle: BuildBundle) -> None:
+def test_trap_pruning_silently_switched_off(
+    method: str, tiny_checkpoint: Path, build_bundle: BuildBundle, tmp_path: Path
+) -> None:
     # fastv's two unpruned layers of three leave it little to choose from.
     keep = 0.8 if method == "fastv" else KEEP
-    runner = Runner.open(build_bundle(tiny_checkpoint, keep, method, verify=False))
+    own = {"clip": str(random_clip(tmp_path, 5, 48))} if method == "cdpruner" else {}
+    runner = Runner.open(build_bundle(tiny_checkpoint, keep, method, method_options=own, verify=False))
     recording = Recording(runner)
     request = runner.request(noise_images(1)[0], QUESTIONS[0])
     if runner.needs_ranking:
@@ -208,12 +211,14 @@ class Fixed:
 @pytest.mark.parametrize("method", [n for n, m in METHODS.items() if isinstance(m, VisionMethod) and m.name != "dense"])
 def test_trap_selection_slower_than_what_it_saves(method: str) -> None:
     # Counted, not timed: at LLaVA-1.5-7B's size selection costs at most a hundredth of the prefill FLOPs it saves.
-    plan = make_plan(method, tokens=576, layers=32, keep=0.25, tower_layers=23)
+    own = {"clip": "given"} if method == "cdpruner" else {}
+    plan = make_plan(method, tokens=576, layers=32, keep=0.25, options=own, tower_layers=23)
     chosen, _ = methods_of(method)
     assert isinstance(chosen, VisionMethod)
     layer = TowerLayer(torch.empty(1, 16, 1, 64, device="meta"), torch.empty(1, 16, 577, 64, device="meta"))
     features = torch.empty(1, 577, 1024, device="meta")
-    state = TowerState(features, [layer] * 23, 0.125, 24, Fixed())
+    relevance = torch.empty(1, 576, device="meta")
+    state = TowerState(features, [layer] * 23, 0.125, 24, Fixed(), relevance)
     constants: dict[str, Any] = {
         name: torch.empty(array.shape, dtype=torch.from_numpy(array[:0]).dtype, device="meta")
         for name, array in chosen.constants(plan, 24).items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,8 @@ from vtexport.manifest import (
     encode,
 )
 from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
+from vtexport.models.clip import FOLDER as CLIP_FOLDER
+from vtexport.models.clip import ClipTokenizer, read_clip
 from vtexport.models.llava import fingerprint, rope_reach
 from vtexport.models.prompt import PROCESSOR_FILES
 from vtexport.models.resolve import recipe_ranks
@@ -137,6 +139,11 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
     spec = read_spec(folder)
     checkpoint = Checkpoint.open(folder)
     calibration = _calibration(options, checkpoint, spec)
+    clip = None
+    if methods_of(options.method)[0].reads_question and options.method_options.get("clip"):
+        clip = resolve_model(str(options.method_options["clip"]))
+        spec = replace(spec, clip=read_clip(clip, spec.vision))
+        checkpoint = checkpoint.joined("clip.", Checkpoint.open(clip))
     plan = partial(
         make_plan,
         options.method,
@@ -148,7 +155,7 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
         reach=rope_reach(spec),
         tower_layers=spec.vision.feature_layer,
     )
-    source = _Source(options.model, folder, folder, checkpoint, spec)
+    source = _Source(options.model, folder, folder, checkpoint, spec, clip)
     if not isinstance(options.keep, str):
         return _assemble(source, [plan(keep=options.keep)], None, target, options, out, shown)
     plans, policy = adaptive_plans(
@@ -215,13 +222,14 @@ def build_dense_twin(bundle: Bundle, out: Path, progress: Progress | None = None
 
 @dataclass(frozen=True)
 class _Source:
-    """What a bundle is made from: the model's name, its folder, its processor's folder, weights, geometry."""
+    """What a bundle is made from: the model's name, its folder, its processor's, weights, geometry, a CLIP's folder."""
 
     name: str
     folder: Path
     processor: Path
     checkpoint: Checkpoint
     spec: ModelSpec
+    clip: Path | None = None
 
 
 def _assemble(
@@ -239,7 +247,7 @@ def _assemble(
     with write_folder(out) as building:
         graphs = _trace(spec, plans, options, shown)
         _write_weights(graphs, building, source.checkpoint, spec, plans, shown)
-        _copy_processor(source.processor, building)
+        _copy_processor(source, building)
         ports = {graph.name: _ports(graph) for graph in graphs}
         compiled = target.compile(
             CompileJob(
@@ -256,7 +264,7 @@ def _assemble(
         )
         verification = None
         if options.verify:
-            verification = _verify(target, compiled, building, source.folder, spec, plans, options, shown)
+            verification = _verify(target, compiled, building, source, plans, options, shown)
         target.finish(building)
         shown.stage("hash files")
         manifest = Manifest(
@@ -359,11 +367,16 @@ def _write_weights(
         write_weights(models, building / place, checkpoint, computed, progress.advance)
 
 
-def _copy_processor(folder: Path, building: Path) -> None:
-    (building / PROCESSOR_FOLDER).mkdir()
+def _copy_processor(source: _Source, building: Path) -> None:
+    place = building / PROCESSOR_FOLDER
+    place.mkdir()
     for name in PROCESSOR_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, building / PROCESSOR_FOLDER / name)
+        if (source.processor / name).is_file():
+            shutil.copyfile(source.processor / name, place / name)
+    if source.clip is not None and source.spec.clip is not None:
+        # Its tokenizer may be in any of several forms: written anew, it is in the newest.
+        ClipTokenizer(source.clip, source.spec.clip.length).tokenizer.save_pretrained(place / CLIP_FOLDER)
+        shutil.copyfile(source.clip / "config.json", place / CLIP_FOLDER / "config.json")
 
 
 def _ports(graph: TracedGraph) -> GraphEntry:
@@ -393,17 +406,17 @@ def _verify(
     target: Target,
     compiled: Compiled,
     building: Path,
-    folder: Path,
-    spec: ModelSpec,
+    source: _Source,
     plans: Sequence[PruningPlan],
     options: BuildOptions,
     progress: Progress,
 ) -> VerificationEntry:
-    from vtexport.verify import SAMPLES, verify_engine
+    from vtexport.verify import SAMPLES, Checked, verify_engine
 
     progress.stage("verify against transformers", SAMPLES * len(plans))
     engine, ran = _verifiable(target, compiled, building)
-    return verify_engine(engine, ran, folder, spec, plans, options.dtype, progress.advance)
+    model = Checked(source.folder, source.spec, source.clip)
+    return verify_engine(engine, ran, model, plans, options.dtype, progress.advance)
 
 
 def _verifiable(target: Target, compiled: Compiled, building: Path) -> tuple[Engine, str]:

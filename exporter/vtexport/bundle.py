@@ -9,11 +9,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vtexport.errors import BundleError, InputError, StorageError
 from vtexport.manifest import MANIFEST, FileEntry, Manifest, decode
+from vtexport.models.clip import FOLDER as CLIP_FOLDER
+from vtexport.models.clip import read_clip
+from vtexport.models.spec import ModelSpec, read_spec
 
 PROCESSOR_FOLDER = "processor"
 _CHUNK = 1 << 20
@@ -52,6 +55,11 @@ class Bundle:
     @property
     def processor_folder(self) -> Path:
         return self.folder / PROCESSOR_FOLDER
+
+    def spec(self) -> ModelSpec:
+        """The geometry of the model inside, of its CLIP too if it has one."""
+        spec, clip = read_spec(self.processor_folder), self.processor_folder / CLIP_FOLDER
+        return replace(spec, clip=read_clip(clip, spec.vision)) if clip.is_dir() else spec
 
     def size(self) -> int:
         """Bytes of all listed files."""

@@ -53,8 +53,8 @@ class Asked:
                 f"--exit-tolerance {self.exit_tolerance:g} is out of range; give a share from 0 to below 1"
             )
         for method in self.methods:
-            _, decoder = methods_of(method)
-            if method == Dense.name or (decoder is not None and decoder.raters == "given"):
+            vision, decoder = methods_of(method)
+            if method == Dense.name or vision.reads_question or (decoder is not None and decoder.raters == "given"):
                 raise InputError(f"--method {method} has nothing to calibrate for --keep auto; leave it out")
 
 

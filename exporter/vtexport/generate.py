@@ -22,11 +22,13 @@ class Request:
         prompt: its prompt.
         pixels: its image, float32 [3, S, S].
         ranking: scores [V] fp32 from another model, for method sgl.
+        question_ids: the question [L] int64 in tokens of CLIP's text tower, for method cdpruner.
     """
 
     prompt: Prompt
     pixels: Array
     ranking: Array | None = None
+    question_ids: Array | None = None
 
 
 @dataclass
@@ -65,6 +67,13 @@ class Timings:
     def per_token(self) -> float | None:
         """Median time of a decode step; None if there was none."""
         return float(np.median(self.decode)) if self.decode else None
+
+
+def look(engine: Engine, requests: Sequence[Request]) -> VisionOutput:
+    """The vision graph on the images of `requests`, and on their questions if they carry them for it."""
+    questions = [request.question_ids for request in requests if request.question_ids is not None]
+    pixels = np.stack([request.pixels for request in requests])
+    return engine.vision(pixels, np.stack(questions) if questions else None)
 
 
 def generate(
@@ -115,7 +124,7 @@ def generate(
 
     start = time.perf_counter()
     if vision is None:
-        vision = engine.vision(np.stack([request.pixels for request in requests]))
+        vision = look(engine, requests)
     looked = time.perf_counter()
     visual_tokens = vision.seen(bucket).visual
     filled_by = engine.prefill(PrefillInput(input_ids, at, lengths, visual_tokens, ranking), max_new_tokens, bucket)

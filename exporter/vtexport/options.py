@@ -22,6 +22,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option("--tower-from", type=int, help="First tower layer of vtc-cls.  [default: the middle]"),
     click.option("--important", type=float, help="Share that vispruner keeps by attention.  [default: 0.5]"),
     click.option("--contextual", type=float, help="Share of visionzip's tokens that are merged.  [default: 0.15625]"),
+    click.option("--clip", help="CLIP checkpoint with text tower for cdpruner: a folder or a hub id."),
     click.option("--seed", type=int, help="Which patches method random draws.  [default: 0]"),
 )
 #: the parameters of `of_methods` that go to the method; `ranks` goes to the plan
@@ -38,6 +39,7 @@ METHODS = (
     "tower_from",
     "important",
     "contextual",
+    "clip",
     "seed",
 )
 TARGETS = ("sm", "max_batch", "max_text")

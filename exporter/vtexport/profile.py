@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from vtexport.errors import InputError
-from vtexport.generate import generate
-from vtexport.models.spec import read_spec
+from vtexport.generate import generate, look
 from vtexport.pruning.flops import plan_flops
 from vtexport.runtime import Runner
 
@@ -102,7 +101,7 @@ class _Lane:
                 raise InputError(f"--bucket has no effect: {self.folder} was built for keep {keeps[0]:g} only")
             return 0
         if keep is None:
-            vision = self.runner.engine.vision(self.runner.prompter.pixels(self.image)[None])
+            vision = look(self.runner.engine, [self.runner.request(self.image, QUESTION)])
             return int(self.runner.policy.choose(vision.spread)[0])
         if keep not in keeps:
             raise InputError(f"--bucket {keep:g} is none of {self.folder}; give {', '.join(f'{k:g}' for k in keeps)}")
@@ -133,7 +132,7 @@ class _Lane:
 
     def finish(self, new_tokens: int) -> None:
         self.side.stages = {stage: Stats.of(times) for stage, times in self.times.items() if times}
-        spec = read_spec(self.runner.bundle.processor_folder)
+        spec = self.runner.bundle.spec()
         flops = plan_flops(spec, self.runner.plans[self.bucket], self.text_tokens)
         self.side.gflops = {
             "vision": flops.vision / 1e9,

@@ -61,9 +61,9 @@ class LayerAttention:
 class ReferenceModel:
     """transformers' LlavaForConditionalGeneration in fp32 with eager attention, one row at a time."""
 
-    def __init__(self, folder: Path, spec: ModelSpec) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec, clip: Path | None = None) -> None:
         import torch
-        from transformers import LlavaForConditionalGeneration
+        from transformers import CLIPModel, LlavaForConditionalGeneration
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -71,9 +71,20 @@ class ReferenceModel:
             folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
         ).eval()
         self.spec = spec
+        self.clip: Any = None
+        if clip is not None:
+            self.clip = CLIPModel.from_pretrained(
+                clip, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
+            ).eval()
 
-    def vision(self, pixels: Array, plan: PruningPlan) -> ReferenceVision:
-        """Features by transformers, pruned by the plan's method, projected by transformers; pixels [1, 3, S, S]."""
+    def vision(self, pixels: Array, plan: PruningPlan, question_ids: Array | None = None) -> ReferenceVision:
+        """Features by transformers, pruned by the plan's method, projected by transformers.
+
+        Args:
+            pixels: [1, 3, S, S].
+            plan: the plan.
+            question_ids: [1, L] int64, for a method that reads the question.
+        """
         import torch
 
         v = self.spec.vision
@@ -85,7 +96,9 @@ class ReferenceModel:
         split = [seen[part].unflatten(2, (v.num_heads, v.head_size)).transpose(1, 2) for part in parts]
         attention = [TowerLayer(q[:, :, :1], k) for q, k in zip(split[::2], split[1::2], strict=True)]
         project = self.model.model.multi_modal_projector
-        state = TowerState(states[v.feature_layer], attention, v.head_size**-0.5, v.grid, project)
+        features = states[v.feature_layer]
+        relevance = None if question_ids is None else self._relevance(features[:, 1:], torch.from_numpy(question_ids))
+        state = TowerState(features, attention, v.head_size**-0.5, v.grid, project, relevance)
         method, _ = methods_of(plan.method)
         constants = {k: torch.from_numpy(a) for k, a in method.constants(plan, v.grid).items()}
         with torch.inference_mode():
@@ -93,6 +106,15 @@ class ReferenceModel:
             spread = float(state.spread()[0])
         kept = None if pruned.index is None else pruned.index.numpy()
         return ReferenceVision(pruned.tokens, kept, None if pruned.score is None else pruned.score.numpy(), spread)
+
+    def _relevance(self, patches: Any, ids: Any) -> Any:
+        """Cosine [1, V] of every patch and the question in the space that CLIP's towers share."""
+        import torch
+
+        with torch.inference_mode():
+            embedded = self.clip.visual_projection(self.clip.vision_model.post_layernorm(patches))
+            question = self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output)
+            return torch.cosine_similarity(embedded, question[:, None], dim=2)
 
     def answer(
         self,

@@ -15,7 +15,7 @@ from vtexport.doctor import examine, versions
 from vtexport.evaluate import Score
 from vtexport.models.prompt import Prompter
 from vtexport.models.resolve import read_recipe, recipe_names
-from vtexport.models.spec import ModelSpec, read_spec
+from vtexport.models.spec import ModelSpec
 from vtexport.profile import STAGES, Report, Side
 from vtexport.pruning import DEFAULT_METHOD, METHODS, PruningPlan, dense_plan
 from vtexport.pruning.adaptive import AdaptiveTable
@@ -57,7 +57,7 @@ def _verification(bundle: Bundle) -> str:
 
 def _plan_rows(bundle: Bundle) -> list[tuple[str, str]]:
     """The plan; of several, what chooses, and then each."""
-    spec, policy = read_spec(bundle.processor_folder), bundle.manifest.policy()
+    spec, policy = bundle.spec(), bundle.manifest.policy()
     plans = bundle.manifest.pruning_plans()
     rows: list[tuple[str, str]] = []
     if policy is not None:

@@ -13,7 +13,9 @@ import numpy as np
 
 from vtexport.bundle import Bundle
 from vtexport.errors import InputError, TargetError
-from vtexport.generate import Request, Result, Timings, generate
+from vtexport.generate import Request, Result, Timings, generate, look
+from vtexport.models.clip import FOLDER as CLIP_FOLDER
+from vtexport.models.clip import ClipTokenizer
 from vtexport.models.prompt import Prompter
 from vtexport.pruning import PruningPlan, methods_of
 from vtexport.targets import get_target
@@ -97,6 +99,12 @@ class Runner:
         self.policy = manifest.policy()
         self.engine = target.open(bundle.folder, manifest.target.graphs, threads)
         self.prompter = Prompter(bundle.processor_folder, manifest.model.image_token_id, manifest.model.image_size)
+        vision, _ = methods_of(self.plan.method)
+        self.questions = None
+        if vision.reads_question:
+            clip = bundle.spec().clip
+            assert clip is not None, "a build with such a method writes its CLIP's files"
+            self.questions = ClipTokenizer(bundle.processor_folder / CLIP_FOLDER, clip.length)
         self.ranker = None if ranking_from is None else self._ranker(ranking_from, threads)
 
     def _ranker(self, bundle: Bundle, threads: int) -> Runner:
@@ -130,7 +138,8 @@ class Runner:
 
     def request(self, image: Any, question: str) -> Request:
         """The request that asks `question` about `image`, a PIL image."""
-        return Request(self.prompter.prompt(question), self.prompter.pixels(image))
+        ids = None if self.questions is None else self.questions.ids(question)
+        return Request(self.prompter.prompt(question), self.prompter.pixels(image), question_ids=ids)
 
     def ask(
         self,
@@ -189,7 +198,7 @@ class Runner:
             results, timings = answer(self.plan, requests, max_new_tokens, on_token=on_token)
             return results, [timings] * len(results)
         start = time.perf_counter()
-        vision = self.engine.vision(np.stack([request.pixels for request in requests]))
+        vision = look(self.engine, requests)
         looked = 1000 * (time.perf_counter() - start)
         chosen, found = self.policy.choose(vision.spread), {}
         for bucket in np.unique(chosen):

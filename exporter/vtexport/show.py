@@ -35,6 +35,8 @@ def draw(runner: Runner, image: Any, question: str | None = None) -> Any:
                 f"method {runner.plan.method} keeps what the question asks for; give a --prompt to show it by"
             )
         # The decoder need not run to see what the vision stage keeps.
+        if runner.questions is not None:
+            raise InputError(f"method {runner.plan.method} reads the question; give a --prompt to show it by")
         vision = runner.engine.vision(runner.prompter.pixels(image)[None])
         bucket = 0 if runner.policy is None else int(runner.policy.choose(vision.spread)[0])
         plan, kept = runner.plans[bucket], vision.seen(bucket).kept

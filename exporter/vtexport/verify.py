@@ -12,6 +12,7 @@ from vtexport.errors import VerificationError
 from vtexport.generate import Request, generate
 from vtexport.manifest import VerificationEntry
 from vtexport.models import ModelSpec, Prompter
+from vtexport.models.clip import ClipTokenizer
 from vtexport.models.prompt import Prompt
 from vtexport.pruning import PruningPlan, methods_of
 from vtexport.reference import Array, ReferenceModel
@@ -50,11 +51,19 @@ def sample_images(size: int) -> list[Array]:
     return images
 
 
+@dataclass(frozen=True)
+class Checked:
+    """The checkpoint that an engine is held to: its folder, its geometry, and the folder of a CLIP given with it."""
+
+    folder: Path
+    spec: ModelSpec
+    clip: Path | None = None
+
+
 def verify_engine(
     engine: Engine,
     ran: str,
-    folder: Path,
-    spec: ModelSpec,
+    model: Checked,
     plans: Sequence[PruningPlan],
     dtype: str,
     advance: Callable[[], None],
@@ -68,8 +77,7 @@ def verify_engine(
     Args:
         engine: the opened engine.
         ran: what was opened, for the manifest: a target, or the ONNX files where a target cannot run here.
-        folder: the checkpoint.
-        spec: its geometry.
+        model: the checkpoint.
         plans: the plans compiled into the engine.
         dtype: "fp32" or "fp16".
         advance: called once a sample and plan.
@@ -79,13 +87,19 @@ def verify_engine(
     """
     from PIL import Image
 
-    prompter = Prompter(folder, spec.image_token_id, spec.vision.image_size)
+    spec = model.spec
+    prompter = Prompter(model.folder, spec.image_token_id, spec.vision.image_size)
     pixels = np.stack([prompter.pixels(Image.fromarray(image)) for image in sample_images(spec.vision.image_size)])
+    questions = None
+    if model.clip is not None and spec.clip is not None:
+        clip = ClipTokenizer(model.clip, spec.clip.length)
+        questions = np.stack([clip.ids(text) for text in _PROMPTS])
     samples = _Samples(
-        reference=ReferenceModel(folder, spec),
+        reference=ReferenceModel(model.folder, spec, model.clip),
         pixels=pixels,
+        questions=questions,
         prompts=[prompter.prompt(text) for text in _PROMPTS],
-        vision=engine.vision(pixels),
+        vision=engine.vision(pixels, questions),
         max_positions=spec.decoder.max_positions,
         dtype=dtype,
     )
@@ -108,6 +122,7 @@ class _Samples:
 
     reference: ReferenceModel
     pixels: Array
+    questions: Array | None
     prompts: list[Prompt]
     vision: VisionOutput
     max_positions: int
@@ -147,7 +162,8 @@ def _check_plan(
     )
     found, own = _Found(), samples.vision.seen(bucket)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        seen = reference.vision(samples.pixels[row : row + 1], plan)
+        question = None if samples.questions is None else samples.questions[row : row + 1]
+        seen = reference.vision(samples.pixels[row : row + 1], plan, question)
         visual = seen.visual
         if own.kept is not None:
             assert seen.kept is not None

@@ -152,6 +152,6 @@ def test_tracing_is_reproducible(tiny_checkpoint: Path) -> None:
 
     spec = read_spec(tiny_checkpoint)
     plan = make_plan("fastervlm", tokens=25, layers=3, keep=0.4)
-    graphs = [trace_vision(spec, plan, "fp32", False).model.graph for _ in range(2)]
+    graphs = [trace_vision(spec, [plan], "fp32", False).model.graph for _ in range(2)]
     texts = [[(n.op_type, [v and v.name for v in n.inputs], n.outputs[0].name) for n in g] for g in graphs]
     assert texts[0] == texts[1]

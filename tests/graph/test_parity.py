@@ -86,7 +86,7 @@ def test_kept_indices_are_the_definition_on_200_images(micro_runner: Runner) -> 
     for start in range(0, 200, 50):
         pixels = np.stack([micro_runner.prompter.pixels(image) for image in images[start : start + 50]])
         np.testing.assert_array_equal(
-            micro_runner.engine.vision(pixels).kept, kept_by_reference(model, micro_runner, pixels)
+            micro_runner.engine.vision(pixels).seen().kept, kept_by_reference(model, micro_runner, pixels)
         )
 
 
@@ -149,7 +149,7 @@ def test_baselines_do_what_they_say(method: str, tiny_checkpoint: Path, build_bu
     model = llava.load(tiny_checkpoint)
     (image,) = noise_images(1)
     pixels = runner.prompter.pixels(image)[None]
-    out = runner.engine.vision(pixels)
+    out = runner.engine.vision(pixels).seen()
     with torch.inference_mode():
         layer = model.config.vision_feature_layer
         states = model.model.vision_tower(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
@@ -225,5 +225,5 @@ def test_scores_of_a_debug_build_explain_the_choice(build_bundle: BuildBundle) -
     runner = Runner.open(build_bundle(debug=True))
     pixels = np.stack([runner.prompter.pixels(image) for image in noise_images(3)])
     out = runner.engine.vision(pixels)
-    for score, kept in zip(out.score, out.kept, strict=True):
+    for score, kept in zip(out.score, out.seen().kept, strict=True):
         assert score[kept].min() >= np.delete(score, kept).max()

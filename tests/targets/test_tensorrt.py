@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 
-from tests.checkpoints import MICRO
+from tests.checkpoints import MICRO, random_clip
 from vtexport.build import BuildOptions, build
 from vtexport.bundle import Bundle
 from vtexport.errors import InputError, TargetError
@@ -83,9 +84,19 @@ def test_running_without_a_gpu_is_a_clear_error(built: tuple[Bundle, Recorder]) 
 def test_every_method_builds(method: str, tmp_path: Path) -> None:
     keep = 1.0 if method == "dense" else 0.4
     dtype = "fp16" if method in ("sparsevlm", "visionzip") else "fp32"
-    options = BuildOptions(str(MICRO), keep, method, target="tensorrt-rtx", dtype=dtype, verify=False)
+    own = {"clip": str(random_clip(tmp_path / "clip", 5, 128))} if method == "cdpruner" else {}
+    options = BuildOptions(
+        str(MICRO), keep, method, target="tensorrt-rtx", dtype=dtype, method_options=own, verify=False
+    )
     bundle = build(options, tmp_path / "bundle")
     assert all((bundle.folder / path).stat().st_size > 10_000 for path in bundle.manifest.target.graphs.values())
+
+
+def test_keep_auto_builds(tmp_path: Path) -> None:
+    options = BuildOptions("micro-llava", "auto", target="tensorrt-rtx", buckets=(0.5, 0.25), target_accuracy=0.9)
+    bundle = build(replace(options, verify=False), tmp_path / "bundle")
+    assert set(bundle.manifest.target.graphs) == {"vision", "prefill-0", "prefill-1", "decode"}
+    assert not list(bundle.folder.rglob("*.onnx"))
 
 
 def test_tensorrts_refusal_becomes_ours(tmp_path: Path) -> None:

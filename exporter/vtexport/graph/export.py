@@ -37,8 +37,12 @@ def trace_vision(spec: ModelSpec, plans: Sequence[PruningPlan], dtype: str, debu
         module = VisionGraph(spec, plans, debug)
         size = spec.vision.image_size
         pixels = torch.empty(2, spec.vision.channels, size, size, dtype=torch.float32)
-        names = module.output_names()
-        return _trace("vision", module, (pixels,), ["pixel_values"], names, ({0: Dim("batch")},))
+        inputs: tuple[torch.Tensor, ...] = (pixels,)
+        if spec.clip is not None and module.method.reads_question:
+            inputs += (torch.zeros(2, spec.clip.length, dtype=torch.int64),)
+        batch = Dim("batch")
+        dynamic = tuple({0: batch} for _ in inputs)
+        return _trace("vision", module, inputs, module.input_names(), module.output_names(), dynamic)
 
 
 def trace_prefill(

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vtexport.graph.modules import Decoder, DecoderAttention, Projector, RotaryTables, VisionTower
+from vtexport.graph.modules import Clip, Decoder, DecoderAttention, Projector, RotaryTables, VisionTower
 from vtexport.models.spec import ModelSpec
 from vtexport.pruning import PruningPlan, Stage, methods_of
 from vtexport.pruning.decoder import Attention, Sequence, drop, rows_that_rate
@@ -20,6 +20,7 @@ from vtexport.pruning.vision import TowerState, prune
 class VisionGraph(nn.Module):
     """pixel_values [B, 3, S, S] fp32 -> visual [B, K, C], kept [B, K'] int32, with `debug` also score [B, V].
 
+    A method that reads the question has the input question_ids [B, L] int64 too, tokens of CLIP's text tower.
     `kept` is absent where no token stays as it was (dense keeps all, pool merges all). Of several plans each has its
     own visual.i and kept.i, unless none prunes here; and there is spread [B] fp32, by which one of them is chosen.
     """
@@ -36,6 +37,9 @@ class VisionGraph(nn.Module):
             spec.projector_bias,
             spec.projector_activation,
         )
+        if self.method.reads_question:
+            assert spec.clip is not None, "a method that reads the question comes with a CLIP checkpoint"
+            self.clip = Clip(spec.clip, spec.vision)
         self.pruning = nn.Module()
         for number, plan in enumerate(self.plans):
             part = nn.Module()
@@ -44,11 +48,12 @@ class VisionGraph(nn.Module):
                 part.register_buffer(name, torch.empty(array.shape, dtype=kind))
             self.pruning.add_module(str(number), part)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, pixel_values: Tensor, question_ids: Tensor | None = None) -> tuple[Tensor, ...]:
         pixels = pixel_values.to(self.vision.embeddings.class_embedding.dtype)
         features, layers = self.vision(pixels)
         v = self.spec.vision
-        state = TowerState(features, layers, v.head_size**-0.5, v.grid, self.projector)
+        relevance = None if question_ids is None else self.clip(features[:, 1:], question_ids)
+        state = TowerState(features, layers, v.head_size**-0.5, v.grid, self.projector, relevance)
         outputs = []
         for plan, part in zip(self.plans, self.pruning.children(), strict=True):
             pruned = prune(self.method, plan, state, dict(part.named_buffers()))
@@ -58,6 +63,9 @@ class VisionGraph(nn.Module):
         if self.chooses:
             outputs.append(state.spread())
         return tuple(outputs)
+
+    def input_names(self) -> list[str]:
+        return ["pixel_values", "question_ids"] if self.method.reads_question else ["pixel_values"]
 
     def output_names(self) -> list[str]:
         names = []

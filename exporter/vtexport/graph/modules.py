@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from vtexport.graph import nn_ops
-from vtexport.models.spec import DecoderSpec, VisionSpec
+from vtexport.models.spec import ClipSpec, DecoderSpec, VisionSpec
+from vtexport.pruning.ranking import cosine, first_best, take
 from vtexport.pruning.vision import TowerLayer
 
 
 class VisionAttention(nn.Module):
-    def __init__(self, spec: VisionSpec) -> None:
+    def __init__(self, spec: VisionSpec | ClipSpec) -> None:
         super().__init__()
-        width = spec.hidden_size
+        width, self.causal = spec.hidden_size, isinstance(spec, ClipSpec)
         self.num_heads = spec.num_heads
         self.scale = spec.head_size**-0.5
         self.q_proj = nn.Linear(width, width)
@@ -27,11 +28,16 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output, and the queries and keys that scores are made of; all [B, S, C]."""
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.out_proj(nn_ops.full_attention(query, key, value, self.num_heads, self.scale)), query, key
+        if self.causal:
+            heads = self.num_heads
+            mixed, _, _ = nn_ops.causal_attention(query, key, value, heads, heads, self.scale)
+        else:
+            mixed = nn_ops.full_attention(query, key, value, self.num_heads, self.scale)
+        return self.out_proj(mixed), query, key
 
 
 class VisionMLP(nn.Module):
-    def __init__(self, spec: VisionSpec) -> None:
+    def __init__(self, spec: VisionSpec | ClipSpec) -> None:
         super().__init__()
         self.fc1 = nn.Linear(spec.hidden_size, spec.intermediate_size)
         self.fc2 = nn.Linear(spec.intermediate_size, spec.hidden_size)
@@ -43,7 +49,9 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    def __init__(self, spec: VisionSpec) -> None:
+    """A pre-norm transformer layer; of CLIP's text tower it is causal."""
+
+    def __init__(self, spec: VisionSpec | ClipSpec) -> None:
         super().__init__()
         self.self_attn = VisionAttention(spec)
         self.layer_norm1 = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
@@ -98,6 +106,65 @@ class VisionTower(nn.Module):
             cls = query[:, :1].unflatten(2, heads).transpose(1, 2)
             layers.append(TowerLayer(cls, key.unflatten(2, heads).transpose(1, 2)))
         return x, layers
+
+
+class ClipEmbeddings(nn.Module):
+    def __init__(self, spec: ClipSpec) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.position_embedding = nn.Embedding(spec.length, spec.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        embedded: Tensor = self.token_embedding(ids) + self.position_embedding.weight
+        return embedded
+
+
+class ClipEncoder(nn.Module):
+    def __init__(self, spec: ClipSpec) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(spec) for _ in range(spec.num_layers))
+
+
+class ClipTextTower(nn.Module):
+    def __init__(self, spec: ClipSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embeddings = ClipEmbeddings(spec)
+        self.encoder = ClipEncoder(spec)
+        self.final_layer_norm = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The state of each question's end token, [B, L] int64 -> [B, C]; causality hides what lies behind it."""
+        x = self.embeddings(ids)
+        for layer in self.encoder.layers:
+            x, _, _ = layer(x)
+        end = ids if self.spec.eos_token_id is None else (ids == self.spec.eos_token_id)
+        place = first_best(end.float())
+        pooled: Tensor = self.final_layer_norm(take(x, place[:, None])[:, 0])
+        return pooled
+
+
+class ClipVisionHead(nn.Module):
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.post_layernorm = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
+
+
+class Clip(nn.Module):
+    """What of a CLIP checkpoint LLaVA's has not: the text tower, and the projections into the shared space."""
+
+    def __init__(self, spec: ClipSpec, vision: VisionSpec) -> None:
+        super().__init__()
+        self.text_model = ClipTextTower(spec)
+        self.vision_model = ClipVisionHead(vision)
+        self.text_projection = nn.Linear(spec.hidden_size, spec.projection, bias=False)
+        self.visual_projection = nn.Linear(vision.hidden_size, spec.projection, bias=False)
+
+    def forward(self, patches: Tensor, ids: Tensor) -> Tensor:
+        """Cosine of every patch [B, V, C] and the question [B, L], [B, V] fp32."""
+        embedded = self.visual_projection(self.vision_model.post_layernorm(patches))
+        question = self.text_projection(self.text_model(ids))
+        return cosine(embedded, question[:, None])[:, :, 0]
 
 
 class Projector(nn.Module):

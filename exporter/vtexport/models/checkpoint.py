@@ -51,6 +51,11 @@ class Checkpoint:
                 tensors[record.name] = record
         return cls(folder, tensors)
 
+    def joined(self, prefix: str, other: Checkpoint) -> Checkpoint:
+        """This checkpoint's tensors, and those of `other` with `prefix` before their names."""
+        theirs = {prefix + name: record for name, record in other.tensors.items()}
+        return Checkpoint(self.folder, {**self.tensors, **theirs})
+
     def find(self, prefixes: tuple[str, ...], suffix: str) -> TensorRecord:
         """The tensor named by any of `prefixes` + `suffix`.
 

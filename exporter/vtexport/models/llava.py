@@ -24,6 +24,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
     "decoder.": ("language_model.model.", "model.language_model.", "model.language_model.model."),
     "head.": ("language_model.lm_head.", "lm_head."),
+    # A CLIP checkpoint's own names, joined to LLaVA's under this prefix.
+    "clip.": ("clip.",),
 }
 
 _SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")

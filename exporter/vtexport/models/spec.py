@@ -51,6 +51,29 @@ class VisionSpec:
 
 
 @dataclass(frozen=True)
+class ClipSpec:
+    """CLIP's text tower, and the width of the space that it shares with the vision tower.
+
+    `length` is the tokens of a question, padding included; `eos_token_id` None means the greatest id ends it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    activation: str
+    layer_norm_eps: float
+    length: int
+    projection: int
+    eos_token_id: int | None
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
     """A Llama decoder. `rope` is config.json's RoPE dictionary as transformers reads it."""
 
@@ -71,7 +94,7 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything vtexport needs to know of a LLaVA checkpoint besides its weights."""
+    """Everything vtexport needs to know of a LLaVA checkpoint besides its weights, and of a CLIP given with it."""
 
     family: str
     vision: VisionSpec
@@ -81,9 +104,10 @@ class ModelSpec:
     image_token_id: int
     eos_token_ids: tuple[int, ...]
     config: dict[str, Any]
+    clip: ClipSpec | None = None
 
     def num_parameters(self) -> int:
-        """Weights that the engines hold: the tower up to the feature layer, projector, decoder."""
+        """Weights that the engines hold: the tower up to the feature layer, projector, decoder, CLIP's text tower."""
         v, d = self.vision, self.decoder
         tower = v.channels * v.patch_size**2 * v.hidden_size + (v.num_patches + 4) * v.hidden_size
         layer = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size + 9 * v.hidden_size
@@ -92,7 +116,15 @@ class ModelSpec:
         attention = d.hidden_size * d.head_size * 2 * (d.num_heads + d.num_kv_heads)
         block = attention + 3 * d.hidden_size * d.intermediate_size + 2 * d.hidden_size
         embeddings = d.vocab_size * d.hidden_size * (1 if d.tied_embeddings else 2)
-        return tower + projector + d.num_layers * block + embeddings + d.hidden_size
+        return tower + projector + d.num_layers * block + embeddings + d.hidden_size + self._clip_parameters()
+
+    def _clip_parameters(self) -> int:
+        c = self.clip
+        if c is None:
+            return 0
+        layer = 4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size + 9 * c.hidden_size + c.intermediate_size
+        projections = (c.hidden_size + self.vision.hidden_size) * (c.projection + 2)
+        return (c.vocab_size + c.length) * c.hidden_size + c.num_layers * layer + projections
 
 
 def read_config(folder: Path) -> dict[str, Any]:

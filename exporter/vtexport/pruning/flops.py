@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtexport.models.spec import DecoderSpec, ModelSpec
+from vtexport.models.spec import ClipSpec, DecoderSpec, ModelSpec
 from vtexport.pruning import methods_of
 from vtexport.pruning.plan import PruningPlan
 
@@ -69,4 +69,13 @@ def _vision(spec: ModelSpec, plan: PruningPlan) -> float:
     layer = 2 * rows * weights + 2 * 2 * rows * rows * v.hidden_size
     scoring = 2 * rows * v.hidden_size if methods_of(plan.method)[0].scores else 0
     projector = 2 * plan.vision_tokens * (v.hidden_size * width + width * width)
-    return float(patches + v.feature_layer * layer + scoring + projector)
+    question = 0
+    if methods_of(plan.method)[0].reads_question and spec.clip is not None:
+        question = _clip(spec.clip) + 2 * v.num_patches * (v.hidden_size * spec.clip.projection + v.num_patches * width)
+    return float(patches + v.feature_layer * layer + scoring + projector + question)
+
+
+def _clip(c: ClipSpec) -> int:
+    """CLIP's text tower on a question."""
+    weights = 4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size
+    return c.num_layers * (2 * c.length * weights + 2 * 2 * c.length * c.length * c.hidden_size)

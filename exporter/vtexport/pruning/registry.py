@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vtexport.errors import InputError
+from vtexport.pruning.cdpruner import CDPruner
 from vtexport.pruning.decoder import DecoderMethod
 from vtexport.pruning.dense import Dense
 from vtexport.pruning.divprune import DivPrune
@@ -36,6 +37,7 @@ METHODS: dict[str, Method] = {
         VisPruner(),
         VisionZip(),
         DivPrune(),
+        CDPruner(),
         Random(),
         Pool(),
     )

@@ -33,6 +33,8 @@ class TowerState:
         scale: the factor on query · key before softmax.
         grid: patches a side; V = grid².
         project: the projector, token by token: [..., C] -> [..., width of the decoder].
+        relevance: for a method that reads the question, the cosine of every patch and the question in CLIP's shared
+            space, [B, V] fp32.
     """
 
     features: Tensor
@@ -40,6 +42,7 @@ class TowerState:
     scale: float
     grid: int
     project: Callable[[Tensor], Tensor]
+    relevance: Tensor | None = None
 
     @property
     def patches(self) -> Tensor:
@@ -89,6 +92,8 @@ class VisionMethod(Method):
 
     #: whether the kept tokens are those of highest score
     ranked: ClassVar[bool] = True
+    #: whether it needs the question, embedded by CLIP's text tower
+    reads_question: ClassVar[bool] = False
 
     def resolve(self, options: dict[str, Option], tower_layers: int) -> None:
         """Fill in, or refuse with an InputError, options that depend on the tower's layers up to the feature layer."""

@@ -122,8 +122,8 @@ class Engine(Protocol):
         """Load all graphs now rather than at their first call, so that no call's time includes it."""
         ...
 
-    def vision(self, pixels: Array) -> VisionOutput:
-        """The vision graph on pixels [B, 3, S, S] fp32."""
+    def vision(self, pixels: Array, question_ids: Array | None = None) -> VisionOutput:
+        """The vision graph on pixels [B, 3, S, S] fp32 and, if the method reads it, the question [B, L] int64."""
         ...
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
@@ -204,6 +204,12 @@ class Target(Protocol):
     def open(self, folder: Path, files: Mapping[str, str], threads: int) -> Engine:
         """Open the compiled files; `threads` 0 leaves the number to the runtime."""
         ...
+
+
+def vision_feeds(pixels: Array, question_ids: Array | None) -> dict[str, Array]:
+    """The vision graph's inputs by name."""
+    given = {"pixel_values": pixels, "question_ids": question_ids}
+    return {name: array for name, array in given.items() if array is not None}
 
 
 def prefill_names(plans: int) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from vtexport.errors import TargetError, first_line
-from vtexport.targets.base import Array, Cache, PrefillInput, PrefillOutput, VisionOutput, prefill_names
+from vtexport.targets.base import Array, Cache, PrefillInput, PrefillOutput, VisionOutput, prefill_names, vision_feeds
 
 
 @dataclass
@@ -60,10 +60,10 @@ class OrtEngine:
                 ) from error
         return self._sessions[name]
 
-    def vision(self, pixels: Array) -> VisionOutput:
+    def vision(self, pixels: Array, question_ids: Array | None = None) -> VisionOutput:
         session = self.session("vision")
         names = [output.name for output in session.get_outputs()]
-        found = dict(zip(names, session.run(names, {"pixel_values": pixels}), strict=True))
+        found = dict(zip(names, session.run(names, vision_feeds(pixels, question_ids)), strict=True))
         return VisionOutput(found)
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:

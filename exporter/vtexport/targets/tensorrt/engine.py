@@ -15,7 +15,7 @@ import tensorrt_rtx_bindings as trt
 import torch
 
 from vtexport.errors import TargetError
-from vtexport.targets.base import Array, Cache, PrefillInput, PrefillOutput, VisionOutput, prefill_names
+from vtexport.targets.base import Array, Cache, PrefillInput, PrefillOutput, VisionOutput, prefill_names, vision_feeds
 from vtexport.targets.tensorrt.builder import _logger
 
 _DTYPES = {
@@ -86,8 +86,9 @@ class TensorRTEngine:
             self._graphs[name] = _Graph(self._paths[name])
         return self._graphs[name]
 
-    def vision(self, pixels: Array) -> VisionOutput:
-        found = self._graph("vision").run({"pixel_values": torch.from_numpy(pixels).cuda()})
+    def vision(self, pixels: Array, question_ids: Array | None = None) -> VisionOutput:
+        feeds = vision_feeds(pixels, question_ids)
+        found = self._graph("vision").run({name: torch.from_numpy(array).cuda() for name, array in feeds.items()})
         return VisionOutput({name: tensor.cpu().numpy() for name, tensor in found.items()})
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:

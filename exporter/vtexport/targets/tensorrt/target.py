@@ -125,7 +125,10 @@ def _profile(job: CompileJob, name: str) -> dict[str, tuple[Any, Any, Any]]:
     rows = (1, 1, batch)
     if name == "vision":
         size = fixed(v.image_size)
-        return {"pixel_values": shapes(rows, fixed(v.channels), size, size)}
+        inputs = {"pixel_values": shapes(rows, fixed(v.channels), size, size)}
+        if "question_ids" in names and job.spec.clip is not None:
+            inputs["question_ids"] = shapes(rows, fixed(job.spec.clip.length))
+        return inputs
     if name != "decode":
         plan = job.plans[prefill_names(len(job.plans)).index(name)]
         inputs = {

@@ -1,0 +1,92 @@
+"""A CLIP checkpoint's text tower and the projections into the space it shares with its vision tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtexport.errors import InputError, ModelError, first_line
+from vtexport.models.prompt import IMAGE_MARK
+from vtexport.models.spec import ClipSpec, VisionSpec, read_config
+
+Array = np.ndarray[Any, Any]
+#: where a bundle keeps the tokenizer and config.json of its CLIP, below its processor
+FOLDER = "clip"
+
+
+def read_clip(folder: Path, vision: VisionSpec) -> ClipSpec:
+    """The geometry of the CLIP checkpoint in `folder`.
+
+    Args:
+        folder: a checkpoint of model_type clip: text tower, vision tower, both projections.
+        vision: LLaVA's own tower, whose features CLIP's visual projection must fit.
+
+    Raises:
+        ModelError: no CLIP checkpoint, one without a text tower, or of another tower than LLaVA's.
+    """
+    from transformers import CLIPConfig
+
+    config = read_config(folder)
+    if config.get("model_type") != "clip" or "text_config" not in config:
+        raise ModelError(
+            f"{folder} holds a {config.get('model_type')!r} model, not CLIP with its text tower; give the checkpoint "
+            "that LLaVA's tower is from, such as openai/clip-vit-large-patch14-336"
+        )
+    try:
+        parsed = CLIPConfig.from_dict(config)
+    except Exception as error:  # transformers raises whatever its validators raise
+        raise ModelError(f"{folder / 'config.json'} is not a valid CLIP config ({first_line(error)})") from error
+    text, own = parsed.text_config, parsed.vision_config.hidden_size
+    if own != vision.hidden_size:
+        raise ModelError(
+            f"{folder} has a vision tower of width {own}, LLaVA's is {vision.hidden_size}; give the CLIP that LLaVA's "
+            "tower is from"
+        )
+    return ClipSpec(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_layers=text.num_hidden_layers,
+        num_heads=text.num_attention_heads,
+        activation=text.hidden_act,
+        layer_norm_eps=text.layer_norm_eps,
+        length=text.max_position_embeddings,
+        projection=parsed.projection_dim,
+        # Old configs say 2, which no tokenizer of theirs used; transformers then takes the greatest id, and so do we.
+        eos_token_id=None if text.eos_token_id == 2 else text.eos_token_id,
+    )
+
+
+class ClipTokenizer:
+    """Turns questions into the token ids of CLIP's text tower."""
+
+    def __init__(self, folder: Path, length: int) -> None:
+        from transformers import AutoTokenizer
+
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise ModelError(f"{folder} has no tokenizer.json; get the tokenizer files of this CLIP checkpoint")
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers raises many kinds for a missing or broken file
+            raise ModelError(
+                f"{folder} has no usable tokenizer ({first_line(error)}); get its tokenizer files"
+            ) from error
+        self._length = length
+
+    def ids(self, question: str) -> Array:
+        """`question` without its image mark, int64 [length], zeros behind its end token.
+
+        Raises:
+            InputError: it has more tokens than the text tower has positions.
+        """
+        found = self.tokenizer(question.replace(IMAGE_MARK, " ").strip())["input_ids"]
+        if len(found) > self._length:
+            raise InputError(
+                f"the prompt has {len(found)} tokens of CLIP, whose text tower takes {self._length}; shorten it, or build "
+                "with a method that does not read it"
+            )
+        ids = np.zeros(self._length, dtype=np.int64)
+        ids[: len(found)] = found
+        return ids

@@ -1,0 +1,78 @@
+"""cdpruner: tokens that are diverse and relevant to the question at once (CDPruner, NeurIPS 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from vtexport.errors import InputError
+from vtexport.pruning.plan import Option, PruningPlan
+from vtexport.pruning.vision import Pruned, TowerState, VisionMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A token of which the chosen ones leave less than this share unexplained adds nothing; in fp32 what is left of it would
+# soon be rounding, and the choice another on every runtime.
+_FLOOR = 1e-3
+
+
+class CDPruner(VisionMethod):
+    """The greedy most probable subset of a determinantal point process with kernel diag(rel) · S · diag(rel).
+
+    S is the cosine of projected tokens. rel is how *little* a patch agrees with the question in CLIP's space, scaled to
+    [0, 1]: the released code negates the cosine, for CLIP's patches agree least where what is named stands. Where no
+    token adds to the determinant any more, the most relevant ones follow; the released code divides by zero there.
+    """
+
+    name = "cdpruner"
+    summary = "tokens diverse and relevant to the question by CLIP's text tower (CDPruner, NeurIPS 2025)"
+    ranked = False
+    scores = True
+    reads_question = True
+    options: ClassVar[Mapping[str, Option]] = {"clip": ""}
+
+    def resolve(self, options: dict[str, Option], tower_layers: int) -> None:
+        if not options["clip"]:
+            raise InputError(
+                "method cdpruner needs CLIP's text tower, which LLaVA checkpoints do not carry; give the CLIP checkpoint "
+                "that its vision tower is from as --clip"
+            )
+
+    def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
+        import torch
+
+        from vtexport.pruning.ranking import cosine, first_best, marked, places_of, take
+
+        assert state.relevance is not None, "a method that reads the question is given its relevance"
+        low, high = (bound(-state.relevance, dim=1, keepdim=True) for bound in (torch.amin, torch.amax))
+        relevance = (-state.relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
+        embedded = state.project(state.patches)
+        kernel = relevance[:, :, None] * cosine(embedded, embedded) * relevance[:, None]
+        total = kernel.shape[1]
+        place = torch.arange(total, device=kernel.device)
+        # What every token would add to the determinant: its squared distance to the span of those chosen.
+        gain = relevance.square()
+        floor = _FLOOR * gain
+        taken = gain < -1
+        chosen: list[Tensor] = []
+        directions: list[Tensor] = []
+        for number in range(plan.patch_budget):
+            adds = gain > floor
+            best = first_best(torch.where(taken, -3.0, torch.where(adds, gain, relevance - 2)))[:, None]
+            chosen.append(best)
+            taken = taken | (place == best)
+            if number + 1 == plan.patch_budget:
+                break
+            own = torch.where(adds, gain, torch.zeros_like(gain)).gather(1, best)
+            direction = take(kernel, best)[:, 0]
+            if directions:
+                before = torch.stack(directions, dim=1)
+                share = before.gather(2, best[:, None].expand(-1, number, -1))
+                direction = direction - (share * before).sum(dim=1)
+            # A token that adds nothing has no direction of its own.
+            direction = torch.where(own > 0, direction / own.clamp(min=1e-12).sqrt(), torch.zeros_like(direction))
+            directions.append(direction)
+            gain = gain - direction.square()
+        index = places_of(marked(torch.cat(chosen, dim=1), total), plan.patch_budget)
+        return Pruned(take(embedded, index), index.to(torch.int32), relevance, projected=True)
