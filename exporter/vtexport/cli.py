@@ -347,11 +347,12 @@ def doctor(as_json: bool) -> None:
     from dataclasses import asdict
 
     from vtexport.console import stdout
-    from vtexport.doctor import examine, versions
+    from vtexport.doctor import examine, native_kernels, versions
     from vtexport.report import health_tables
 
     if as_json:
-        click.echo(json.dumps({"versions": versions(), "targets": [asdict(health) for health in examine()]}))
+        found = {"versions": versions(), "targets": [asdict(health) for health in examine()]}
+        click.echo(json.dumps({**found, "native_kernels": asdict(native_kernels())}))
     else:
         stdout.print(health_tables())
 

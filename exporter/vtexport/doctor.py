@@ -26,6 +26,15 @@ def examine() -> list[TargetHealth]:
     return [TargetHealth(name, target.can_build(), target.can_run()) for name, target in TARGETS.items()]
 
 
+def native_kernels() -> Availability:
+    """Whether this installation has the native kernels of `plugins/`."""
+    from vtexport import native
+
+    if native.available():
+        return Availability(True, "CPU twins of the pruning ops")
+    return Availability(False, "installed without a C++ compiler; install one, then vtexport again from its source")
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter, "not installed" where they are not."""
     found = {"python": platform.python_version()}

@@ -1,4 +1,4 @@
-"""The pruning ops: the PyTorch op, a plain loop, and the ONNX function body say the same."""
+"""The pruning ops: the PyTorch op, a plain loop, the ONNX function body and the native CPU twin say the same."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.reference import methods
+from vtexport import native
 from vtexport.graph.functions import OPSET, attach_functions
 from vtexport.pruning import ops
 from vtexport.pruning.onnx_node import DOMAIN_VERSION, PRUNING
@@ -62,9 +63,11 @@ def test_select_breaks_ties_by_index_everywhere(data: st.DataObject, batch: int,
     body_kept, body_index = run_function("TokenSelect", {"hidden": hidden, "score": score}, 2, keep=keep)
     assert body_index.tolist() == expected
     assert body_index.dtype == np.int32
+    twin_kept, twin_index = native.token_select(torch.from_numpy(hidden), torch.from_numpy(score), keep)
+    assert twin_index.tolist() == expected
     for row, chosen in enumerate(expected):
-        np.testing.assert_array_equal(kept[row].numpy(), hidden[row, chosen])
-        np.testing.assert_array_equal(body_kept[row], hidden[row, chosen])
+        for found in (kept.numpy(), body_kept, twin_kept.numpy()):
+            np.testing.assert_array_equal(found[row], hidden[row, chosen])
 
 
 @dataclass
@@ -118,8 +121,9 @@ def test_score_is_the_mean_attention_of_the_rows_that_count(case: Scoring) -> No
     eager = ops.token_score(*case.tensors(), case.count, 0.35)
     assert eager.dtype == torch.float32
     (body,) = run_function("TokenScore", case.feeds, 1, count=case.count, scale=0.35)
-    np.testing.assert_allclose(eager.numpy(), expected, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(body, expected, rtol=1e-5, atol=1e-7)
+    twin = native.token_score(*case.tensors(), case.count, 0.35)
+    for found in (eager.numpy(), body, twin.numpy()):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
 @settings(deadline=None, max_examples=40)
@@ -140,8 +144,9 @@ def test_score_heads_divides_and_averages_the_heads_that_look_most(case: Scoring
     eager = ops.token_score_heads(*case.tensors(), torch.from_numpy(divisor), case.count, 0.35, chosen)
     feeds = {**case.feeds, "divisor": divisor}
     (body,) = run_function("TokenScoreHeads", feeds, 1, count=case.count, scale=0.35, heads=chosen)
-    np.testing.assert_allclose(eager.numpy(), expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(body, expected, rtol=1e-4, atol=1e-6)
+    twin = native.token_score_heads(*case.tensors(), torch.from_numpy(divisor), case.count, 0.35, chosen)
+    for found in (eager.numpy(), body, twin.numpy()):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=60)
@@ -167,13 +172,14 @@ def test_recycle_is_density_peak_clustering_of_the_best_dropped(
     pool = int(0.3 * (tokens - keep)) + 1
     clusters = min(int(share * pool) + 1, pool)
     eager = ops.token_recycle(torch.from_numpy(hidden), torch.from_numpy(score), keep, pool, clusters, paper)
+    twin = native.token_recycle(torch.from_numpy(hidden), torch.from_numpy(score), keep, pool, clusters, paper)
     attributes = {"keep": keep, "pool": pool, "clusters": clusters, "paper": int(paper)}
     body = run_function("TokenRecycle", {"hidden": hidden, "score": score}, 3, **attributes)
     for row in range(2):
         values = torch.from_numpy(score[row])
         kept = methods.best(values.tolist(), keep)
         wanted = methods.recycle(torch.from_numpy(hidden[row]), values, kept, pool, clusters, paper)
-        for merged, centres, cluster in ([part.numpy() for part in eager], body):
+        for merged, centres, cluster in ([part.numpy() for part in eager], body, [part.numpy() for part in twin]):
             assert centres[row].tolist() == wanted.centres
             assert {i: int(c) for i, c in enumerate(cluster[row]) if c >= 0} == wanted.members
             np.testing.assert_allclose(merged[row], wanted.tokens.numpy(), rtol=1e-4, atol=1e-4 * spread)
@@ -182,11 +188,66 @@ def test_recycle_is_density_peak_clustering_of_the_best_dropped(
 
 def test_recycle_merges_equal_tokens_without_nan() -> None:
     hidden, score = torch.ones(1, 9, 4), torch.zeros(1, 9)
-    merged, centres, cluster = ops.token_recycle(hidden, score, 2, 5, 2, False)
-    # Every distance and density is equal: the lower places win throughout.
-    assert centres.tolist() == [[2, 3]]
-    assert cluster.tolist() == [[-1, -1, 0, 1, 0, 0, 0, -1, -1]]
-    torch.testing.assert_close(merged, torch.ones(1, 2, 4))
+    for recycle in (ops.token_recycle, native.token_recycle):
+        merged, centres, cluster = recycle(hidden, score, 2, 5, 2, False)
+        # Every distance and density is equal: the lower places win throughout.
+        assert centres.tolist() == [[2, 3]]
+        assert cluster.tolist() == [[-1, -1, 0, 1, 0, 0, 0, -1, -1]]
+        torch.testing.assert_close(merged, torch.ones(1, 2, 4))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+def test_twins_read_and_write_every_dtype(kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden, score = (torch.randn(2, 12, 8) * 3).to(kind), torch.rand(2, 12)
+    for twin, eager in zip(native.token_select(hidden, score, 5), ops.token_select(hidden, score, 5), strict=True):
+        assert twin.dtype == eager.dtype
+        assert torch.equal(twin, eager)
+    twins, eagers = (
+        native.token_recycle(hidden, score, 3, 7, 2, False),
+        ops.token_recycle(hidden, score, 3, 7, 2, False),
+    )
+    assert twins[0].dtype == kind
+    torch.testing.assert_close(twins[0], eagers[0])
+    assert torch.equal(twins[1], eagers[1])
+    assert torch.equal(twins[2], eagers[2])
+    rating = (torch.randn(2, 4, 3, 8).to(kind), torch.randn(2, 2, 9, 8).to(kind), torch.ones(2, 3) > 0)
+    places, start = torch.tensor([[6, 7, 8], [0, 3, 8]]), torch.tensor([0, 1])
+    scored = native.token_score(*rating, places, start, 6, 0.3)
+    torch.testing.assert_close(scored, ops.token_score(*rating, places, start, 6, 0.3), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_come_out_alike(value: float) -> None:
+    """A logit that is NaN or infinitely great makes its row's attention, and so the scores, NaN; never a crash."""
+    query, key = torch.randn(1, 2, 2, 4), torch.randn(1, 2, 5, 4)
+    key[0, 1, 3] = value
+    rating = (query, key, torch.ones(1, 2) > 0, torch.tensor([[3, 4]]), torch.tensor([0]), 3, 0.5)
+    torch.testing.assert_close(native.token_score(*rating), ops.token_score(*rating), equal_nan=True)
+    hidden, score = torch.randn(1, 6, 4), torch.tensor([[0.1, value, 0.3, value, 0.2, 0.3]])
+    assert torch.equal(native.token_select(hidden, score, 3)[1], ops.token_select(hidden, score, 3)[1])
+
+
+def test_twins_refuse_what_the_contract_refuses() -> None:
+    hidden, score = torch.randn(1, 6, 4), torch.rand(1, 6)
+    for call, message in {
+        lambda: native.token_select(hidden, score, 7): "keep is out of range",
+        lambda: native.token_select(hidden, score, 0): "keep is out of range",
+        lambda: native.token_select(hidden.double(), score, 2): "hidden must be float32",
+        lambda: native.token_select(hidden, score[:, :5], 2): r"score must be \[batch, tokens\]",
+        lambda: native.token_recycle(hidden, score, 3, 4, 1, False): "pool is out of range",
+        lambda: native.token_recycle(hidden, score, 3, 2, 3, False): "clusters is out of range",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    query, key, rows = torch.randn(1, 3, 1, 4), torch.randn(1, 2, 5, 4), torch.ones(1, 1) > 0
+    places, start = torch.tensor([[4]]), torch.tensor([0])
+    with pytest.raises(ValueError, match="heads is not a multiple of key heads"):
+        native.token_score(query, key, rows, places, start, 3, 1.0)
+    with pytest.raises(ValueError, match="count exceeds"):
+        native.token_score(query[:, :2], key, rows, places, start, 6, 1.0)
+    with pytest.raises(ValueError, match="differ in shape"):
+        native.token_score(query[:, :2], key[..., :3], rows, places, start, 3, 1.0)
 
 
 @pytest.mark.parametrize("name", ["token_score", "token_score_heads", "token_select", "token_recycle"])

@@ -1,0 +1,64 @@
+// The contract of the op domain `vtexport`, shared by every implementation: what an op is told, and what it refuses.
+// What each op computes is said once, in exporter/vtexport/pruning/ops.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace vtexport {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+constexpr size_t size_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+
+// Extents are int32: the largest problem of LLaVA (batch 64, 40 heads, 2,880 keys) is far inside.
+
+// TokenScore, and TokenScoreHeads where best_heads > 0.
+//   query [batch, heads, rows, size], key [batch, kv_heads, keys, size], counts [batch, rows] bool,
+//   places [batch, rows] int64, start [batch] int64, divisor [batch, rows, visual] fp32 or null
+//   -> score [batch, visual] fp32
+struct ScoreProblem {
+  int32_t batch, heads, kv_heads, rows, keys, size, visual;
+  float scale;
+  int32_t best_heads;  // 0: the mean of all heads; else attention is divided, and so many heads are averaged
+  DType type;
+
+  // Why no implementation can run this problem; null if every one can.
+  const char* refusal() const {
+    if (batch < 0 || rows < 1 || keys < 1 || size < 1 || visual < 1) return "an extent is too small";
+    if (heads < 1 || kv_heads < 1 || heads % kv_heads != 0) return "heads is not a multiple of key heads";
+    if (visual > keys) return "count exceeds the number of keys";
+    if (best_heads < 0 || best_heads > heads) return "heads to average is out of range";
+    return nullptr;
+  }
+};
+
+// TokenSelect: hidden [batch, tokens, width], score [batch, tokens] fp32 -> kept [batch, keep, width],
+// index [batch, keep] int32 ascending.
+struct SelectProblem {
+  int32_t batch, tokens, width, keep;
+  DType type;
+
+  const char* refusal() const {
+    if (batch < 0 || tokens < 1 || width < 1) return "an extent is too small";
+    if (keep < 1 || keep > tokens) return "keep is out of range";
+    return nullptr;
+  }
+};
+
+// TokenRecycle: hidden [batch, tokens, width], score [batch, tokens] fp32 -> merged [batch, clusters, width],
+// centres [batch, clusters] int32 ascending, cluster [batch, tokens] int32.
+struct RecycleProblem {
+  int32_t batch, tokens, width, keep, pool, clusters;
+  bool paper;  // join by cosine and sum, instead of by distance and average
+  DType type;
+
+  const char* refusal() const {
+    if (batch < 0 || tokens < 1 || width < 1) return "an extent is too small";
+    if (keep < 0 || pool < 1 || pool > tokens - keep) return "pool is out of range";
+    if (clusters < 1 || clusters > pool) return "clusters is out of range";
+    return nullptr;
+  }
+};
+
+}  // namespace vtexport

@@ -1,0 +1,122 @@
+// Random problems through every twin, on heap arrays of exactly the size that the contract says: built with sanitizers,
+// any step outside them, any overflow or misaligned read ends the program (tests/plugins/test_sanitizers.py).
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/number.h"
+
+namespace {
+
+using vtexport::DType;
+
+std::mt19937 generator(1);
+
+int32_t between(int32_t low, int32_t high) { return std::uniform_int_distribution<int32_t>(low, high)(generator); }
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+// `count` random elements of `type`, now and then one that is no number.
+std::vector<char> elements(DType type, size_t count) {
+  std::vector<char> bytes(count * vtexport::size_of(type));
+  std::normal_distribution<float> normal;
+  for (size_t i = 0; i < count; ++i) {
+    float value = between(0, 99) == 0 ? (between(0, 1) ? NAN : -INFINITY) : normal(generator);
+    char* place = bytes.data() + i * vtexport::size_of(type);
+    if (type == DType::kFloat32) vtexport::cpu::store(value, *reinterpret_cast<float*>(place));
+    if (type == DType::kFloat16) vtexport::cpu::store(value, *reinterpret_cast<vtexport::cpu::Float16*>(place));
+    if (type == DType::kBFloat16) vtexport::cpu::store(value, *reinterpret_cast<vtexport::cpu::BFloat16*>(place));
+  }
+  return bytes;
+}
+
+std::vector<float> scores(size_t count) {
+  std::vector<float> values(count);
+  for (float& value : values) value = between(0, 9) == 0 ? NAN : static_cast<float>(between(0, 5)) / 4;
+  return values;
+}
+
+void score(DType type) {
+  vtexport::ScoreProblem p{between(1, 3), 0, between(1, 3), between(1, 5), between(1, 20), between(1, 9), 0, 0.3f, 0, type};
+  p.heads = p.kv_heads * between(1, 3);
+  p.visual = between(1, p.keys);
+  p.best_heads = between(0, p.heads);
+  expect(p.refusal() == nullptr, "a sound score problem is refused");
+  const size_t rows = static_cast<size_t>(p.batch) * p.rows;
+  auto query = elements(type, rows * p.heads * p.size);
+  auto key = elements(type, static_cast<size_t>(p.batch) * p.kv_heads * p.keys * p.size);
+  std::unique_ptr<bool[]> counts(new bool[rows]);
+  std::vector<int64_t> places(rows), start(p.batch);
+  std::vector<float> divisor(rows * p.visual, 2.0f), found(static_cast<size_t>(p.batch) * p.visual, -1.0f);
+  for (size_t i = 0; i < rows; ++i) {
+    counts[i] = between(0, 1) == 1;
+    places[i] = between(0, p.keys - 1);
+  }
+  for (int64_t& first : start) first = between(0, p.keys - p.visual);
+  vtexport::cpu::token_score(p, query.data(), key.data(), counts.get(), places.data(), start.data(),
+                             p.best_heads > 0 ? divisor.data() : nullptr, found.data());
+  for (float value : found) expect(std::isnan(value) || (value >= 0 && value <= 1.0001f), "a score is out of range");
+}
+
+void select(DType type) {
+  vtexport::SelectProblem p{between(1, 3), between(1, 30), between(1, 9), 0, type};
+  p.keep = between(1, p.tokens);
+  expect(p.refusal() == nullptr, "a sound select problem is refused");
+  auto hidden = elements(type, static_cast<size_t>(p.batch) * p.tokens * p.width);
+  auto score = scores(static_cast<size_t>(p.batch) * p.tokens);
+  std::vector<char> kept(static_cast<size_t>(p.batch) * p.keep * p.width * vtexport::size_of(type));
+  std::vector<int32_t> index(static_cast<size_t>(p.batch) * p.keep);
+  vtexport::cpu::token_select(p, hidden.data(), score.data(), kept.data(), index.data());
+  for (size_t i = 0; i < index.size(); ++i) {
+    expect(index[i] >= 0 && index[i] < p.tokens, "an index is out of range");
+    expect(i % p.keep == 0 || index[i] > index[i - 1], "indices do not ascend");
+  }
+}
+
+void recycle(DType type) {
+  vtexport::RecycleProblem p{between(1, 3), between(2, 30), between(1, 9), 0, 0, 0, between(0, 1) == 1, type};
+  p.keep = between(0, p.tokens - 1);
+  p.pool = between(1, p.tokens - p.keep);
+  p.clusters = between(1, p.pool);
+  expect(p.refusal() == nullptr, "a sound recycle problem is refused");
+  auto hidden = elements(type, static_cast<size_t>(p.batch) * p.tokens * p.width);
+  auto score = scores(static_cast<size_t>(p.batch) * p.tokens);
+  std::vector<char> merged(static_cast<size_t>(p.batch) * p.clusters * p.width * vtexport::size_of(type));
+  std::vector<int32_t> centres(static_cast<size_t>(p.batch) * p.clusters), cluster(static_cast<size_t>(p.batch) * p.tokens);
+  vtexport::cpu::token_recycle(p, hidden.data(), score.data(), merged.data(), centres.data(), cluster.data());
+  for (int32_t b = 0; b < p.batch; ++b) {
+    int32_t pooled = 0;
+    for (int32_t v = 0; v < p.tokens; ++v) {
+      const int32_t joined = cluster[static_cast<size_t>(b) * p.tokens + v];
+      expect(joined >= -1 && joined < p.clusters, "a cluster is out of range");
+      pooled += joined >= 0;
+    }
+    expect(pooled == p.pool, "another number of tokens joined than the pool holds");
+    for (int32_t k = 0; k < p.clusters; ++k) {
+      const int32_t centre = centres[static_cast<size_t>(b) * p.clusters + k];
+      expect(cluster[static_cast<size_t>(b) * p.tokens + centre] == k, "a centre is not in its own cluster");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int round = 0; round < 300; ++round) {
+    for (DType type : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+      score(type);
+      select(type);
+      recycle(type);
+    }
+  }
+  std::puts("all twins passed");
+  return 0;
+}
