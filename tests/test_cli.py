@@ -206,6 +206,8 @@ def test_list_and_doctor(vtexport) -> None:
     # A machine that runs these tests has a compiler: an install that lost the kernels would go unnoticed elsewhere.
     assert health["native_kernels"]["works"] is True
     assert "native kernels" in plain
+    assert "TensorRT plugins" in plain
+    assert set(health["tensorrt_plugins"]) == {"works", "reason"}
 
 
 @pytest.mark.parametrize(

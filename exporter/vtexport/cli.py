@@ -347,12 +347,13 @@ def doctor(as_json: bool) -> None:
     from dataclasses import asdict
 
     from vtexport.console import stdout
-    from vtexport.doctor import examine, native_kernels, versions
+    from vtexport.doctor import examine, native_kernels, tensorrt_plugins, versions
     from vtexport.report import health_tables
 
     if as_json:
         found = {"versions": versions(), "targets": [asdict(health) for health in examine()]}
-        click.echo(json.dumps({**found, "native_kernels": asdict(native_kernels())}))
+        native = {"native_kernels": asdict(native_kernels()), "tensorrt_plugins": asdict(tensorrt_plugins())}
+        click.echo(json.dumps({**found, **native}))
     else:
         stdout.print(health_tables())
 

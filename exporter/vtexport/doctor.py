@@ -35,6 +35,18 @@ def native_kernels() -> Availability:
     return Availability(False, "installed without a C++ compiler; install one, then vtexport again from its source")
 
 
+def tensorrt_plugins() -> Availability:
+    """Whether this installation has the library of TensorRT plugins."""
+    from vtexport.plugins import library
+
+    found = library()
+    if found is not None:
+        return Availability(True, str(found))
+    return Availability(
+        False, "needs nvcc and TensorRT's headers when vtexport is installed from source; set TENSORRT_ROOT to an SDK"
+    )
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter, "not installed" where they are not."""
     found = {"python": platform.python_version()}

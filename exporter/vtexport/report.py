@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vtexport.bundle import Bundle
-from vtexport.doctor import examine, native_kernels, versions
+from vtexport.doctor import examine, native_kernels, tensorrt_plugins, versions
 from vtexport.evaluate import Score
 from vtexport.models.prompt import Prompter
 from vtexport.models.resolve import read_recipe, recipe_names
@@ -267,6 +267,6 @@ def health_tables() -> RenderableType:
     for health in examine():
         for what, state in (("build", health.build), ("run", health.run)):
             rows.append((f"{health.name} {what}", f"{'works' if state.works else 'does not work'}: {state.reason}"))
-    kernels = native_kernels()
-    rows.append(("native kernels", f"{'built' if kernels.works else 'not built'}: {kernels.reason}"))
+    for what, state in (("native kernels", native_kernels()), ("TensorRT plugins", tensorrt_plugins())):
+        rows.append((what, f"{'built' if state.works else 'not built'}: {state.reason}"))
     return Group(_facts(rows), "", _facts(list(versions().items())))

@@ -1,0 +1,52 @@
+"""The TensorRT plugins of the pruning ops: `libvtexport_plugins.so`, one a op, for TensorRT 10.13 and later.
+
+Give them to a registry *before* a network is parsed, and TensorRT's parser runs the kernels in place of the ops' function
+bodies. TensorRT for RTX lists them too, but its parser ends the process at a node that resolves to a plugin: vtexport's own
+`tensorrt-rtx` target therefore inlines every function body first, and works whether or not they are loaded.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vtexport.errors import TargetError
+
+LIBRARY = "libvtexport_plugins.so"
+NAMES = ("TokenScore", "TokenScoreHeads", "TokenSelect", "TokenRecycle")
+
+
+def library() -> Path | None:
+    """The plugin library of this installation, or None if it was installed without nvcc or TensorRT's headers."""
+    # Native files may lie apart from the Python ones: an editable install keeps its sources where they are.
+    spec = find_spec("vtexport._native")
+    places = [Path(__file__).parent] + ([Path(spec.origin).parent] if spec is not None and spec.origin else [])
+    return next((place / LIBRARY for place in places if (place / LIBRARY).is_file()), None)
+
+
+def load(registry: Any, path: Path | None = None) -> None:
+    """Register the plugins.
+
+    Args:
+        registry: `tensorrt.get_plugin_registry()`.
+        path: the library; None takes this installation's.
+
+    Raises:
+        TargetError: there is no library, or the registry does not take it.
+    """
+    found = library() if path is None else path
+    if found is None or not found.is_file():
+        raise TargetError(
+            f"no {LIBRARY if path is None else path}; install vtexport from source with nvcc and TENSORRT_ROOT set to a "
+            "TensorRT SDK, or give the path of one"
+        )
+    known = {creator.name for creator in registry.all_creators}
+    if known.issuperset(NAMES):
+        return
+    registry.load_library(str(found))
+    missing = set(NAMES) - {creator.name for creator in registry.all_creators}
+    if missing:
+        raise TargetError(
+            f"{found} registers no {', '.join(sorted(missing))}; build it again from this version's source"
+        )

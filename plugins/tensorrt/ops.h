@@ -1,0 +1,135 @@
+// The four ops as TensorRT sees them: attributes, tensors, shapes, and how a set of tensors becomes a problem.
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <array>
+#include <cstdint>
+
+#include "tensorrt/backend.h"
+#include "vtexport/contract.h"
+
+namespace vtexport::trt {
+
+constexpr int kMaxAttributes = 4;
+
+struct Attribute {
+  const char* name;
+  bool is_float;
+};
+
+// Values in the order of the op's attributes.
+struct Values {
+  std::array<int32_t, kMaxAttributes> integers{};
+  std::array<float, kMaxAttributes> reals{};
+};
+
+enum class Kind { kElement, kFloat32, kInt32, kInt64, kBool };  // kElement: fp32, fp16 or bf16, all alike
+
+// An extent of an output: that of an input, or an attribute.
+struct Extent {
+  int input, axis;  // input < 0: attribute number `axis`
+};
+
+struct Output {
+  Kind kind;
+  int dimensions;
+  std::array<Extent, 3> extents;
+};
+
+// One op: everything but its kernel. `Tensors` is whatever gives (tensor, axis) -> extent.
+struct Op {
+  const char* name;
+  int attributes;
+  std::array<Attribute, kMaxAttributes> attribute;
+  int inputs;
+  std::array<Kind, 6> input;
+  int outputs;
+  std::array<Output, 3> output;
+};
+
+constexpr Extent of(int input, int axis) { return {input, axis}; }
+constexpr Extent attribute(int number) { return {-1, number}; }
+
+// The order is the ONNX functions': exporter/vtexport/graph/pruning_functions.py.
+inline constexpr std::array<Op, 4> kOps{{
+    {"TokenScore", 2, {{{"count", false}, {"scale", true}}}, 5,
+     {Kind::kElement, Kind::kElement, Kind::kBool, Kind::kInt64, Kind::kInt64}, 1,
+     {{{Kind::kFloat32, 2, {of(0, 0), attribute(0)}}}}},
+    {"TokenScoreHeads", 3, {{{"count", false}, {"scale", true}, {"heads", false}}}, 6,
+     {Kind::kElement, Kind::kElement, Kind::kBool, Kind::kInt64, Kind::kInt64, Kind::kFloat32}, 1,
+     {{{Kind::kFloat32, 2, {of(0, 0), attribute(0)}}}}},
+    {"TokenSelect", 1, {{{"keep", false}}}, 2, {Kind::kElement, Kind::kFloat32}, 2,
+     {{{Kind::kElement, 3, {of(0, 0), attribute(0), of(0, 2)}}, {Kind::kInt32, 2, {of(0, 0), attribute(0)}}}}},
+    {"TokenRecycle", 4, {{{"keep", false}, {"pool", false}, {"clusters", false}, {"paper", false}}}, 2,
+     {Kind::kElement, Kind::kFloat32}, 3,
+     {{{Kind::kElement, 3, {of(0, 0), attribute(2), of(0, 2)}},
+       {Kind::kInt32, 2, {of(0, 0), attribute(2)}},
+       {Kind::kInt32, 2, {of(1, 0), of(1, 1)}}}}},
+}};
+
+enum OpNumber { kScore, kScoreHeads, kSelect, kRecycle };
+
+inline bool element_type(nvinfer1::DataType type, DType& found) {
+  switch (type) {
+    case nvinfer1::DataType::kFLOAT:
+      found = DType::kFloat32;
+      return true;
+    case nvinfer1::DataType::kHALF:
+      found = DType::kFloat16;
+      return true;
+    case nvinfer1::DataType::kBF16:
+      found = DType::kBFloat16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+inline bool is_kind(nvinfer1::DataType type, Kind kind) {
+  DType element;
+  switch (kind) {
+    case Kind::kElement:
+      return element_type(type, element);
+    case Kind::kFloat32:
+      return type == nvinfer1::DataType::kFLOAT;
+    case Kind::kInt32:
+      return type == nvinfer1::DataType::kINT32;
+    case Kind::kInt64:
+      return type == nvinfer1::DataType::kINT64;
+    case Kind::kBool:
+      return type == nvinfer1::DataType::kBOOL;
+  }
+  return false;
+}
+
+// `dims(i)` gives the nvinfer1::Dims of input i.
+template <typename Dims>
+ScoreProblem score_problem(const Values& v, bool heads, DType type, Dims dims) {
+  const auto query = dims(0), key = dims(1);
+  auto extent = [](const nvinfer1::Dims& d, int axis) { return static_cast<int32_t>(d.d[axis]); };
+  return {extent(query, 0), extent(query, 1), extent(key, 1), extent(query, 2), extent(key, 2),
+          extent(query, 3), v.integers[0],    v.reals[1],     heads ? v.integers[2] : 0, type};
+}
+
+template <typename Dims>
+SelectProblem select_problem(const Values& v, DType type, Dims dims) {
+  const auto hidden = dims(0);
+  return {static_cast<int32_t>(hidden.d[0]), static_cast<int32_t>(hidden.d[1]), static_cast<int32_t>(hidden.d[2]),
+          v.integers[0], type};
+}
+
+template <typename Dims>
+RecycleProblem recycle_problem(const Values& v, DType type, Dims dims) {
+  const auto hidden = dims(0);
+  return {static_cast<int32_t>(hidden.d[0]),
+          static_cast<int32_t>(hidden.d[1]),
+          static_cast<int32_t>(hidden.d[2]),
+          v.integers[0],
+          v.integers[1],
+          v.integers[2],
+          v.integers[3] != 0,
+          type};
+}
+
+}  // namespace vtexport::trt

@@ -1,0 +1,144 @@
+"""The TensorRT plugin library: built for every GPU, driven without one, and loaded into a real registry."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from vtexport.errors import TargetError
+from vtexport.plugins import LIBRARY, load
+
+SOURCE = Path(__file__).parents[2]
+ARCHITECTURES = {"75", "80", "86", "89", "90", "100", "120"}
+
+
+def headers() -> Path | None:
+    """TensorRT's headers, from the wheel that `make test` installs."""
+    spec = find_spec("kernel_lens")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "include" / "tensorrt"
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
+    pytest.mark.skipif(headers() is None, reason="needs TensorRT's headers: pip install --no-deps kernel-lens"),
+]
+
+
+class Built(NamedTuple):
+    """The folder of the built library, its twin on the CPU and the harness; and what building them printed."""
+
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Warnings are errors in all of it."""
+    folder = tmp_path_factory.mktemp("plugins")
+    nanobind = subprocess.run(
+        [sys.executable, "-m", "nanobind", "--cmake_dir"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    settings = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "TENSORRT_INCLUDE": headers(),
+        "nanobind_DIR": nanobind,
+        "Python_EXECUTABLE": sys.executable,
+    }
+    options = [f"-D{name}={value}" for name, value in settings.items()]
+    subprocess.run(["cmake", "-S", SOURCE, "-B", folder, "-G", "Ninja", *options], check=True)
+    targets = ["vtexport_plugins", "vtexport_plugins_on_cpu", "vtexport_drive_plugins"]
+    command = ["cmake", "--build", folder, "--target", *targets]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Built(folder / "plugins" / "tensorrt", done.stdout)
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_plugins_do_what_tensorrt_asks(built: Built) -> None:
+    command = [built.folder / "vtexport_drive_plugins", built.folder / "libvtexport_plugins_on_cpu.so"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "all plugins passed"
+
+
+def test_the_library_needs_neither_tensorrt_nor_a_cuda_runtime(built: Built) -> None:
+    needed = subprocess.run(["ldd", built.folder / LIBRARY], capture_output=True, text=True, check=True).stdout
+    assert "libnvinfer" not in needed
+    assert "libcudart" not in needed
+
+
+def test_every_gpu_is_compiled_for_and_no_kernel_spills(built: Built) -> None:
+    kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", built.printed)
+    assert {architecture for _, architecture in kernels} == ARCHITECTURES
+    usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.printed)
+    assert len(usage) == len(kernels) >= 20 * len(ARCHITECTURES)
+    assert set(usage) == {("0", "0", "0")}
+
+
+REGISTER = """
+import sys
+from pathlib import Path
+import tensorrt_rtx_bindings as trt
+from vtexport.plugins import NAMES, load
+registry = trt.get_plugin_registry()
+load(registry, Path(sys.argv[1]))
+load(registry, Path(sys.argv[1]))
+assert sorted(c.name for c in registry.all_creators if c.name in NAMES) == sorted(NAMES)
+"""
+
+
+def test_a_real_registry_takes_it_and_creates_plugins(built: Built) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    create = """
+import numpy as np
+kinds = {np.int32: trt.PluginFieldType.INT32, np.float32: trt.PluginFieldType.FLOAT32}
+values = {"count": (5, np.int32), "scale": (0.3, np.float32), "heads": (2, np.int32), "keep": (3, np.int32),
+          "pool": (4, np.int32), "clusters": (2, np.int32), "paper": (0, np.int32)}
+for creator in registry.all_creators:
+    if creator.name not in NAMES:
+        continue
+    fields = [trt.PluginField(f.name, np.array([values[f.name][0]], values[f.name][1]), kinds[values[f.name][1]])
+              for f in creator.field_names]
+    plugin = creator.create_plugin("x", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
+    assert plugin.get_capability_interface(trt.PluginCapabilityType.CORE).plugin_name == creator.name
+    assert creator.create_plugin("x", trt.PluginFieldCollection(fields[1:]), trt.TensorRTPhase.BUILD) is None
+print("created")
+"""
+    done = run_python(REGISTER + create, built.folder / LIBRARY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "created"
+
+
+def test_tensorrt_rtx_builds_with_the_plugins_registered(built: Built, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Its parser ends the process at a node that resolves to a plugin; no such node may reach it."""
+    pytest.importorskip("tensorrt_rtx_bindings")
+    build = """
+from vtexport.build import BuildOptions, build
+bundle = build(BuildOptions(sys.argv[2], 0.5, target="tensorrt-rtx", verify=False), Path(sys.argv[3]))
+print(len(bundle.manifest.target.graphs))
+"""
+    done = run_python(REGISTER + build, built.folder / LIBRARY, tiny_checkpoint, tmp_path / "bundle")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "3"
+
+
+def test_a_missing_library_is_a_clear_error(tmp_path: Path) -> None:
+    class Registry:
+        all_creators: tuple[object, ...] = ()
+
+    with pytest.raises(TargetError, match=r"no .*nowhere\.so; install vtexport from source"):
+        load(Registry(), tmp_path / "nowhere.so")
