@@ -1,8 +1,12 @@
 // Drives every plugin of a library as TensorRT would, without TensorRT: creators, attributes, clones, serialisation, types,
-// shapes, formats, workspace, and enqueue against the CPU twins. Usage: plugins LIBRARY, one built with
-// VTEXPORT_PLUGINS_ON_CPU, so that enqueue takes host pointers.
+// shapes, formats, workspace, and enqueue against the CPU twins.
+//   drive_plugins LIBRARY            one built with VTEXPORT_PLUGINS_ON_CPU: enqueue takes host pointers
+//   drive_plugins LIBRARY --device   the real one, on a GPU: device pointers, two runs that must give the same bits
 #include <NvInferRuntime.h>
+#include <cuda_runtime_api.h>
 #include <dlfcn.h>
+
+#include <cmath>
 
 #include <cstdio>
 #include <cstdlib>
@@ -13,6 +17,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/number.h"
 
 namespace {
 
@@ -117,6 +122,51 @@ vtexport::DType element(DataType type) {
   return type == DataType::kFLOAT  ? vtexport::DType::kFloat32
          : type == DataType::kHALF ? vtexport::DType::kFloat16
                                    : vtexport::DType::kBFloat16;
+}
+
+bool on_device = false;
+
+// Bytes where enqueue reads and writes them: a device buffer, or the tensor's own.
+class Place {
+ public:
+  explicit Place(std::vector<char>& bytes) : bytes_(bytes) {
+    if (!on_device) return;
+    // Never empty, and guarded by what an out-of-bounds write would have to cross under compute-sanitizer.
+    expect(cudaMalloc(&memory_, bytes.size() + 1) == cudaSuccess, "cudaMalloc");
+    expect(cudaMemcpy(memory_, bytes.data(), bytes.size(), cudaMemcpyHostToDevice) == cudaSuccess, "copy to the device");
+  }
+  Place(Place&& other) noexcept : bytes_(other.bytes_), memory_(other.memory_) { other.memory_ = nullptr; }
+  ~Place() {
+    if (memory_ != nullptr) cudaFree(memory_);
+  }
+  void* get() { return on_device ? memory_ : bytes_.data(); }
+  void read_back() {
+    if (!on_device) return;
+    expect(cudaMemcpy(bytes_.data(), memory_, bytes_.size(), cudaMemcpyDeviceToHost) == cudaSuccess, "copy back");
+  }
+
+ private:
+  std::vector<char>& bytes_;
+  void* memory_ = nullptr;
+};
+
+float number(const Tensor& tensor, size_t i) {
+  const char* place = tensor.bytes.data() + i * (tensor.type == DataType::kFLOAT ? 4 : 2);
+  if (tensor.type == DataType::kFLOAT) return *reinterpret_cast<const float*>(place);
+  if (tensor.type == DataType::kHALF) return vtexport::cpu::to_float(*reinterpret_cast<const vtexport::cpu::Float16*>(place));
+  return vtexport::cpu::to_float(*reinterpret_cast<const vtexport::cpu::BFloat16*>(place));
+}
+
+// Integers are equal; numbers up to what another order of summation, or one rounding to `element`, may change.
+bool same(const Tensor& found, const Tensor& expected, DataType element) {
+  if (!on_device || expected.type == DataType::kINT32) return found.bytes == expected.bytes;
+  const float allowed = element == DataType::kFLOAT ? 1e-5f : element == DataType::kHALF ? 2e-3f : 1e-2f;
+  const size_t count = found.bytes.size() / (found.type == DataType::kFLOAT ? 4 : 2);
+  for (size_t i = 0; i < count; ++i) {
+    const float a = number(found, i), b = number(expected, i);
+    if (!(std::fabs(a - b) <= allowed * (1 + std::fabs(b)))) return false;
+  }
+  return true;
 }
 
 struct Case {
@@ -239,25 +289,36 @@ void run(IPluginV3* plugin, Case& c, const std::string& name) {
   expect(!build->supportsFormatCombination(inputs + outputs, all.data(), inputs, outputs), name + ": a place outside");
   expect(std::strlen(build->getTimingCacheID()) > 0, name + ": timing cache id");
   expect(build->configurePlugin(all.data(), inputs, all.data() + inputs, outputs) == 0, name + ": configure");
-  std::vector<char> workspace(build->getWorkspaceSize(all.data(), inputs, all.data() + inputs, outputs) + 1);
+  std::vector<char> scratch(build->getWorkspaceSize(all.data(), inputs, all.data() + inputs, outputs) + 1);
+  Place workspace(scratch);
 
   expect(runtime->onShapeChange(in.data(), inputs, out.data(), outputs) == 0, name + ": shapes at run time");
   std::vector<Tensor> results;
   for (auto& tensor : c.expected) results.emplace_back(tensor.type, tensor.dims);
+  std::vector<Place> sources, sinks;
   std::vector<const void*> from;
   std::vector<void*> to;
-  for (auto& tensor : c.inputs) from.push_back(tensor.bytes.data());
-  for (auto& tensor : results) to.push_back(tensor.bytes.data());
-  expect(runtime->enqueue(in.data(), out.data(), from.data(), to.data(), workspace.data(), nullptr) == 0, name + ": enqueue");
-  for (int i = 0; i < outputs; ++i) expect(results[i].bytes == c.expected[i].bytes, name + ": results");
+  for (auto& tensor : c.inputs) from.push_back(sources.emplace_back(tensor.bytes).get());
+  for (auto& tensor : results) to.push_back(sinks.emplace_back(tensor.bytes).get());
+  std::vector<std::vector<char>> before_again(outputs);
+  for (int again = 0; again < 2; ++again) {
+    const int32_t status = runtime->enqueue(in.data(), out.data(), from.data(), to.data(), workspace.get(), nullptr);
+    expect(status == 0, name + ": enqueue");
+    for (int i = 0; i < outputs; ++i) {
+      sinks[i].read_back();
+      expect(same(results[i], c.expected[i], c.inputs[0].type), name + ": results");
+      expect(again == 0 || results[i].bytes == before_again[i], name + ": two runs differ");
+      before_again[i] = results[i].bytes;
+    }
+  }
 
   // One line to the log for each: a missing input, a misaligned one, shapes that no kernel takes.
   const int before = logger.lines;
   auto missing = from;
   missing[1] = nullptr;
-  expect(runtime->enqueue(in.data(), out.data(), missing.data(), to.data(), workspace.data(), nullptr) != 0, name + ": no input");
+  expect(runtime->enqueue(in.data(), out.data(), missing.data(), to.data(), workspace.get(), nullptr) != 0, name + ": no input");
   missing[1] = static_cast<const char*>(from[1]) + 1;
-  expect(runtime->enqueue(in.data(), out.data(), missing.data(), to.data(), workspace.data(), nullptr) != 0,
+  expect(runtime->enqueue(in.data(), out.data(), missing.data(), to.data(), workspace.get(), nullptr) != 0,
          name + ": misaligned input");
   auto odd = in;
   for (auto& tensor : odd) tensor.dims.d[1] = 1;
@@ -269,7 +330,8 @@ void run(IPluginV3* plugin, Case& c, const std::string& name) {
 
 }  // namespace
 
-int main(int, char** arguments) {
+int main(int count, char** arguments) {
+  on_device = count > 2 && std::string(arguments[2]) == "--device";
   void* library = dlopen(arguments[1], RTLD_NOW | RTLD_LOCAL);
   expect(library != nullptr, std::string("dlopen: ") + (library == nullptr ? dlerror() : ""));
   auto get = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(library, "getCreators"));

@@ -64,13 +64,17 @@ def test_fastervlm_keeps_nine_tenths_of_dense_accuracy_at_fifteen_percent(accura
     assert accuracy("fastervlm", 0.15) >= 0.9 * accuracy("dense", 1.0)
 
 
-def test_sparsevlm_keeps_most_of_dense_accuracy_at_a_third(accuracy, build_bundle: BuildBundle) -> None:
-    # The paper's headline is 54 % fewer decoder FLOPs at 97 % of the accuracy; benchmarks/RESULTS.md says how near.
-    runner = Runner.open(build_bundle("micro-llava", 0.33, "sparsevlm"))
+@pytest.mark.parametrize(("positions", "share"), [("compact", 0.96), ("original", 0.965)])
+def test_sparsevlm_keeps_most_of_dense_accuracy_at_a_third(
+    positions: str, share: float, accuracy, build_bundle: BuildBundle
+) -> None:
+    # The paper's headline is 54 % fewer decoder FLOPs at 97 % of the accuracy; benchmarks/RESULTS.md has the figures,
+    # and here is room for what another processor's rounding may flip.
+    runner = Runner.open(build_bundle("micro-llava", 0.33, "sparsevlm", method_options={"positions": positions}))
     spec = read_spec(runner.bundle.processor_folder)
     less, full = (plan_flops(spec, plan, 13).prefill for plan in (runner.plan, dense_plan(runner.plan)))
     assert less <= 0.46 * full
-    assert evaluate(runner).accuracy >= 0.92 * accuracy("dense", 1.0)
+    assert evaluate(runner).accuracy >= share * accuracy("dense", 1.0)
 
 
 def test_sparsevlms_raters_are_the_questions_own_words(build_bundle: BuildBundle) -> None:

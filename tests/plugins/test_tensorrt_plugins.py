@@ -75,6 +75,21 @@ def test_plugins_do_what_tensorrt_asks(built: Built) -> None:
     assert done.stdout.strip() == "all plugins passed"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["", "memcheck", "racecheck", "initcheck"])
+def test_kernels_on_a_gpu_are_their_twins(built: Built, tool: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    if tool and shutil.which("compute-sanitizer") is None:
+        pytest.skip("needs compute-sanitizer")
+    watched = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"] if tool else []
+    command = [*watched, built.folder / "vtexport_drive_plugins", built.folder / LIBRARY, "--device"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_library_needs_neither_tensorrt_nor_a_cuda_runtime(built: Built) -> None:
     needed = subprocess.run(["ldd", built.folder / LIBRARY], capture_output=True, text=True, check=True).stdout
     assert "libnvinfer" not in needed
