@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.checkpoints import MICRO
-from tests.conftest import BuildBundle, check_refused
+from tests.conftest import BuildBundle, check_refused, noise_images
+from tests.graph.test_parity import QUESTIONS
 from vtexport.build import BuildOptions, build
 from vtexport.bundle import Bundle
 from vtexport.errors import InputError
@@ -18,7 +21,7 @@ from vtexport.evaluate import evaluate
 from vtexport.micro import heldout
 from vtexport.models import Checkpoint, read_spec
 from vtexport.models.llava import fingerprint
-from vtexport.pruning.adaptive import AdaptiveTable
+from vtexport.pruning.adaptive import AdaptiveTable, Policy
 from vtexport.pruning.rank import Calibration
 from vtexport.runtime import Runner
 
@@ -29,11 +32,32 @@ EXAMPLES = list(heldout.examples(8))
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """micro-llava's own, with tables by which images of spread up to 9.5 patches get a quarter of the tokens."""
+    """micro-llava's own, with a table by which images of spread up to 9.5 patches get a quarter of the tokens."""
     own = Calibration.load(MICRO / "ranks.toml")
-    tables = (AdaptiveTable(method, KEEPS, (9.5, 20.0), ((1.0, 1.0), (1.0, 0.0))) for method in METHODS)
     path = tmp_path_factory.mktemp("ranks") / "ranks.toml"
-    replace(own, adaptive=tuple(tables)).save(path)
+    replace(own, adaptive=(AdaptiveTable("sparsevlm", KEEPS, (9.5, 20.0), ((1.0, 1.0), (1.0, 0.0))),)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_calibration(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for the tiny checkpoint, with a table for every method."""
+    spec, path = read_spec(tiny_checkpoint), tmp_path_factory.mktemp("ranks") / "ranks.toml"
+    number = spec.decoder.num_layers
+    Calibration(
+        model=fingerprint(Checkpoint.open(tiny_checkpoint)),
+        num_visual_tokens=spec.vision.num_visual_tokens,
+        pairs=1,
+        ranks=(3.0,) * number,
+        rank_spread=(0.0,) * number,
+        mass=(0.5,) * number,
+        keeps=(0.5,),
+        layers=((0,),),
+        agreement=(1.0,),
+        exit_layer=1,
+        exit_tolerance=0.0,
+        adaptive=tuple(AdaptiveTable(m, (0.7, 0.5), (9.0, 30.0), ((1.0, 1.0), (1.0, 0.0))) for m in METHODS),
+    ).save(path)
     return path
 
 
@@ -44,23 +68,26 @@ def adaptive_bundle(calibration: Path, build_bundle: BuildBundle) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_image_gets_what_a_bundle_of_its_keep_ratio_gives(
-    method: str, calibration: Path, build_bundle: BuildBundle
+    method: str, tiny_checkpoint: Path, tiny_calibration: Path, build_bundle: BuildBundle
 ) -> None:
-    runner = Runner.open(build_bundle(keep="auto", method=method, buckets=KEEPS, ranks=calibration))
-    pairs = [(Image.fromarray(example.image), example.question.text) for example in EXAMPLES]
-    answers = runner.ask(pairs)
-    own = {} if method == "fastervlm" else {"ranks": calibration}
-    fixed = {keep: Runner.open(build_bundle(MICRO, keep, method, **own)).ask(pairs) for keep in KEEPS}
-    assert {answer.keep for answer in answers} == set(KEEPS)
+    build = partial(build_bundle, tiny_checkpoint, method=method)
+    runner = Runner.open(build(keep="auto", buckets=(0.7, 0.5), ranks=tiny_calibration))
+    pairs = [(image, question) for image in noise_images(3) for question in QUESTIONS[:2]]
+    # A limit between the images, so that both plans are chosen.
+    spreads = runner.engine.vision(np.stack([runner.prompter.pixels(image) for image, _ in pairs])).spread
+    runner.policy = Policy((float(np.median(spreads)),), 1.0, 1.0)
+    answers = runner.ask(pairs, 8)
+    own = {} if method == "fastervlm" else {"ranks": tiny_calibration}
+    fixed = {keep: Runner.open(build(keep=keep, **own)).ask(pairs, 8) for keep in (0.7, 0.5)}
+    assert {answer.keep for answer in answers} == {0.7, 0.5}
     for row, answer in enumerate(answers):
-        assert answer.spread is not None
-        assert answer.keep == (0.25 if answer.spread <= 9.5 else 0.5)
+        assert answer.spread == pytest.approx(spreads[row], abs=1e-3)
         expected = fixed[answer.keep][row]
         assert answer.token_ids == expected.token_ids
         assert answer.stages == expected.stages
         assert answer.visual_tokens == expected.visual_tokens
         # And alone as in a batch.
-        alone = runner.ask([pairs[row]])[0]
+        alone = runner.ask([pairs[row]], 8)[0]
         assert (alone.keep, alone.token_ids, alone.stages) == (answer.keep, answer.token_ids, answer.stages)
 
 
