@@ -103,9 +103,10 @@ class _LanguageGraph(nn.Module):
 class PrefillGraph(_LanguageGraph):
     """A whole prompt at once, every row of its own length, padded on the right, pruned inside as the plan says.
 
-    Inputs: input_ids [B, L] int64 without the image, image_position [B] int64 (text tokens before it),
-    text_length [B] int64, visual [B, K, C]; for a method that is given its scores also ranking [B, V] fp32. Outputs: logits [B, vocabulary] fp32 of each row's last token,
-    per layer i the cache entries key, value [B, G, L + V_i, D] with V_i visual tokens as the plan says, and per
+    Inputs: input_ids [B, L] int64 without the image, image_position [B] int64 (text tokens before it), text_length [B]
+    int64, visual [B, K, C]; for a method that is given its scores also ranking [B, V] fp32.
+
+    Outputs: logits [B, vocabulary] fp32 of each row's last token, per layer i the cache entries key, value [B, G, L + V_i, D] with V_i visual tokens as the plan says, and per
     decoder stage kept.i [B, K'] int32, indices into the visual tokens that entered it. With `debug` also the
     stages' score.i [B, V_i] fp32 and cluster.i [B, V_i] int32, and raters [B, L] bool. With `ranks` also ranking
     [B, V] fp32: attention to each visual token summed over layers, heads and the prompt's text after the image.

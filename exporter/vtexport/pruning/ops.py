@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtexport.pruning.onnx_node import PRUNING, node, nodes
+from vtexport.pruning.ranking import places_of
 
 
 def token_score(
@@ -188,14 +189,9 @@ def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tens
 
 @torch.library.custom_op("vtexport::token_select", mutates_args=())
 def _token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    index = _places_of(_rank(score) < keep, keep)
+    index = places_of(_rank(score) < keep, keep)
     kept = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
     return kept, index.to(torch.int32)
-
-
-def _places_of(chosen: Tensor, number: int) -> Tensor:
-    """The places of the `number` true entries in every row of chosen [B, V], ascending [B, number]."""
-    return chosen.nonzero()[:, 1].reshape(chosen.shape[0], number)
 
 
 @_token_select.register_fake
@@ -247,7 +243,7 @@ def _token_recycle(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, number, width = hidden.shape
     rank = _rank(score)
-    index = _places_of((rank >= keep) & (rank < keep + pool), pool)
+    index = places_of((rank >= keep) & (rank < keep + pool), pool)
     x = hidden.gather(1, index[..., None].expand(-1, -1, width)).float()
     # About their mean the products of the expansion lose fewer digits.
     centred = x - x.mean(dim=1, keepdim=True)
@@ -262,7 +258,7 @@ def _token_recycle(
     farthest = squared.amax(dim=(1, 2), keepdim=True)
     delta = torch.where(denser, squared, farthest).amin(dim=2)
     is_centre = _rank(0.5 * delta.log() + density) < clusters
-    centre = _places_of(is_centre, clusters)
+    centre = places_of(is_centre, clusters)
     nearness = -squared
     if paper:
         unit = x / x.norm(dim=2, keepdim=True).clamp(min=1e-12)

@@ -1,0 +1,301 @@
+"""What pruning saves on a GPU, before any engine: the graphs as PyTorch runs them, at a real geometry, random weights.
+
+    python benchmarks/gpu.py [--geometry llava-1.5-7b] [--device cuda] [--batch 1] [--text 64] [--runs 20] [--json FILE]
+
+Dense against every budget of SparseVLM's released schedules (as keep ratios, so that any depth has them) and fastervlm at
+the same mean tokens: vision tower, prefill and decode, bf16, PyTorch's fused attention, each captured in a CUDA graph where
+it can be; the pruning ops alone; KV cache and peak memory. Both sides of every ratio are measured in one run, in turns.
+Prints a Markdown table; the last line is one JSON object. `--geometry tiny --device cpu` tries the script itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtexport.graph.graphs import DecodeGraph, PrefillGraph, VisionGraph
+from vtexport.models.llava import rope_reach, rope_tables, spec_from_config
+from vtexport.models.spec import ModelSpec
+from vtexport.pruning import PruningPlan, make_plan, ops
+from vtexport.pruning.schedule import Recycling
+
+WARM_UP = 3
+# Mean visual tokens of SparseVLM's schedules 192, 128 and 64, as shares of 576.
+KEEPS = (206.5 / 576, 145.4 / 576, 82.3 / 576)
+_CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+_VICUNA = {"vocab_size": 32064, "max_position_embeddings": 4096, "eos_token_id": 2}
+GEOMETRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llava-1.5-7b": (
+        {**_CLIP_L, "image_size": 336, "patch_size": 14},
+        {**_VICUNA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    ),
+    "llava-1.5-13b": (
+        {**_CLIP_L, "image_size": 336, "patch_size": 14},
+        {**_VICUNA, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    ),
+    "tiny": (
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 96,
+         "patch_size": 8},
+        {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 32, "num_attention_heads": 4,
+         "max_position_embeddings": 512, "eos_token_id": 2},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Side:
+    """One plan's medians in milliseconds; `captured` says whether prefill ran as a CUDA graph."""
+
+    name: str
+    mean_visual_tokens: float
+    vision: float
+    prefill: float
+    per_token: float
+    pruning: float
+    cache_bytes: int
+    captured: bool
+
+    @property
+    def first_token(self) -> float:
+        return self.vision + self.prefill
+
+
+def geometry(name: str) -> ModelSpec:
+    """The spec of a LLaVA of that size."""
+    vision, text = GEOMETRIES[name]
+    config = {
+        "model_type": "llava",
+        "vision_config": {"model_type": "clip_vision_model", **vision},
+        "text_config": {"model_type": "llama", **text},
+        "image_token_index": 4,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+    }
+    return spec_from_config(Path(name), config)
+
+
+def filled(module: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
+    """`module` with random weights on the device; made on the meta device, so that nothing is ever there twice."""
+    module.to_empty(device=device).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.fill_(1)
+            else:
+                parameter.normal_(std=0.02, generator=generator)
+    return module.eval().requires_grad_(False)
+
+
+class Clock:
+    """Milliseconds of a call on the device."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        if not self.cuda:
+            began = time.perf_counter()
+            call()
+            return 1000 * (time.perf_counter() - began)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+
+def captured(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], bool]:
+    """`call` as a CUDA graph, and True; itself, and False, where there is no GPU or it synchronises inside."""
+    if device != "cuda":
+        return call, False
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return call, False
+    return graph.replay, True
+
+
+class Bench:
+    """One geometry on one device; plans share the decoder's weights."""
+
+    def __init__(self, name: str, device: str, batch: int, text: int) -> None:
+        self.spec, self.device, self.batch, self.text = geometry(name), device, batch, text
+        self.dtype = torch.bfloat16
+        with torch.device("meta"):
+            base = DecodeGraph(self.spec)
+        self.decode: Any = filled(base, device, self.dtype)
+        rope: Any = self.decode.rope
+        for buffer, values in zip((rope.cos, rope.sin), rope_tables(self.spec), strict=True):
+            buffer.copy_(values)
+
+    def plan(self, method: str, keep: float) -> PruningPlan:
+        v, d = self.spec.vision, self.spec.decoder
+        return make_plan(
+            method,
+            tokens=v.num_visual_tokens,
+            layers=d.num_layers,
+            keep=keep,
+            reach=rope_reach(self.spec),
+            tower_layers=v.feature_layer,
+        )
+
+    def calls(self, plan: PruningPlan) -> dict[str, Callable[[], Any]]:
+        """Vision, prefill, one decode step, and the pruning ops alone, each ready to be called."""
+        v, d = self.spec.vision, self.spec.decoder
+        with torch.device("meta"):
+            vision, prefill = VisionGraph(self.spec, [plan]), PrefillGraph(self.spec, plan)
+        filled(vision, self.device, self.dtype)
+        prefill.decoder, prefill.rope, prefill.head = self.decode.decoder, self.decode.rope, self.decode.head
+        on = partial(torch.full, device=self.device, dtype=torch.int64)
+        pixels = torch.rand(self.batch, v.channels, v.image_size, v.image_size, device=self.device)
+        ids = torch.randint(0, d.vocab_size, (self.batch, self.text), device=self.device)
+        visual = torch.randn(self.batch, plan.vision_tokens, d.hidden_size, device=self.device, dtype=self.dtype)
+        past = [
+            torch.zeros(
+                self.batch, d.num_kv_heads, n + self.text + 1, d.head_size, device=self.device, dtype=self.dtype
+            )
+            for n in plan.per_layer
+            for _ in ("key", "value")
+        ]
+        length = torch.tensor(plan.per_layer, device=self.device)[:, None].expand(-1, self.batch) + self.text
+        return {
+            "vision": lambda: vision(pixels),
+            "prefill": lambda: prefill(ids, on((self.batch,), 5), on((self.batch,), self.text), visual),
+            "per_token": lambda: self.decode(ids[:, :1], length, length, past),
+            "pruning": self._pruning(plan),
+        }
+
+    def _pruning(self, plan: PruningPlan) -> Callable[[], Any]:
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+        calls: list[Callable[[], Any]] = []
+        v, d = self.spec.vision, self.spec.decoder
+        for stage in plan.stages:
+            n = stage.tokens_in
+            inside = stage.layer is not None
+            heads, groups, size = (
+                (d.num_heads, d.num_kv_heads, d.head_size) if inside else (v.num_heads,) * 2 + (v.head_size,)
+            )
+            rows, keys = (self.text, n + self.text) if inside else (1, n + 1)
+            hidden = random(self.batch, n, d.hidden_size if inside else v.hidden_size)
+            score = torch.rand(self.batch, n, device=self.device)
+            counts = torch.ones(self.batch, rows, device=self.device) > 0
+            places = torch.full((self.batch, rows), keys - 1, device=self.device)
+            start = torch.ones(self.batch, device=self.device, dtype=torch.int64)
+            query, key = random(self.batch, heads, rows, size), random(self.batch, groups, keys, size)
+            calls.append(partial(ops.token_score, query, key, counts, places, start, n, size**-0.5))
+            calls.append(partial(ops.token_select, hidden, score, stage.kept))
+            if stage.recycled:
+                pool, clusters = Recycling().counts(n - stage.kept)
+                calls.append(partial(ops.token_recycle, hidden, score, stage.kept, pool, clusters, False))
+        return lambda: [call() for call in calls]
+
+    def cache_bytes(self, plan: PruningPlan) -> int:
+        d = self.spec.decoder
+        rows = sum(n + self.text for n in plan.per_layer)
+        return 2 * self.batch * rows * d.num_kv_heads * d.head_size * self.dtype.itemsize
+
+
+def measure(bench: Bench, runs: int) -> list[Side]:
+    """All sides in turns: drift of the machine meets them alike."""
+    plans = {"dense": bench.plan("dense", 1.0)}
+    for keep in KEEPS:
+        for method in ("sparsevlm", "fastervlm"):
+            plans[f"{method} {keep:.3f}"] = bench.plan(method, keep)
+    clock = Clock(bench.device)
+    ready = {
+        name: {part: captured(call, bench.device) for part, call in bench.calls(plan).items()}
+        for name, plan in plans.items()
+    }
+    times: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name, parts in ready.items()}
+    for run in range(WARM_UP + runs):
+        for name, parts in ready.items():
+            for part, (call, _) in parts.items():
+                spent = clock(call)
+                if run >= WARM_UP:
+                    times[name][part].append(spent)
+    return [
+        Side(
+            name=name,
+            mean_visual_tokens=plan.mean_visual_tokens,
+            **{part: median(spent) for part, spent in times[name].items()},
+            cache_bytes=bench.cache_bytes(plan),
+            captured=ready[name]["prefill"][1],
+        )
+        for name, plan in plans.items()
+    ]
+
+
+def table(sides: list[Side]) -> str:
+    """Markdown: a row a side, ratios against the first, which is dense."""
+    dense = sides[0]
+    lines = [
+        "| | mean tokens | vision ms | prefill ms (saved) | first token ms (saved) | pruning ms (of prefill) | ms a token | KV MB |",
+        "| --- " * 8 + "|",
+    ]
+    for side in sides:
+        faster = f"{side.prefill:.2f} ({1 - side.prefill / dense.prefill:.0%})"
+        first = f"{side.first_token:.2f} ({1 - side.first_token / dense.first_token:.0%})"
+        share = f"{side.pruning:.3f} ({side.pruning / side.prefill:.1%})" if side is not dense else ""
+        lines.append(
+            f"| {side.name} | {side.mean_visual_tokens:.1f} | {side.vision:.2f} | {faster} | {first} | {share} | "
+            f"{side.per_token:.2f} | {side.cache_bytes / 1e6:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llava-1.5-7b")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--text", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA GPU that PyTorch can use; give --device cpu to try the script at --geometry tiny")
+    with torch.inference_mode():
+        sides = measure(Bench(arguments.geometry, arguments.device, arguments.batch, arguments.text), arguments.runs)
+    print(table(sides))
+    cuda = arguments.device == "cuda"
+    result = {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "geometry": arguments.geometry,
+        "batch": arguments.batch,
+        "text_tokens": arguments.text,
+        "runs": arguments.runs,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "sides": [{**asdict(side), "first_token": side.first_token} for side in sides],
+    }
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

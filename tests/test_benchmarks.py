@@ -1,0 +1,36 @@
+"""The benchmark that waits for a GPU runs: at a tiny geometry, on the CPU, nothing timed is asserted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+def test_the_gpu_benchmark_measures_every_side(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, SCRIPT, "--geometry", "tiny", "--device", "cpu", "--runs", "1", "--json", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = json.loads(out.read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == report
+    names = [side["name"] for side in report["sides"]]
+    assert names[0] == "dense"
+    assert {name.split()[0] for name in names[1:]} == {"sparsevlm", "fastervlm"}
+    assert all(name in done.stdout for name in names)
+    dense, *pruned = report["sides"]
+    for side in pruned:
+        assert min(side["vision"], side["prefill"], side["per_token"], side["pruning"]) > 0
+        assert side["cache_bytes"] < dense["cache_bytes"]
+        assert side["mean_visual_tokens"] < dense["mean_visual_tokens"] / 2
+
+
+def test_a_gpu_that_is_not_there_is_a_clear_error() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "no CUDA GPU that PyTorch can use" in done.stderr
