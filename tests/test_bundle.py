@@ -54,13 +54,13 @@ def test_the_manifest_is_the_plan_and_lists_every_file(micro_bundle: Path) -> No
 
 def test_another_schema_version_is_refused(bundle_copy: Path) -> None:
     edit(bundle_copy, schema_version=99)
-    with pytest.raises(BundleError, match="schema version 99, this vtexport reads version 2"):
+    with pytest.raises(BundleError, match="schema version 99, this vtexport reads version 3"):
         Bundle.open(bundle_copy)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"plan": None}, {"surprise": 1}, {"files": [{"path": 3}]}, {"debug": "yes"}],
+    [{"plans": None}, {"surprise": 1}, {"files": [{"path": 3}]}, {"debug": "yes"}],
     ids=["null", "unknown-field", "wrong-type", "string-for-bool"],
 )
 def test_a_damaged_manifest_is_refused(bundle_copy: Path, changes: dict[str, object]) -> None:
@@ -70,9 +70,9 @@ def test_a_damaged_manifest_is_refused(bundle_copy: Path, changes: dict[str, obj
 
 
 def test_a_plan_that_contradicts_itself_is_refused(bundle_copy: Path) -> None:
-    plan = json.loads((bundle_copy / MANIFEST).read_text())["plan"]
-    plan["stages"][0]["kept"] = 1000
-    edit(bundle_copy, plan=plan)
+    plans = json.loads((bundle_copy / MANIFEST).read_text())["plans"]
+    plans[0]["stages"][0]["kept"] = 1000
+    edit(bundle_copy, plans=plans)
     with pytest.raises(BundleError, match="impossible stage"):
         Bundle.open(bundle_copy)
 

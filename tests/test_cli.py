@@ -54,7 +54,8 @@ def test_no_command_shows_the_help(vtexport) -> None:
 
 
 def test_build_run_inspect_show_from_nothing(vtexport, photo: Path, tmp_path: Path) -> None:
-    built = vtexport("build", "--model", "micro-llava", "--keep", "0.5", "--out", "micro")
+    schedule = ("--keep", "0.5", "--layers", "2,6,10")
+    built = vtexport("build", "--model", "micro-llava", *schedule, "--out", "micro")
     assert built.code == 0, built.err
     said_all = ("sparsevlm, keep 0.5", "of 144, mean over decoder layers", "by SparseVLM's count", "decoder.2", "merged",
                 "same kept tokens, same greedy tokens", "vtexport run micro --image", "of dense", "MB")  # fmt: skip
@@ -94,9 +95,9 @@ def test_the_default_folder_says_what_it_holds(vtexport, tiny_checkpoint: Path, 
     assert vtexport("build", "--model", "tiny", "--keep", "0.4", "--method", "random", "--seed", "3").code == 0
     assert (tmp_path / "tiny-random-0.4" / MANIFEST).is_file()
     manifest = json.loads(vtexport("inspect", "tiny-random-0.4", "--json").out)
-    assert manifest["plan"]["options"] == {"seed": 3}
+    assert manifest["plans"][0]["options"] == {"seed": 3}
     assert vtexport("build", "--model", "tiny", "--method", "exit", "--layers", "1").code == 0
-    assert json.loads(vtexport("inspect", "tiny-exit-1", "--json").out)["plan"]["keep"] == pytest.approx(
+    assert json.loads(vtexport("inspect", "tiny-exit-1", "--json").out)["plans"][0]["keep"] == pytest.approx(
         2 / 3, abs=1e-4
     )
     assert vtexport("build", "--model", "tiny", "--method", "dense").code == 0
@@ -110,7 +111,8 @@ def test_run_json_says_it_all(vtexport, micro_bundle: Path, photo: Path) -> None
     lines = [json.loads(line) for line in outcome.out.splitlines()]
     assert len(lines) == 3
     for line in lines:
-        assert set(line) == {"text", "token_ids", "visual_tokens", "stages", "timings_ms"}
+        assert set(line) == {"text", "token_ids", "keep", "spread", "visual_tokens", "stages", "timings_ms"}
+        assert (line["keep"], line["spread"]) == (0.25, None)
         assert line["visual_tokens"] == {"total": 144, "mean": 36.0, "mean_sparsevlm_count": 36.0}
         assert set(line["timings_ms"]) == {"preprocess", "vision", "prefill", "per_token"}
         (stage,) = line["stages"]
@@ -344,7 +346,7 @@ def test_bad_bundles(vtexport, bundle_copy: Path, photo: Path, tmp_path: Path) -
         ["eval", bundle_copy],
         ["inspect", bundle_copy],
     ):
-        check_refused(vtexport(*command), "has schema version 1, this vtexport reads version 2", tmp_path, ["copy"])
+        check_refused(vtexport(*command), "has schema version 1, this vtexport reads version 3", tmp_path, ["copy"])
     check_refused(vtexport("inspect", tmp_path), "has no manifest.json", tmp_path, ["copy"])
 
 
@@ -388,7 +390,7 @@ def test_calibrate_then_build_on_what_it_measured(vtexport, tiny_checkpoint: Pat
     assert (tmp_path / "ranks.toml").read_bytes() == first
     built = vtexport("build", "--model", "tiny", "--keep", "0.5", "--ranks", "ranks.toml", "--layers", "auto")
     assert built.code == 0, built.err
-    plan = json.loads(vtexport("inspect", "tiny-sparsevlm-0.5", "--json").out)["plan"]
+    plan = json.loads(vtexport("inspect", "tiny-sparsevlm-0.5", "--json").out)["plans"][0]
     assert tuple(int(layer) for layer in plan["options"]["layers"].split(",")) == found.pruning_layers(0.5)
     other = vtexport("build", "--model", "micro-llava", "--keep", "0.5", "--ranks", "ranks.toml", "--out", "out")
     assert other.code == 2

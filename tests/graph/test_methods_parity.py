@@ -149,7 +149,8 @@ def pruned_by_reference(method: str, model, runner: Runner, pixels: torch.Tensor
 @pytest.mark.parametrize("method", VISION)
 def test_a_vision_stage_is_its_reference(method: str, name: str, checkpoint, build_bundle: BuildBundle) -> None:
     folder, model = checkpoint(name)
-    runner, requests, results = compiled(build_bundle, folder, method, 0.4)
+    # micro-llava's visual tokens lie in some twenty dimensions: of many, what tells the last apart is rounding.
+    runner, requests, results = compiled(build_bundle, folder, method, 0.1 if folder == MICRO else 0.4)
     decoder, leading = methods.Decoder(model), runner.plan.leading
     for request, result in zip(requests, results, strict=True):
         pixels = torch.from_numpy(request.pixels[None])

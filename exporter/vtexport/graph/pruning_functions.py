@@ -156,10 +156,18 @@ def TokenRecycle(hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, p
     denser = op.Or(op.Greater(their_density, own_density), op.And(op.Equal(their_density, own_density), earlier))
     farthest = op.ReduceMax(squared, both, keepdims=1)
     delta = op.ReduceMin(op.Where(denser, squared, farthest), two, keepdims=0)
-    peak = op.Constant(value_float=0.5) * op.Log(delta) + density
-    own_peak = op.Unsqueeze(peak, two)
-    their_peak = op.Unsqueeze(peak, one)
-    higher = op.Or(op.Greater(their_peak, own_peak), op.And(op.Equal(their_peak, own_peak), earlier))
+    # A pair's later token is the higher peak only if its delta · density is greater, so that equal ones fall to the lower
+    # place. Compared by the density's ratio, which is exactly one where densities are equal: a logarithm of each peak is
+    # not one function to every runtime (of equal numbers, one in a vector and one behind its end may differ).
+    two_times = op.Constant(value_float=2.0)
+    bound = op.Constant(value_float=80.0)
+    ratio = op.Clip(two_times * (own_density - their_density), op.Neg(bound), bound)
+    own_delta = op.Unsqueeze(delta, two)
+    their_delta = op.Unsqueeze(delta, one)
+    they_win_late = op.Greater(their_delta, own_delta * op.Exp(ratio))
+    i_win_late = op.Greater(own_delta, their_delta * op.Exp(op.Neg(ratio)))
+    later = op.Greater(column, row)
+    higher = op.Or(op.And(later, they_win_late), op.And(earlier, op.Not(i_win_late)))
     peak_rank = op.ReduceSum(op.Cast(higher, to=FLOAT.dtype), two, keepdims=0)
     is_centre = op.Less(peak_rank, op.Cast(op.Constant(value_int=clusters), to=FLOAT.dtype))
     within_number = op.Cast(within, to=FLOAT.dtype)

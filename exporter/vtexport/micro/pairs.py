@@ -11,7 +11,7 @@ import numpy as np
 from vtexport.micro import scenes
 
 SEED = 1789
-NUM_PAIRS = 576
+NUM_PAIRS = 144 * len(scenes.KINDS)
 
 
 def write_pairs(folder: Path, number: int = NUM_PAIRS) -> Path:
