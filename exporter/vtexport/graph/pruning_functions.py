@@ -140,7 +140,9 @@ def TokenRecycle(hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, p
     centred = x - op.ReduceMean(x, one, keepdims=1)
     norm = op.ReduceSum(centred * centred, two, keepdims=1)
     products = op.MatMul(centred, op.Transpose(centred, perm=[0, 2, 1]))
-    expanded = norm + op.Transpose(norm, perm=[0, 2, 1]) - op.Constant(value_float=2.0) * products
+    # Two tokens that are each other's nearest tie in density: a matrix that is not symmetric to the bit would break the tie.
+    doubled = products + op.Transpose(products, perm=[0, 2, 1])
+    expanded = norm + op.Transpose(norm, perm=[0, 2, 1]) - doubled
     width = op.Cast(op.Shape(hidden, start=2, end=3), to=FLOAT.dtype)
     within = op.Range(op.Constant(value_int=0), op.Constant(value_int=pool), op.Constant(value_int=1))
     row = op.Unsqueeze(within, one)

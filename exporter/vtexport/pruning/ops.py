@@ -248,7 +248,9 @@ def _token_recycle(
     # About their mean the products of the expansion lose fewer digits.
     centred = x - x.mean(dim=1, keepdim=True)
     norm = centred.square().sum(dim=2)
-    squared = norm[:, :, None] + norm[:, None] - 2 * (centred @ centred.transpose(1, 2))
+    product = centred @ centred.transpose(1, 2)
+    # Two tokens that are each other's nearest tie in density: a matrix that is not symmetric to the bit would break the tie.
+    squared = norm[:, :, None] + norm[:, None] - (product + product.transpose(1, 2))
     itself = torch.eye(pool, dtype=torch.bool, device=x.device)
     squared = (squared / width).clamp(min=0).masked_fill(itself, 0.0)
     # The density's logarithm orders as it does, and does not underflow where tokens lie far apart.
