@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from vtexport.graph.graphs import DecodeGraph, PrefillGraph, VisionGraph
-from vtexport.models.llava import rope_reach, rope_tables, spec_from_config
+from vtexport.models.llava import rope_tables, spec_from_config
 from vtexport.models.spec import ModelSpec
-from vtexport.pruning import PruningPlan, make_plan, ops
+from vtexport.pruning import PruningPlan, ops, planner
 from vtexport.pruning.schedule import Recycling
 
 WARM_UP = 3
@@ -150,17 +150,6 @@ class Bench:
         for buffer, values in zip((rope.cos, rope.sin), rope_tables(self.spec), strict=True):
             buffer.copy_(values)
 
-    def plan(self, method: str, keep: float) -> PruningPlan:
-        v, d = self.spec.vision, self.spec.decoder
-        return make_plan(
-            method,
-            tokens=v.num_visual_tokens,
-            layers=d.num_layers,
-            keep=keep,
-            reach=rope_reach(self.spec),
-            tower_layers=v.feature_layer,
-        )
-
     def calls(self, plan: PruningPlan) -> dict[str, Callable[[], Any]]:
         """Vision, prefill, one decode step, and the pruning ops alone, each ready to be called."""
         v, d = self.spec.vision, self.spec.decoder
@@ -221,10 +210,11 @@ class Bench:
 
 def measure(bench: Bench, runs: int) -> list[Side]:
     """All sides in turns: drift of the machine meets them alike."""
-    plans = {"dense": bench.plan("dense", 1.0)}
+    plan_of = planner(bench.spec)
+    plans = {"dense": plan_of("dense", keep=1.0)}
     for keep in KEEPS:
         for method in ("sparsevlm", "fastervlm"):
-            plans[f"{method} {keep:.3f}"] = bench.plan(method, keep)
+            plans[f"{method} {keep:.3f}"] = plan_of(method, keep=keep)
     clock = Clock(bench.device)
     ready = {
         name: {part: captured(call, bench.device) for part, call in bench.calls(plan).items()}

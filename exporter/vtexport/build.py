@@ -35,10 +35,10 @@ from vtexport.manifest import (
 from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
 from vtexport.models.clip import FOLDER as CLIP_FOLDER
 from vtexport.models.clip import ClipTokenizer, read_clip
-from vtexport.models.llava import fingerprint, rope_reach
+from vtexport.models.llava import fingerprint
 from vtexport.models.prompt import PROCESSOR_FILES
 from vtexport.models.resolve import recipe_ranks
-from vtexport.pruning import DEFAULT_METHOD, PruningPlan, adaptive_plans, dense_plan, make_plan, methods_of
+from vtexport.pruning import DEFAULT_METHOD, PruningPlan, adaptive_plans, dense_plan, methods_of, planner
 from vtexport.pruning.adaptive import AUTO, DEFAULT_BUCKETS, DEFAULT_TARGET_ACCURACY, Policy
 from vtexport.pruning.plan import Option
 from vtexport.pruning.rank import Calibration
@@ -144,17 +144,7 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
         clip = resolve_model(str(options.method_options["clip"]))
         spec = replace(spec, clip=read_clip(clip, spec.vision))
         checkpoint = checkpoint.joined("clip.", Checkpoint.open(clip))
-    plan = partial(
-        make_plan,
-        options.method,
-        tokens=spec.vision.num_visual_tokens,
-        layers=spec.decoder.num_layers,
-        leading=spec.vision.num_visual_tokens - spec.vision.num_patches,
-        options=options.method_options,
-        calibration=calibration,
-        reach=rope_reach(spec),
-        tower_layers=spec.vision.feature_layer,
-    )
+    plan = partial(planner(spec), options.method, options=options.method_options, calibration=calibration)
     source = _Source(options.model, folder, folder, checkpoint, spec, clip)
     if not isinstance(options.keep, str):
         return _assemble(source, [plan(keep=options.keep)], None, target, options, out, shown)

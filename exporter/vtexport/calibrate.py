@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vtexport.errors import InputError
-from vtexport.models.llava import rope_reach
 from vtexport.models.prompt import Prompt, Prompter, open_image
-from vtexport.pruning import PruningPlan, make_plan, methods_of
+from vtexport.pruning import PruningPlan, methods_of, planner
 from vtexport.pruning.adaptive import AdaptiveTable
 from vtexport.pruning.dense import Dense
 from vtexport.pruning.rank import RANK_TOLERANCE, Calibration
@@ -127,7 +126,8 @@ def calibrate(
     Raises:
         InputError: a method that cannot keep as little as asked.
     """
-    subjects = [_Subject(model, prompter.prompt(p.prompt), prompter.pixels(p.image)[None]) for p in pairs]
+    plan = planner(model.spec)
+    subjects = [_Subject(model, plan, prompter.prompt(p.prompt), prompter.pixels(p.image)[None]) for p in pairs]
     found = []
     for subject in subjects:
         found.append(_measure(subject))
@@ -219,18 +219,8 @@ def _rounded(values: Any) -> tuple[float, ...]:
 class _Subject:
     """One pair on the model: its visual tokens, and the dense model's greedy next token."""
 
-    def __init__(self, model: ReferenceModel, prompt: Prompt, pixels: Array) -> None:
-        d, v = model.spec.decoder, model.spec.vision
-        leading = v.num_visual_tokens - v.num_patches
-        self.model, self.prompt, self.pixels = model, prompt, pixels
-        self.plan = partial(
-            make_plan,
-            tokens=v.num_visual_tokens,
-            layers=d.num_layers,
-            leading=leading,
-            reach=rope_reach(model.spec),
-            tower_layers=v.feature_layer,
-        )
+    def __init__(self, model: ReferenceModel, plan: Callable[..., PruningPlan], prompt: Prompt, pixels: Array) -> None:
+        self.model, self.plan, self.prompt, self.pixels = model, plan, prompt, pixels
         self.dense = self.plan("dense", keep=1.0)
         seen = model.vision(pixels, self.dense)
         self.visual, self.spread = seen.visual, seen.spread

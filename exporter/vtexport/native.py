@@ -26,10 +26,7 @@ def token_score(
     query: Tensor, key: Tensor, rows: Tensor, places: Tensor, start: Tensor, count: int, scale: float
 ) -> Tensor:
     """`vtexport.pruning.ops.token_score` by the CPU twin; dtypes fp32, fp16, bf16."""
-    score = torch.empty(query.shape[0], count)
-    arrays = (query.contiguous(), key.contiguous(), rows.contiguous(), places.contiguous(), start.contiguous())
-    _module().token_score(*arrays, None, scale, 0, score)
-    return score
+    return _score((query, key, rows, places, start), None, count, scale, 0)
 
 
 def token_score_heads(
@@ -44,10 +41,7 @@ def token_score_heads(
     heads: int,
 ) -> Tensor:
     """`vtexport.pruning.ops.token_score_heads` by the CPU twin; dtypes fp32, fp16, bf16."""
-    score = torch.empty(query.shape[0], count)
-    arrays = (query.contiguous(), key.contiguous(), rows.contiguous(), places.contiguous(), start.contiguous())
-    _module().token_score(*arrays, divisor.contiguous(), scale, heads, score)
-    return score
+    return _score((query, key, rows, places, start), divisor.contiguous(), count, scale, heads)
 
 
 def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -69,6 +63,12 @@ def token_recycle(
     cluster = torch.empty(batch, tokens, dtype=torch.int32)
     _module().token_recycle(hidden.contiguous(), score.contiguous(), keep, pool, paper, merged, centres, cluster)
     return merged, centres, cluster
+
+
+def _score(arrays: tuple[Tensor, ...], divisor: Tensor | None, count: int, scale: float, heads: int) -> Tensor:
+    score = torch.empty(arrays[0].shape[0], count)
+    _module().token_score(*(array.contiguous() for array in arrays), divisor, scale, heads, score)
+    return score
 
 
 def _module() -> Any:

@@ -37,7 +37,7 @@ struct Output {
   std::array<Extent, 3> extents;
 };
 
-// One op: everything but its kernel. `Tensors` is whatever gives (tensor, axis) -> extent.
+// One op: everything but its kernel.
 struct Op {
   const char* name;
   int attributes;

@@ -6,7 +6,7 @@ This module itself imports no PyTorch, so that plans can be read and listed with
 from vtexport.pruning.decoder import DecoderMethod
 from vtexport.pruning.method import Method
 from vtexport.pruning.plan import PruningPlan, Stage
-from vtexport.pruning.planning import adaptive_plans, dense_plan, make_plan
+from vtexport.pruning.planning import adaptive_plans, dense_plan, make_plan, planner
 from vtexport.pruning.registry import DEFAULT_METHOD, METHODS, methods_of
 from vtexport.pruning.vision import VisionMethod
 
@@ -22,4 +22,5 @@ __all__ = [
     "dense_plan",
     "make_plan",
     "methods_of",
+    "planner",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from vtexport.errors import InputError
 from vtexport.pruning.adaptive import Policy, solve_policy
@@ -12,6 +14,9 @@ from vtexport.pruning.plan import Option, PruningPlan, check_keep
 from vtexport.pruning.rank import Calibration
 from vtexport.pruning.registry import methods_of
 from vtexport.pruning.schedule import Budget
+
+if TYPE_CHECKING:
+    from vtexport.models.spec import ModelSpec
 
 #: the option of a combination: share of the visual tokens that its vision stage keeps
 VISION_KEEP = "vision_keep"
@@ -90,6 +95,21 @@ def make_plan(
         return plan
     ratio = round(plan.mean_visual_tokens / tokens, 4)
     return PruningPlan(method, ratio, tokens, layers, leading, stages, resolved)
+
+
+def planner(spec: ModelSpec) -> Callable[..., PruningPlan]:
+    """`make_plan` with all that a model's geometry decides; method, keep and options are left to give."""
+    from vtexport.models.llava import rope_reach
+
+    v = spec.vision
+    return partial(
+        make_plan,
+        tokens=v.num_visual_tokens,
+        layers=spec.decoder.num_layers,
+        leading=v.num_visual_tokens - v.num_patches,
+        reach=rope_reach(spec),
+        tower_layers=v.feature_layer,
+    )
 
 
 def adaptive_plans(
