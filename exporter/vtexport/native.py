@@ -1,4 +1,9 @@
-"""The native kernels of `plugins/`, where they were built: the CPU twins of the ops in `vtexport.pruning.ops`."""
+"""The native kernels of `plugins/`, where they were built: CUDA's, and the CPU twin of each.
+
+The functions are those of `vtexport.pruning.ops`, on tensors of either device; CUDA kernels run on PyTorch's current
+stream, wait for nothing, and may be captured in a CUDA graph. `vtexport.pruning.ops` calls them for tensors on a GPU;
+on a CPU it has PyTorch's own arithmetic, which is quicker than the twins, whose business is to be plain.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +12,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # documented there all the same
 
 from vtexport.errors import TargetError
 
-_native: Any
-try:
-    _native = import_module("vtexport._native")
-except ImportError:  # installed where no C++ compiler was
-    _native = None
+#: element types that kernels take
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def available() -> bool:
-    """Whether this installation has native kernels."""
-    return _native is not None
+def _load(name: str) -> Any:
+    try:
+        return import_module(f"vtexport.{name}")
+    except ImportError:  # installed where its compiler was not
+        return None
+
+
+_twins, _cuda = _load("_native"), _load("_cuda")
+
+
+def available(device: str = "cpu") -> bool:
+    """Whether this installation has kernels for the device type, "cpu" or "cuda"."""
+    return (_twins if device == "cpu" else _cuda) is not None
+
+
+def architectures() -> tuple[int, ...]:
+    """The compute capabilities that the CUDA kernels were compiled for, such as 89; none if they were not built."""
+    return () if _cuda is None else tuple(int(number) for number in _cuda.ARCHITECTURES.split(","))
 
 
 def token_score(
     query: Tensor, key: Tensor, rows: Tensor, places: Tensor, start: Tensor, count: int, scale: float
 ) -> Tensor:
-    """`vtexport.pruning.ops.token_score` by the CPU twin; dtypes fp32, fp16, bf16."""
+    """`vtexport.pruning.ops.token_score` by the native kernel; dtypes fp32, fp16, bf16."""
     return _score((query, key, rows, places, start), None, count, scale, 0)
 
 
@@ -40,40 +58,59 @@ def token_score_heads(
     scale: float,
     heads: int,
 ) -> Tensor:
-    """`vtexport.pruning.ops.token_score_heads` by the CPU twin; dtypes fp32, fp16, bf16."""
-    return _score((query, key, rows, places, start), divisor.contiguous(), count, scale, heads)
+    """`vtexport.pruning.ops.token_score_heads` by the native kernel; dtypes fp32, fp16, bf16."""
+    return _score((query, key, rows, places, start), divisor, count, scale, heads)
 
 
 def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """`vtexport.pruning.ops.token_select` by the CPU twin; dtypes fp32, fp16, bf16."""
+    """`vtexport.pruning.ops.token_select` by the native kernel; dtypes fp32, fp16, bf16."""
     batch, _, width = hidden.shape
     kept = hidden.new_empty(batch, max(keep, 0), width)
-    index = torch.empty(batch, max(keep, 0), dtype=torch.int32)
-    _module().token_select(hidden.contiguous(), score.contiguous(), kept, index)
+    index = torch.empty(batch, max(keep, 0), dtype=torch.int32, device=hidden.device)
+    _run("token_select", (hidden, score, kept, index))
     return kept, index
 
 
 def token_recycle(
     hidden: Tensor, score: Tensor, keep: int, pool: int, clusters: int, paper: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`vtexport.pruning.ops.token_recycle` by the CPU twin; dtypes fp32, fp16, bf16."""
+    """`vtexport.pruning.ops.token_recycle` by the native kernel; dtypes fp32, fp16, bf16."""
     batch, tokens, width = hidden.shape
     merged = hidden.new_empty(batch, max(clusters, 0), width)
-    centres = torch.empty(batch, max(clusters, 0), dtype=torch.int32)
-    cluster = torch.empty(batch, tokens, dtype=torch.int32)
-    _module().token_recycle(hidden.contiguous(), score.contiguous(), keep, pool, paper, merged, centres, cluster)
+    centres = torch.empty(batch, max(clusters, 0), dtype=torch.int32, device=hidden.device)
+    cluster = torch.empty(batch, tokens, dtype=torch.int32, device=hidden.device)
+    _run("token_recycle", (hidden, score, merged, centres, cluster), keep, pool, paper)
     return merged, centres, cluster
 
 
 def _score(arrays: tuple[Tensor, ...], divisor: Tensor | None, count: int, scale: float, heads: int) -> Tensor:
-    score = torch.empty(arrays[0].shape[0], count)
-    _module().token_score(*(array.contiguous() for array in arrays), divisor, scale, heads, score)
+    score = torch.empty(arrays[0].shape[0], count, device=arrays[0].device)
+    _run("token_score", (*arrays, divisor, score), scale, heads)
     return score
 
 
-def _module() -> Any:
-    if _native is None:
+def _run(name: str, tensors: tuple[Tensor | None, ...], *attributes: float) -> None:
+    """Call kernel `name`; outputs, which are contiguous, are the last of `tensors`."""
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    dense = [None if tensor is None else tensor.detach().contiguous() for tensor in tensors]
+    # A capsule made so has no stream to wait for, where `__dlpack__` would make the default stream wait.
+    arrays = [None if tensor is None else to_dlpack(tensor) for tensor in dense]
+    if device.type == "cpu":
+        getattr(_module(_twins, "a C++ compiler").Kernels(), name)(*arrays, *attributes)
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        kernels = _module(_cuda, "nvcc").Kernels(lambda size: _workspace(size, device), stream)
+        getattr(kernels, name)(*arrays, *attributes)
+
+
+def _workspace(size: int, device: torch.device) -> Any:
+    return to_dlpack(torch.empty(size, dtype=torch.uint8, device=device))
+
+
+def _module(module: Any, compiler: str) -> Any:
+    if module is None:
         raise TargetError(
-            "the native kernels were not built; install a C++ compiler and then vtexport again, from its source"
+            f"the native kernels were not built; install {compiler} and then vtexport again, from its source"
         )
-    return _native
+    return module

@@ -171,7 +171,7 @@ class ReferenceModel:
         """
         import torch
 
-        from vtexport.pruning.ops import attention_rows
+        from vtexport.pruning.plain import attention_rows
         from vtexport.pruning.raters import text_raters
 
         with torch.inference_mode():

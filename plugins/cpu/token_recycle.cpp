@@ -91,6 +91,7 @@ void recycle_batch(const RecycleProblem& p, const T* hidden, const float* score,
         joined[i] = k;
         break;
       }
+      if (std::isnan(near)) near = -std::numeric_limits<float>::infinity();
       if (k == 0 || near > nearest) {
         nearest = near;
         joined[i] = k;
@@ -130,14 +131,9 @@ void recycle_all(const RecycleProblem& p, const void* hidden, const float* score
 
 void token_recycle(const RecycleProblem& problem, const void* hidden, const float* score, void* merged,
                    int32_t* centres, int32_t* cluster) {
-  switch (problem.type) {
-    case DType::kFloat32:
-      return recycle_all<float>(problem, hidden, score, merged, centres, cluster);
-    case DType::kFloat16:
-      return recycle_all<Float16>(problem, hidden, score, merged, centres, cluster);
-    case DType::kBFloat16:
-      return recycle_all<BFloat16>(problem, hidden, score, merged, centres, cluster);
-  }
+  for_type<Float16, BFloat16>(problem.type, [&](auto zero) {
+    recycle_all<decltype(zero)>(problem, hidden, score, merged, centres, cluster);
+  });
 }
 
 }  // namespace vtexport::cpu

@@ -89,14 +89,9 @@ void score_all(const ScoreProblem& p, const void* query, const void* key, const 
 
 void token_score(const ScoreProblem& problem, const void* query, const void* key, const bool* counts,
                  const int64_t* places, const int64_t* start, const float* divisor, float* score) {
-  switch (problem.type) {
-    case DType::kFloat32:
-      return score_all<float>(problem, query, key, counts, places, start, divisor, score);
-    case DType::kFloat16:
-      return score_all<Float16>(problem, query, key, counts, places, start, divisor, score);
-    case DType::kBFloat16:
-      return score_all<BFloat16>(problem, query, key, counts, places, start, divisor, score);
-  }
+  for_type<Float16, BFloat16>(problem.type, [&](auto zero) {
+    score_all<decltype(zero)>(problem, query, key, counts, places, start, divisor, score);
+  });
 }
 
 }  // namespace vtexport::cpu

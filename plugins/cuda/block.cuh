@@ -1,4 +1,4 @@
-// What a block of threads does together, always in the same order, so that two runs give the same bits.
+// What a warp or a block of threads does together, always in the same order, so that two runs give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -7,32 +7,49 @@
 
 namespace vtexport::cuda {
 
-constexpr int kBlock = 256;
+constexpr int kBlock = 256, kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// The sum of `value` over the block, in every thread; `scratch` holds kBlock floats. All threads must call it.
-__device__ inline float block_sum(float value, float* scratch) {
-  scratch[threadIdx.x] = value;
+__device__ inline int lane_number() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ inline int warp_number() { return static_cast<int>(threadIdx.x) / kWarp; }
+
+// The sum of `value` over the warp, in every lane.
+template <typename T>
+__device__ inline T warp_sum(T value) {
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+__device__ inline float warp_max(float value) {
+  for (int step = kWarp / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
+  return value;
+}
+
+// The sum of `value` over a block of kBlock threads, in every thread. All threads must call it.
+__device__ inline float block_sum(float value) {
+  __shared__ float of_warp[kBlock / kWarp];
+  value = warp_sum(value);
+  if (lane_number() == 0) of_warp[warp_number()] = value;
   __syncthreads();
-  for (int half = kBlock / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) scratch[threadIdx.x] += scratch[threadIdx.x + half];
-    __syncthreads();
-  }
-  const float sum = scratch[0];
+  float sum = 0;
+  for (float part : of_warp) sum += part;
   __syncthreads();
   return sum;
 }
 
-__device__ inline float block_min(float value, float* scratch) {
-  scratch[threadIdx.x] = value;
+__device__ inline float block_max(float value) {
+  __shared__ float of_warp[kBlock / kWarp];
+  value = warp_max(value);
+  if (lane_number() == 0) of_warp[warp_number()] = value;
   __syncthreads();
-  for (int half = kBlock / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) scratch[threadIdx.x] = fminf(scratch[threadIdx.x], scratch[threadIdx.x + half]);
-    __syncthreads();
-  }
-  const float least = scratch[0];
+  float most = of_warp[0];
+  for (float part : of_warp) most = fmaxf(most, part);
   __syncthreads();
-  return least;
+  return most;
 }
+
+// NaN ranks behind every number.
+__device__ inline float ranked(float value) { return isnan(value) ? -kInfinity : value; }
 
 // How many of `values` beat number i: greater, or equal and before it. Values must be numbers.
 __device__ inline int32_t rank_of(const float* values, int32_t total, int32_t i) {
@@ -42,28 +59,26 @@ __device__ inline int32_t rank_of(const float* values, int32_t total, int32_t i)
   return beaten;
 }
 
-// NaN ranks behind every number.
-__device__ inline float ranked(float value) { return isnan(value) ? -kInfinity : value; }
-
-// Lists, ascending, the places below `total` for which `wanted(place)` holds. `counts` holds kBlock + 1 ints; all threads
-// must call it. Each thread looks at a run of neighbours, so that a prefix sum of the runs' counts orders all of them.
+// Calls take(number, place) for the places below `total` for which wanted(place) holds, numbered in their order. All
+// threads of a block of kBlock must call it.
 template <typename Wanted, typename Take>
-__device__ void list_places(int32_t total, int32_t* counts, Wanted wanted, Take take) {
-  const int32_t run = (total + kBlock - 1) / kBlock, first = threadIdx.x * run, end = min(first + run, total);
-  int32_t mine = 0;
-  for (int32_t i = first; i < end; ++i) mine += wanted(i);
-  counts[threadIdx.x + 1] = mine;
-  if (threadIdx.x == 0) counts[0] = 0;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int32_t t = 0; t < kBlock; ++t) counts[t + 1] += counts[t];
+__device__ void list_places(int32_t total, Wanted wanted, Take take) {
+  __shared__ int32_t of_warp[kBlock / kWarp];
+  int32_t before = 0;
+  for (int32_t base = 0; base < total; base += kBlock) {
+    const int32_t place = base + static_cast<int32_t>(threadIdx.x);
+    const bool mine = place < total && wanted(place);
+    const unsigned ballot = __ballot_sync(kAllLanes, mine);
+    if (lane_number() == 0) of_warp[warp_number()] = __popc(ballot);
+    __syncthreads();
+    int32_t number = before + __popc(ballot & ((1u << lane_number()) - 1u));
+    for (int warp = 0; warp < kBlock / kWarp; ++warp) {
+      if (warp < warp_number()) number += of_warp[warp];
+      before += of_warp[warp];
+    }
+    if (mine) take(number, place);
+    __syncthreads();
   }
-  __syncthreads();
-  int32_t number = counts[threadIdx.x];
-  for (int32_t i = first; i < end; ++i) {
-    if (wanted(i)) take(number++, i);
-  }
-  __syncthreads();
 }
 
 }  // namespace vtexport::cuda

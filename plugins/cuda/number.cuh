@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "cuda/launch.cuh"
+
 namespace vtexport::cuda {
 
 __device__ inline float to_float(float value) { return value; }
@@ -13,6 +15,22 @@ __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(
 __device__ inline void store(float value, float& out) { out = value; }
 __device__ inline void store(float value, __half& out) { out = __float2half_rn(value); }
 __device__ inline void store(float value, __nv_bfloat16& out) { out = __float2bfloat16_rn(value); }
+
+template <typename T>
+__device__ inline T zero_of() {
+  T value;
+  store(0.0f, value);
+  return value;
+}
+
+// Whether this GPU's tensor cores multiply T: fp16 from Turing on, bf16 from Ampere on. fp32 never runs on them here, for
+// TF32 has too few digits to rank by.
+template <typename T>
+constexpr bool kTensorCores = false;
+template <>
+inline constexpr bool kTensorCores<__half> = true;
+template <>
+inline constexpr bool kTensorCores<__nv_bfloat16> = VTEXPORT_ARCHITECTURE >= 800;
 
 constexpr float kInfinity = __builtin_huge_valf();
 

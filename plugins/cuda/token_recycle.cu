@@ -1,193 +1,280 @@
-// TokenRecycle in seven launches: the pool, its distances (16 x 16 tiles), densities, peaks, centres, joining, merging.
-// Distances are sums of squared differences in fp32: exact zeros for equal tokens, which the tie rules rest on.
+// TokenRecycle in eight launches: ranks, the pool, its distances, densities, peaks, centres, joining, merging. fp16 and bf16
+// distances come from products on tensor cores, d² = x·x + y·y - 2 x·y with all three products from the same tiles, so that
+// equal tokens lie exactly zero apart, which the tie rules rest on; fp32 adds up squared differences. The width is split over
+// blocks, by a rule that knows nothing of the batch, and added up in a fixed order.
 #include "cuda/block.cuh"
 #include "cuda/kernels.h"
+#include "cuda/ranking.cuh"
 
 namespace vtexport::cuda {
 namespace {
 
-constexpr int kTile = 16, kDepth = 64;
+constexpr int kTile = 32;      // tokens a side
+constexpr int kThreads = 128;  // of the distances: four warps, 16 x 16 products each
+template <typename T>
+constexpr int kDepth = sizeof(T) == 2 ? 128 : 64;  // of the width, in shared memory at a time
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// How the distances are cut: `pairs` tiles on and below the diagonal, `splits` runs of `run` depths of the width each.
+struct Cut {
+  int pairs, splits, run;
+
+  Cut(const RecycleProblem& p) {
+    const int tiles = ceil_div(p.pool, kTile), depths = ceil_div(p.width, 64);
+    pairs = tiles * (tiles + 1) / 2;
+    const int wanted = ceil_div(256, pairs);  // about two blocks for each of an H200's 132 multiprocessors
+    run = ceil_div(depths, wanted < depths ? wanted : depths);
+    run += run % 2;  // whole depths of either type
+    splits = ceil_div(depths, run);
+  }
+};
 
 // What lies in the workspace, all of it for `batch` rows.
 struct Workspace {
-  float *squared, *density, *farthest, *peak;  // [m, m], [m], [m], [m]
-  int32_t *pool, *centre, *joined;             // [m] places, [c] numbers in the pool, [m]
-  size_t bytes;
+  float *partial, *squared;           // [splits, m, m], [m, m]
+  float *density, *farthest, *peak;   // [m] each
+  int32_t *rank, *pool, *centre, *joined;  // [tokens]; [m] places; [c] numbers in the pool; [m]
+  size_t bytes = 0;
 
   Workspace(const RecycleProblem& p, void* memory) {
     char* place = static_cast<char*>(memory);
-    bytes = 0;
     auto take = [&](size_t elements) {
       char* own = place + bytes;
       bytes += (static_cast<size_t>(p.batch) * elements * 4 + 255) / 256 * 256;
       return own;
     };
     const size_t m = p.pool;
+    partial = reinterpret_cast<float*>(take(Cut(p).splits * m * m));
     squared = reinterpret_cast<float*>(take(m * m));
     density = reinterpret_cast<float*>(take(m));
     farthest = reinterpret_cast<float*>(take(m));
     peak = reinterpret_cast<float*>(take(m));
+    rank = reinterpret_cast<int32_t*>(take(p.tokens));
     pool = reinterpret_cast<int32_t*>(take(m));
     centre = reinterpret_cast<int32_t*>(take(p.clusters));
     joined = reinterpret_cast<int32_t*>(take(m));
   }
 };
 
-__global__ void __launch_bounds__(kBlock) find_pool(RecycleProblem p, const float* score, int32_t* pool,
+__global__ void __launch_bounds__(kBlock) find_pool(RecycleProblem p, const int32_t* rank, int32_t* pool,
                                                     int32_t* cluster) {
-  extern __shared__ float values[];
-  __shared__ int32_t counts[kBlock + 1];
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * p.tokens;
-  for (int i = threadIdx.x; i < p.tokens; i += kBlock) {
-    values[i] = ranked(score[row + i]);
-    cluster[row + i] = -1;
-  }
-  __syncthreads();
-  int32_t* own = pool + static_cast<int64_t>(blockIdx.x) * p.pool;
-  auto pooled = [&](int32_t i) {
-    const int32_t rank = rank_of(values, p.tokens, i);
-    return rank >= p.keep && rank < p.keep + p.pool;
-  };
-  list_places(p.tokens, counts, pooled, [&](int32_t number, int32_t i) { own[number] = i; });
+  const int64_t b = blockIdx.x;
+  rank += b * p.tokens;
+  pool += b * p.pool;
+  for (int i = static_cast<int>(threadIdx.x); i < p.tokens; i += kBlock) cluster[b * p.tokens + i] = -1;
+  list_places(
+      p.tokens, [&](int32_t i) { return rank[i] >= p.keep && rank[i] < p.keep + p.pool; },
+      [&](int32_t number, int32_t i) { pool[number] = i; });
 }
 
+// A run of depths of kTile rows into shared memory; `rows` are theirs in `hidden`, null behind the pool's end.
+template <typename T, int kStride>
+__device__ void load(T (*tile)[kStride], const T* const* rows, int first, int width, bool vectors) {
+  if constexpr (sizeof(T) == 2) {
+    constexpr int kVector = 8, kPieces = kDepth<T> / kVector;
+    for (int i = static_cast<int>(threadIdx.x); vectors && i < kTile * kPieces; i += kThreads) {
+      const int row = i / kPieces, c = i % kPieces * kVector;
+      uint4 piece = make_uint4(0, 0, 0, 0);
+      if (rows[row] != nullptr && first + c < width) piece = *reinterpret_cast<const uint4*>(rows[row] + first + c);
+      *reinterpret_cast<uint4*>(&tile[row][c]) = piece;
+    }
+    if (vectors) return;
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < kTile * kDepth<T>; i += kThreads) {
+    const int row = i / kDepth<T>, c = i % kDepth<T>;
+    tile[row][c] = rows[row] != nullptr && first + c < width ? rows[row][first + c] : zero_of<T>();
+  }
+}
+
+// partial [batch, splits, m, m], on and below the diagonal: x·y, or for fp32 the sum of squared differences.
 template <typename T>
-__global__ void __launch_bounds__(kTile* kTile)
-    measure(RecycleProblem p, const T* hidden, const int32_t* pool, float* squared) {
-  __shared__ float left[kTile][kDepth + 1], right[kTile][kDepth + 1];
-  const int b = blockIdx.z, x = threadIdx.x % kTile, y = threadIdx.x / kTile;
-  if (blockIdx.x > blockIdx.y) return;  // the matrix is symmetric: one half is computed, both are written
-  const int i = blockIdx.y * kTile + y, j = blockIdx.x * kTile + x;
-  __shared__ const T* rows[2 * kTile];
+__global__ void __launch_bounds__(kThreads) measure(RecycleProblem p, int run, const T* hidden, const int32_t* pool,
+                                                    float* partial) {
+  constexpr int kStride = kDepth<T> + (sizeof(T) == 2 ? 8 : 1);  // neighbouring rows in different banks
+  constexpr int kSide = 16;
+  __shared__ __align__(128) T left[kTile][kStride], right[kTile][kStride];
+  __shared__ __align__(128) float result[kTile][kTile];
+  __shared__ const T* rows[2][kTile];
+  // Pair number n is row y, column x of the triangle.
+  int y = 0, x = static_cast<int>(blockIdx.x);
+  while (x > y) x -= ++y;
+  const int64_t b = blockIdx.z;
   if (threadIdx.x < 2 * kTile) {
-    // Behind the pool's end the first row is read again; what comes of it is not written.
-    const int number = (threadIdx.x < kTile ? blockIdx.y : blockIdx.x) * kTile + threadIdx.x % kTile;
-    const int32_t place = pool[static_cast<int64_t>(b) * p.pool + (number < p.pool ? number : 0)];
-    rows[threadIdx.x] = hidden + (static_cast<int64_t>(b) * p.tokens + place) * p.width;
+    const int side = static_cast<int>(threadIdx.x) / kTile, number = static_cast<int>(threadIdx.x) % kTile;
+    const int in_pool = (side == 0 ? y : x) * kTile + number;
+    rows[side][number] =
+        in_pool < p.pool ? hidden + (b * p.tokens + pool[b * p.pool + in_pool]) * p.width : nullptr;
   }
   __syncthreads();
-  squared += static_cast<int64_t>(b) * p.pool * p.pool;
-  float sum = 0;
-  for (int first = 0; first < p.width; first += kDepth) {
-    const int c = threadIdx.x % kDepth;
-    for (int row = threadIdx.x / kDepth; row < kTile; row += kTile * kTile / kDepth) {
-      const bool inside = first + c < p.width;
-      left[row][c] = inside ? to_float(rows[row][first + c]) : 0.0f;
-      right[row][c] = inside ? to_float(rows[kTile + row][first + c]) : 0.0f;
+  const bool vectors = p.width % 8 == 0 && reinterpret_cast<uintptr_t>(hidden) % 16 == 0;
+  const int begin = static_cast<int>(blockIdx.y) * run * 64, end = min(begin + run * 64, p.width);
+  if constexpr (kTensorCores<T>) {
+    using namespace nvcuda;
+    const int row = warp_number() / 2 * kSide, column = warp_number() % 2 * kSide;
+    wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum;
+    wmma::fill_fragment(sum, 0.0f);
+    for (int first = begin; first < end; first += kDepth<T>) {
+      load<T, kStride>(left, rows[0], first, p.width, vectors);
+      load<T, kStride>(right, rows[1], first, p.width, vectors);
+      __syncthreads();
+      for (int d = 0; d < kDepth<T>; d += 16) {
+        wmma::fragment<wmma::matrix_a, 16, 16, 16, T, wmma::row_major> a;
+        wmma::fragment<wmma::matrix_b, 16, 16, 16, T, wmma::col_major> c;
+        wmma::load_matrix_sync(a, &left[row][d], kStride);
+        wmma::load_matrix_sync(c, &right[column][d], kStride);
+        wmma::mma_sync(sum, a, c, sum);
+      }
+      __syncthreads();
     }
-    __syncthreads();
-    for (int c = 0; c < kDepth; ++c) {
-      const float difference = left[y][c] - right[x][c];
-      sum += difference * difference;
+    wmma::store_matrix_sync(&result[row][column], sum, kTile, wmma::mem_row_major);
+  } else {
+    // A thread takes two rows and four columns.
+    const int row = static_cast<int>(threadIdx.x) / 8, column = static_cast<int>(threadIdx.x) % 8;
+    float sum[2][4] = {};
+    for (int first = begin; first < end; first += kDepth<T>) {
+      load<T, kStride>(left, rows[0], first, p.width, vectors);
+      load<T, kStride>(right, rows[1], first, p.width, vectors);
+      __syncthreads();
+      for (int d = 0; d < kDepth<T>; ++d) {
+        for (int i = 0; i < 2; ++i) {
+          const float a = to_float(left[row + kSide * i][d]);
+          for (int j = 0; j < 4; ++j) {
+            const float c = to_float(right[column + 8 * j][d]);
+            sum[i][j] += sizeof(T) == 4 ? (a - c) * (a - c) : a * c;
+          }
+        }
+      }
+      __syncthreads();
     }
-    __syncthreads();
+    for (int i = 0; i < 2; ++i) {
+      for (int j = 0; j < 4; ++j) result[row + kSide * i][column + 8 * j] = sum[i][j];
+    }
   }
-  if (i >= p.pool || j >= p.pool) return;
-  // What is no number is far from everything: sorting needs an order.
-  float distance = sum / static_cast<float>(p.width);
-  distance = i == j ? 0.0f : isnan(distance) ? kInfinity : distance;
-  squared[static_cast<int64_t>(i) * p.pool + j] = distance;
-  squared[static_cast<int64_t>(j) * p.pool + i] = distance;
+  __syncthreads();
+  partial += (b * gridDim.y + blockIdx.y) * p.pool * p.pool;
+  for (int i = static_cast<int>(threadIdx.x); i < kTile * kTile; i += kThreads) {
+    const int row = y * kTile + i / kTile, column = x * kTile + i % kTile;
+    if (row < p.pool && column < p.pool) {
+      partial[static_cast<int64_t>(row) * p.pool + column] = result[i / kTile][i % kTile];
+    }
+  }
 }
 
-// A block a token of the pool: minus the mean of its nearest distances, and the greatest of all.
-__global__ void __launch_bounds__(kBlock) densities(RecycleProblem p, const float* squared, float* density,
-                                                    float* farthest) {
-  extern __shared__ float row[];
-  __shared__ float scratch[kBlock];
-  const int64_t own = static_cast<int64_t>(blockIdx.y) * p.pool + blockIdx.x;
-  for (int j = threadIdx.x; j < p.pool; j += kBlock) row[j] = -squared[own * p.pool + j];
-  __syncthreads();
-  float sum = 0, least = 0;
-  for (int j = threadIdx.x; j < p.pool; j += kBlock) {
-    if (rank_of(row, p.pool, j) < p.clusters) sum += row[j];
-    least = fminf(least, row[j]);
+// What all splits say of tokens i and j.
+__device__ inline float add_splits(const float* partial, int splits, int m, int i, int j) {
+  const int64_t place = static_cast<int64_t>(i > j ? i : j) * m + (i > j ? j : i), size = static_cast<int64_t>(m) * m;
+  float sum = 0;
+  for (int s = 0; s < splits; ++s) sum += partial[s * size + place];
+  return sum;
+}
+
+// A block a token of the pool: its distances, minus the mean of the nearest, and the greatest.
+__global__ void __launch_bounds__(kBlock) densities(RecycleProblem p, int splits, bool products, const float* partial,
+                                                    float* squared, float* density, float* farthest) {
+  float* row = reinterpret_cast<float*>(dynamic_shared());
+  const int i = static_cast<int>(blockIdx.x);
+  const int64_t b = blockIdx.y, own = b * p.pool + i;
+  partial += b * splits * p.pool * p.pool;
+  const float length = products ? add_splits(partial, splits, p.pool, i, i) : 0.0f;
+  for (int j = static_cast<int>(threadIdx.x); j < p.pool; j += kBlock) {
+    float distance = add_splits(partial, splits, p.pool, i, j);
+    if (products) distance = length + add_splits(partial, splits, p.pool, j, j) - 2 * distance;
+    distance = (distance < 0 ? 0.0f : distance) / static_cast<float>(p.width);
+    // What is no number is far from everything: sorting needs an order.
+    distance = i == j ? 0.0f : isnan(distance) ? kInfinity : distance;
+    squared[own * p.pool + j] = distance;
+    row[j] = -distance;
   }
-  sum = block_sum(sum, scratch);
-  least = block_min(least, scratch);
+  __syncthreads();
+  float sum = 0, greatest = 0;
+  for (int j = static_cast<int>(threadIdx.x); j < p.pool; j += kBlock) {
+    if (rank_of(row, p.pool, j) < p.clusters) sum += row[j];
+    greatest = fmaxf(greatest, -row[j]);
+  }
+  sum = block_sum(sum);
+  greatest = block_max(greatest);
   if (threadIdx.x == 0) {
     density[own] = sum / static_cast<float>(p.clusters);
-    farthest[own] = -least;
+    farthest[own] = greatest;
   }
 }
 
 __global__ void __launch_bounds__(kBlock) peaks(RecycleProblem p, const float* squared, const float* density,
                                                 const float* farthest, float* peak) {
-  __shared__ float scratch[kBlock];
-  const int i = blockIdx.x;
+  const int i = static_cast<int>(blockIdx.x);
   const int64_t first = static_cast<int64_t>(blockIdx.y) * p.pool;
   const float own = density[first + i];
-  float greatest = 0, delta = kInfinity;
-  bool any = false;
-  for (int j = threadIdx.x; j < p.pool; j += kBlock) {
+  float greatest = 0, nearness = -kInfinity;
+  for (int j = static_cast<int>(threadIdx.x); j < p.pool; j += kBlock) {
     greatest = fmaxf(greatest, farthest[first + j]);
     const float theirs = density[first + j];
-    if (theirs > own || (theirs == own && j < i)) {
-      delta = fminf(delta, squared[(first + i) * p.pool + j]);
-      any = true;
-    }
+    if (theirs > own || (theirs == own && j < i)) nearness = fmaxf(nearness, -squared[(first + i) * p.pool + j]);
   }
-  greatest = -block_min(-greatest, scratch);
-  delta = block_min(any ? delta : greatest, scratch);
+  greatest = block_max(greatest);
+  nearness = block_max(nearness);
+  // None denser: the greatest distance of all, which none exceeds.
+  const float delta = fminf(-nearness, greatest);
   if (threadIdx.x == 0) peak[first + i] = 0.5f * logf(delta) + own;
 }
 
 __global__ void __launch_bounds__(kBlock) find_centres(RecycleProblem p, const float* peak, const int32_t* pool,
                                                        int32_t* centre, int32_t* centres) {
-  extern __shared__ float values[];
-  __shared__ int32_t counts[kBlock + 1];
+  float* values = reinterpret_cast<float*>(dynamic_shared());
   const int64_t b = blockIdx.x;
-  for (int i = threadIdx.x; i < p.pool; i += kBlock) values[i] = ranked(peak[b * p.pool + i]);
+  for (int i = static_cast<int>(threadIdx.x); i < p.pool; i += kBlock) values[i] = ranked(peak[b * p.pool + i]);
   __syncthreads();
   list_places(
-      p.pool, counts, [&](int32_t i) { return rank_of(values, p.pool, i) < p.clusters; },
+      p.pool, [&](int32_t i) { return rank_of(values, p.pool, i) < p.clusters; },
       [&](int32_t number, int32_t i) {
         centre[b * p.clusters + number] = i;
         centres[b * p.clusters + number] = pool[b * p.pool + i];
       });
 }
 
-// A block a token of the pool: the nearest centre, the lower number of equally near ones; a centre joins itself.
+// A warp a token of the pool: the nearest centre, the lower number of equally near ones; a centre joins itself.
 template <typename T>
 __global__ void __launch_bounds__(kBlock) join(RecycleProblem p, const T* hidden, const float* squared,
                                                const int32_t* pool, const int32_t* centre, int32_t* joined,
                                                int32_t* cluster) {
-  __shared__ float scratch[kBlock];
-  const int i = blockIdx.x;
+  const int i = static_cast<int>(blockIdx.x) * (kBlock / kWarp) + warp_number(), lane = lane_number();
+  if (i >= p.pool) return;
   const int64_t b = blockIdx.y;
   pool += b * p.pool;
   centre += b * p.clusters;
   hidden += b * p.tokens * p.width;
-  const T* own = hidden + static_cast<int64_t>(pool[i]) * p.width;
-  float length = 0;
-  if (p.paper) {
-    for (int c = threadIdx.x; c < p.width; c += kBlock) length += to_float(own[c]) * to_float(own[c]);
-    length = fmaxf(sqrtf(block_sum(length, scratch)), 1e-12f);
-  }
-  float nearest = 0;
-  int32_t number = 0;
-  for (int k = 0; k < p.clusters; ++k) {
-    if (centre[k] == i) {
-      number = k;
-      break;
-    }
-    float near = -squared[(b * p.pool + i) * p.pool + centre[k]];
-    if (p.paper) {
-      const T* theirs = hidden + static_cast<int64_t>(pool[centre[k]]) * p.width;
-      float product = 0, square = 0;
-      for (int c = threadIdx.x; c < p.width; c += kBlock) {
-        product += to_float(own[c]) * to_float(theirs[c]);
-        square += to_float(theirs[c]) * to_float(theirs[c]);
-      }
-      product = block_sum(product, scratch);
-      near = product / (length * fmaxf(sqrtf(block_sum(square, scratch)), 1e-12f));
-    }
-    if (k == 0 || near > nearest) {
+  float nearest = -kInfinity;
+  int32_t number = p.clusters;
+  auto offer = [&](float near, int32_t k) {
+    if (near > nearest || (near == nearest && k < number)) {
       nearest = near;
       number = k;
     }
+  };
+  if (p.paper) {
+    // One centre after the other, all lanes at its product.
+    const T* own = hidden + static_cast<int64_t>(pool[i]) * p.width;
+    for (int32_t k = 0; k < p.clusters; ++k) {
+      const T* theirs = hidden + static_cast<int64_t>(pool[centre[k]]) * p.width;
+      float product = 0, mine = 0, other = 0;
+      for (int c = lane; c < p.width; c += kWarp) {
+        const float x = to_float(own[c]), y = to_float(theirs[c]);
+        product += x * y;
+        mine += x * x;
+        other += y * y;
+      }
+      const float lengths = fmaxf(sqrtf(warp_sum(mine)), 1e-12f) * fmaxf(sqrtf(warp_sum(other)), 1e-12f);
+      offer(centre[k] == i ? kInfinity : ranked(warp_sum(product) / lengths), k);
+    }
+  } else {
+    const float* row = squared + (b * p.pool + i) * p.pool;
+    for (int32_t k = lane; k < p.clusters; k += kWarp) offer(centre[k] == i ? kInfinity : -row[centre[k]], k);
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      const float near = __shfl_xor_sync(kAllLanes, nearest, step);
+      offer(near, __shfl_xor_sync(kAllLanes, number, step));
+    }
   }
-  if (threadIdx.x == 0) {
+  if (lane == 0) {
     joined[b * p.pool + i] = number;
     cluster[b * p.tokens + pool[i]] = number;
   }
@@ -196,13 +283,16 @@ __global__ void __launch_bounds__(kBlock) join(RecycleProblem p, const T* hidden
 template <typename T>
 __global__ void __launch_bounds__(kBlock) merge(RecycleProblem p, const T* hidden, const int32_t* pool,
                                                 const int32_t* joined, T* merged) {
-  const int c = blockIdx.x * kBlock + threadIdx.x, k = blockIdx.y;
+  int32_t* of = reinterpret_cast<int32_t*>(dynamic_shared());
   const int64_t b = blockIdx.z;
+  for (int i = static_cast<int>(threadIdx.x); i < p.pool; i += kBlock) of[i] = joined[b * p.pool + i];
+  __syncthreads();
+  const int c = static_cast<int>(blockIdx.x) * kBlock + static_cast<int>(threadIdx.x), k = static_cast<int>(blockIdx.y);
   if (c >= p.width) return;
   float sum = 0;
   int32_t members = 0;
   for (int i = 0; i < p.pool; ++i) {
-    if (joined[b * p.pool + i] != k) continue;
+    if (of[i] != k) continue;
     sum += to_float(hidden[(b * p.tokens + pool[b * p.pool + i]) * p.width + c]);
     ++members;
   }
@@ -210,21 +300,23 @@ __global__ void __launch_bounds__(kBlock) merge(RecycleProblem p, const T* hidde
 }
 
 template <typename T>
-cudaError_t run(const RecycleProblem& p, const void* hidden, const float* score, void* merged, int32_t* centres,
-                int32_t* cluster, void* memory, cudaStream_t stream) {
+void run(Launcher& on, const RecycleProblem& p, const void* hidden, const float* score, void* merged, int32_t* centres,
+         int32_t* cluster, void* memory) {
   const Workspace w(p, memory);
+  const Cut cut(p);
   const T* rows = static_cast<const T*>(hidden);
-  const int tiles = (p.pool + kTile - 1) / kTile;
-  const size_t row = p.pool * sizeof(float);
-  find_pool<<<p.batch, kBlock, p.tokens * sizeof(float), stream>>>(p, score, w.pool, cluster);
-  measure<T><<<dim3(tiles, tiles, p.batch), kTile * kTile, 0, stream>>>(p, rows, w.pool, w.squared);
-  densities<<<dim3(p.pool, p.batch), kBlock, row, stream>>>(p, w.squared, w.density, w.farthest);
-  peaks<<<dim3(p.pool, p.batch), kBlock, 0, stream>>>(p, w.squared, w.density, w.farthest, w.peak);
-  find_centres<<<p.batch, kBlock, row, stream>>>(p, w.peak, w.pool, w.centre, centres);
-  join<T><<<dim3(p.pool, p.batch), kBlock, 0, stream>>>(p, rows, w.squared, w.pool, w.centre, w.joined, cluster);
-  const dim3 grid((p.width + kBlock - 1) / kBlock, p.clusters, p.batch);
-  merge<T><<<grid, kBlock, 0, stream>>>(p, rows, w.pool, w.joined, static_cast<T*>(merged));
-  return cudaGetLastError();
+  const unsigned m = static_cast<unsigned>(p.pool), batch = static_cast<unsigned>(p.batch);
+  const size_t row = m * sizeof(float);
+  rank_all(on, score, p.batch, p.tokens, w.rank);
+  on.run(find_pool, dim3(batch), kBlock, 0, p, w.rank, w.pool, cluster);
+  on.run(measure<T>, dim3(cut.pairs, cut.splits, batch), kThreads, 0, p, cut.run, rows, w.pool, w.partial);
+  on.run(densities, dim3(m, batch), kBlock, row, p, cut.splits, sizeof(T) == 2, w.partial, w.squared, w.density, w.farthest);
+  on.run(peaks, dim3(m, batch), kBlock, 0, p, w.squared, w.density, w.farthest, w.peak);
+  on.run(find_centres, dim3(batch), kBlock, row, p, w.peak, w.pool, w.centre, centres);
+  on.run(join<T>, dim3(ceil_div(p.pool, kBlock / kWarp), batch), kBlock, 0, p, rows, w.squared, w.pool, w.centre, w.joined,
+         cluster);
+  on.run(merge<T>, dim3(ceil_div(p.width, kBlock), p.clusters, batch), kBlock, row, p, rows, w.pool, w.joined,
+         static_cast<T*>(merged));
 }
 
 }  // namespace
@@ -235,15 +327,11 @@ cudaError_t token_recycle(const RecycleProblem& p, const void* hidden, const flo
                           int32_t* centres, int32_t* cluster, void* workspace, cudaStream_t stream) {
   if (p.refusal() != nullptr) return cudaErrorInvalidValue;
   if (p.batch == 0) return cudaSuccess;
-  switch (p.type) {
-    case DType::kFloat32:
-      return run<float>(p, hidden, score, merged, centres, cluster, workspace, stream);
-    case DType::kFloat16:
-      return run<__half>(p, hidden, score, merged, centres, cluster, workspace, stream);
-    case DType::kBFloat16:
-      return run<__nv_bfloat16>(p, hidden, score, merged, centres, cluster, workspace, stream);
-  }
-  return cudaErrorInvalidValue;
+  Launcher on(stream);
+  for_type<__half, __nv_bfloat16>(p.type, [&](auto zero) {
+    run<decltype(zero)>(on, p, hidden, score, merged, centres, cluster, workspace);
+  });
+  return on.error();
 }
 
 }  // namespace vtexport::cuda

@@ -1,56 +1,57 @@
-// TokenSelect: one block ranks a row's scores by counting, lists the kept places in order, and blocks of threads then
-// copy their rows, sixteen bytes at a time where alignment allows.
+// TokenSelect in two launches: ranks, and then a block a token, which counts the kept tokens before its own and copies its
+// row there, sixteen bytes at a time where alignment allows.
 #include "cuda/block.cuh"
 #include "cuda/kernels.h"
+#include "cuda/ranking.cuh"
 
 namespace vtexport::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kBlock) choose(SelectProblem p, const float* score, int32_t* index) {
-  extern __shared__ float values[];
-  __shared__ int32_t counts[kBlock + 1];
-  const int b = blockIdx.x;
-  for (int i = threadIdx.x; i < p.tokens; i += kBlock) values[i] = ranked(score[static_cast<int64_t>(b) * p.tokens + i]);
-  __syncthreads();
-  int32_t* own = index + static_cast<int64_t>(b) * p.keep;
-  list_places(
-      p.tokens, counts, [&](int32_t i) { return rank_of(values, p.tokens, i) < p.keep; },
-      [&](int32_t number, int32_t i) { own[number] = i; });
+template <typename Word>
+__global__ void __launch_bounds__(kBlock) gather(SelectProblem p, int words, const int32_t* rank, const Word* hidden,
+                                                 Word* kept, int32_t* index) {
+  const int32_t token = static_cast<int32_t>(blockIdx.x);
+  const int64_t b = blockIdx.y;
+  rank += b * p.tokens;
+  if (rank[token] >= p.keep) return;
+  int32_t number = 0;
+  for (int32_t base = 0; base < token; base += kBlock) {
+    const int32_t place = base + static_cast<int32_t>(threadIdx.x);
+    number += __syncthreads_count(place < token && rank[place] < p.keep);
+  }
+  const int64_t to = b * p.keep + number, from = b * p.tokens + token;
+  if (threadIdx.x == 0) index[to] = token;
+  for (int w = static_cast<int>(threadIdx.x); w < words; w += kBlock) kept[to * words + w] = hidden[from * words + w];
 }
 
 template <typename Word>
-__global__ void copy_rows(SelectProblem p, int words, const Word* hidden, const int32_t* index, Word* kept) {
-  const int64_t to = static_cast<int64_t>(blockIdx.y) * p.keep + blockIdx.x;
-  const int64_t from = static_cast<int64_t>(blockIdx.y) * p.tokens + index[to];
-  for (int w = threadIdx.x; w < words; w += blockDim.x) kept[to * words + w] = hidden[from * words + w];
-}
-
-template <typename Word>
-void copy(const SelectProblem& p, const void* hidden, const int32_t* index, void* kept, cudaStream_t stream) {
+void run(Launcher& on, const SelectProblem& p, const int32_t* rank, const void* hidden, void* kept, int32_t* index) {
   const int words = static_cast<int>(p.width * size_of(p.type) / sizeof(Word));
-  const dim3 grid(p.keep, p.batch);
-  copy_rows<<<grid, kBlock, 0, stream>>>(p, words, static_cast<const Word*>(hidden), index, static_cast<Word*>(kept));
+  on.run(gather<Word>, dim3(p.tokens, p.batch), kBlock, 0, p, words, rank, static_cast<const Word*>(hidden),
+         static_cast<Word*>(kept), index);
 }
 
 }  // namespace
 
-size_t workspace_size(const SelectProblem&) { return 0; }
+size_t workspace_size(const SelectProblem& p) { return static_cast<size_t>(p.batch) * p.tokens * sizeof(int32_t); }
 
 cudaError_t token_select(const SelectProblem& p, const void* hidden, const float* score, void* kept, int32_t* index,
-                         void*, cudaStream_t stream) {
+                         void* workspace, cudaStream_t stream) {
   if (p.refusal() != nullptr) return cudaErrorInvalidValue;
   if (p.batch == 0) return cudaSuccess;
-  choose<<<p.batch, kBlock, p.tokens * sizeof(float), stream>>>(p, score, index);
+  Launcher on(stream);
+  int32_t* rank = static_cast<int32_t*>(workspace);
+  rank_all(on, score, p.batch, p.tokens, rank);
   const uintptr_t place = reinterpret_cast<uintptr_t>(hidden) | reinterpret_cast<uintptr_t>(kept);
   const size_t row = p.width * size_of(p.type);
   if (row % 16 == 0 && place % 16 == 0) {
-    copy<uint4>(p, hidden, index, kept, stream);
+    run<uint4>(on, p, rank, hidden, kept, index);
   } else if (row % 4 == 0 && place % 4 == 0) {
-    copy<uint32_t>(p, hidden, index, kept, stream);
+    run<uint32_t>(on, p, rank, hidden, kept, index);
   } else {
-    copy<uint16_t>(p, hidden, index, kept, stream);
+    run<uint16_t>(on, p, rank, hidden, kept, index);
   }
-  return cudaGetLastError();
+  return on.error();
 }
 
 }  // namespace vtexport::cuda

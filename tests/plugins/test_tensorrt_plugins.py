@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 from vtexport.errors import TargetError
 from vtexport.plugins import LIBRARY, load
@@ -35,16 +37,27 @@ pytestmark = [
 
 
 class Built(NamedTuple):
-    """The folder of the built library, its twin on the CPU and the harness; and what building them printed."""
+    """The folder of the built library, and what building it printed."""
 
     folder: Path
     printed: str
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Warnings are errors in all of it."""
-    folder = tmp_path_factory.mktemp("plugins")
+    """Warnings are errors in all of it. The processes of a test run share one build."""
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    folder, printed = shared / "plugins", shared / "plugins.txt"
+    with FileLock(shared / "plugins.lock"):
+        if not printed.is_file():
+            configure(folder)
+            printed.write_text(make(folder, "vtexport_plugins"))
+    return Built(folder / "plugins" / "tensorrt", printed.read_text())
+
+
+def configure(folder: Path) -> None:
     nanobind = subprocess.run(
         [sys.executable, "-m", "nanobind", "--cmake_dir"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -56,10 +69,24 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     }
     options = [f"-D{name}={value}" for name, value in settings.items()]
     subprocess.run(["cmake", "-S", SOURCE, "-B", folder, "-G", "Ninja", *options], check=True)
-    targets = ["vtexport_plugins", "vtexport_plugins_on_cpu", "vtexport_drive_plugins"]
+
+
+def make(folder: Path, *targets: str) -> str:
+    """Build targets in a CMake build folder; what that printed."""
     command = ["cmake", "--build", folder, "--target", *targets]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return Built(folder / "plugins" / "tensorrt", done.stdout)
+    with FileLock(folder.with_suffix(".build")):
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def drive(built: Built, driver: str, library: str, *options: str) -> None:
+    """Build and run the harness on a library; it says which check fails."""
+    make(built.folder.parents[1], driver, library.removeprefix("lib").removesuffix(".so"))
+    command = [built.folder / driver, built.folder / library, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "all plugins passed"
 
 
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -69,10 +96,13 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 
 def test_plugins_do_what_tensorrt_asks(built: Built) -> None:
-    command = [built.folder / "vtexport_drive_plugins", built.folder / "libvtexport_plugins_on_cpu.so"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "all plugins passed"
+    drive(built, "vtexport_drive_plugins_sanitized", "libvtexport_plugins_on_cpu.so")
+
+
+@pytest.mark.parametrize("architecture", [900, 750])
+def test_emulated_kernels_are_their_twins_in_every_order_of_threads(built: Built, architecture: int) -> None:
+    """The CUDA sources themselves, run on the CPU (plugins/tests/emulator)."""
+    drive(built, "vtexport_drive_plugins_sanitized", f"libvtexport_plugins_emulated_{architecture}.so")
 
 
 @pytest.mark.gpu
@@ -84,6 +114,7 @@ def test_kernels_on_a_gpu_are_their_twins(built: Built, tool: str) -> None:
         pytest.skip("needs an NVIDIA GPU")
     if tool and shutil.which("compute-sanitizer") is None:
         pytest.skip("needs compute-sanitizer")
+    make(built.folder.parents[1], "vtexport_drive_plugins")
     watched = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"] if tool else []
     command = [*watched, built.folder / "vtexport_drive_plugins", built.folder / LIBRARY, "--device"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -94,6 +125,9 @@ def test_the_library_needs_neither_tensorrt_nor_a_cuda_runtime(built: Built) -> 
     needed = subprocess.run(["ldd", built.folder / LIBRARY], capture_output=True, text=True, check=True).stdout
     assert "libnvinfer" not in needed
     assert "libcudart" not in needed
+    command = ["nm", "--dynamic", "--defined-only", built.folder / LIBRARY]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[-1] for line in symbols.splitlines()] == ["getCreators", "setLoggerFinder"]
 
 
 def test_every_gpu_is_compiled_for_and_no_kernel_spills(built: Built) -> None:

@@ -228,6 +228,41 @@ def test_numbers_that_are_none_come_out_alike(value: float) -> None:
     assert torch.equal(native.token_select(hidden, score, 3)[1], ops.token_select(hidden, score, 3)[1])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("paper", [False, True])
+def test_recycling_numbers_that_are_none_stays_in_range(value: float, paper: bool) -> None:
+    """Which tokens of such a row merge is open; the other rows of its batch must not notice."""
+    torch.manual_seed(0)
+    hidden, score = torch.randn(2, 20, 8), torch.rand(2, 20)
+    keep, pool, clusters = 4, 12, 3
+    whole = ops.token_recycle(hidden, score, keep, pool, clusters, paper)
+    hidden[0, 7:15, 3] = value
+    arrays = {"hidden": hidden.numpy(), "score": score.numpy()}
+    attributes = {"keep": keep, "pool": pool, "clusters": clusters, "paper": int(paper)}
+    for merged, centres, cluster in (
+        ops.token_recycle(hidden, score, keep, pool, clusters, paper),
+        native.token_recycle(hidden, score, keep, pool, clusters, paper),
+        map(torch.from_numpy, run_function("TokenRecycle", arrays, 3, **attributes)),
+    ):
+        assert 0 <= int(centres.min()) <= int(centres.max()) < 20
+        assert -1 <= int(cluster.min()) <= int(cluster.max()) < clusters
+        assert int((cluster[0] >= 0).sum()) == pool
+        assert cluster[0, centres[0]].tolist() == list(range(clusters))
+        torch.testing.assert_close(merged[1], whole[0][1])
+        assert torch.equal(centres[1], whole[1][1])
+        assert torch.equal(cluster[1], whole[2][1])
+
+
+def test_twins_take_numpy_arrays() -> None:
+    from vtexport import _native
+
+    hidden, score = np.random.default_rng(0).random((1, 6, 3), np.float32), np.array([[3, 1, 4, 1, 5, 9]], np.float32)
+    kept, index = np.empty((1, 2, 3), np.float32), np.empty((1, 2), np.int32)
+    _native.Kernels().token_select(hidden, score, kept, index)
+    assert index.tolist() == [[4, 5]]
+    np.testing.assert_array_equal(kept, hidden[:, 4:])
+
+
 def test_twins_refuse_what_the_contract_refuses() -> None:
     hidden, score = torch.randn(1, 6, 4), torch.rand(1, 6)
     for call, message in {
@@ -250,8 +285,8 @@ def test_twins_refuse_what_the_contract_refuses() -> None:
         native.token_score(query[:, :2], key[..., :3], rows, places, start, 3, 1.0)
 
 
-@pytest.mark.parametrize("name", ["token_score", "token_score_heads", "token_select", "token_recycle"])
-def test_ops_pass_torchs_own_checks(name: str) -> None:
+def samples() -> dict[str, tuple[object, ...]]:
+    """Arguments for every op."""
     rating = (
         torch.randn(2, 4, 3, 8),
         torch.randn(2, 2, 9, 8),
@@ -259,11 +294,33 @@ def test_ops_pass_torchs_own_checks(name: str) -> None:
         torch.tensor([[6, 7, 8]]).expand(2, -1).contiguous(),
         torch.tensor([0, 1]),
     )
-    samples = {
+    return {
         "token_score": (*rating, 6, 0.3),
         "token_score_heads": (*rating, torch.rand(2, 3, 6) + 1, 6, 0.3, 2),
         "token_select": (torch.randn(2, 9, 5), torch.randn(2, 9), 4),
         "token_recycle": (torch.randn(2, 9, 5), torch.randn(2, 9), 4, 3, 2, False),
     }
+
+
+@pytest.mark.parametrize("name", samples())
+def test_ops_pass_torchs_own_checks(name: str) -> None:
     op = getattr(torch.ops.vtexport, name).default
-    torch.library.opcheck(op, samples[name], test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op, samples()[name], test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", samples())
+def test_torch_compile_and_torch_export_go_through_the_ops(name: str) -> None:
+    arguments = samples()[name]
+    tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
+    attributes = arguments[len(tensors) :]
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs: torch.Tensor) -> object:
+            return getattr(ops, name)(*inputs, *attributes)
+
+    expected = Module()(*tensors)
+    torch.testing.assert_close(torch.compile(Module(), fullgraph=True, backend="aot_eager")(*tensors), expected)
+    exported = torch.export.export(Module(), tuple(tensors))
+    called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert f"vtexport.{name}.default" in called
+    torch.testing.assert_close(exported.module()(*tensors), expected)

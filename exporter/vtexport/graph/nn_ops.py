@@ -29,7 +29,7 @@ def _merge(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root-mean-square norm over the last axis, x / sqrt(mean(x²) + epsilon) * weight, the mean in fp32; [..., C]."""
-    if torch.compiler.is_exporting():
+    if torch.onnx.is_in_onnx_export():
         return node(NN, "RMSNorm", (x, weight), {"epsilon": epsilon}, like=x)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
@@ -46,7 +46,7 @@ def rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, num_heads: in
         sin: [max_positions, D / 2].
         num_heads: H.
     """
-    if torch.compiler.is_exporting():
+    if torch.onnx.is_in_onnx_export():
         return node(NN, "Rotary", (x, positions, cos, sin), {"num_heads": num_heads}, like=x)
     low, high = _split(x, num_heads).chunk(2, dim=-1)
     c, s = cos[positions][:, None], sin[positions][:, None]
@@ -55,7 +55,7 @@ def rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, num_heads: in
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float) -> Tensor:
     """Attention without a mask, [B, S, H * D] each; returns [B, S, H * D]."""
-    if torch.compiler.is_exporting():
+    if torch.onnx.is_in_onnx_export():
         attributes = {"num_heads": num_heads, "scale": scale}
         return node(NN, "FullAttention", (query, key, value), attributes, like=query)
     q, k, v = (_split(x, num_heads) for x in (query, key, value))
@@ -78,7 +78,7 @@ def causal_attention(
     Returns:
         output [B, S, H * D] and the cache entries key, value [B, G, S, D].
     """
-    if torch.compiler.is_exporting():
+    if torch.onnx.is_in_onnx_export():
         batch, rows, width = key.shape
         cache = key.new_empty(batch, kv_heads, rows, width // kv_heads)
         attributes = {"num_heads": num_heads, "kv_heads": kv_heads, "scale": scale}
@@ -116,7 +116,7 @@ def cached_attention(
     Returns:
         output [B, 1, H * D] and the caches with the new token at place `length`.
     """
-    if torch.compiler.is_exporting():
+    if torch.onnx.is_in_onnx_export():
         inputs = (query, key, value, past_key, past_value, length)
         attributes = {"num_heads": num_heads, "kv_heads": kv_heads, "scale": scale}
         output, keys, values = nodes(NN, "CachedAttention", inputs, attributes, like=(query, past_key, past_value))

@@ -182,7 +182,8 @@ def TokenRecycle(hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, p
     unit = x / op.Max(length, op.Constant(value_float=1e-12))
     cosine = op.MatMul(unit, op.Transpose(unit, perm=[0, 2, 1]))
     as_paper = op.Cast(op.Constant(value_int=paper), to=9)
-    nearness = op.Where(itself, infinity, op.Where(as_paper, cosine, op.Neg(squared)))
+    near = op.Where(as_paper, cosine, op.Neg(squared))
+    nearness = op.Where(itself, infinity, op.Where(op.IsNaN(near), minus_infinity, near))
     # [B, c, m]: rows of a symmetric matrix are its columns.
     to_centres = op.GatherND(nearness, op.Unsqueeze(centre, two), batch_dims=1)
     best = op.Equal(to_centres, op.ReduceMax(to_centres, one, keepdims=1))

@@ -1,16 +1,37 @@
-"""The PyTorch statement of the `vtexport` op domain: what every kernel and function body must compute.
+"""The ops of the domain `vtexport`: the contract of every kernel and function body.
 
-Each op is registered with `torch.library` and has a fake kernel; under tracing to ONNX it becomes one node
-of the same name, whose function body stands in `vtexport.graph.pruning_functions`.
+The arithmetic stands in `vtexport.pruning.plain`. Each op is registered with `torch.library` and has a fake kernel, so
+that `torch.compile` and `torch.export` go through it; tensors on a GPU go to the CUDA kernels where this installation has
+them. Under tracing to ONNX it becomes one node of the same name, whose function body stands in
+`vtexport.graph.pruning_functions`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from vtexport import native
+from vtexport.pruning import plain
 from vtexport.pruning.onnx_node import PRUNING, node, nodes
-from vtexport.pruning.ranking import places_of
+
+
+def _registered(name: str) -> Any:
+    """Op `name`: PyTorch's arithmetic, and on a GPU the native kernel."""
+    arithmetic: Callable[..., Any] = getattr(plain, name)
+    op = torch.library.custom_op(f"vtexport::{name}", arithmetic, mutates_args=())
+    if native.available("cuda"):
+        kernel: Callable[..., Any] = getattr(native, name)
+
+        # Element types that kernels do not take stay with PyTorch.
+        @op.register_kernel("cuda")
+        def _(first: Tensor, *others: Any) -> Any:
+            return (kernel if first.dtype in native.DTYPES else arithmetic)(first, *others)
+
+    return op
 
 
 def token_score(
@@ -33,7 +54,7 @@ def token_score(
     Returns:
         score [B, V] fp32.
     """
-    if torch.compiler.is_exporting():
+    if torch.onnx.is_in_onnx_export():
         attributes = {"count": count, "scale": scale}
         score = query.new_empty(query.shape[0], count, dtype=torch.float32)
         return node(PRUNING, "TokenScore", (query, key, rows, places, start), attributes, like=score)
@@ -55,31 +76,7 @@ def spread(score: Tensor) -> Tensor:
     return torch.exp(-(share * share.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(dim=1))
 
 
-def attention_rows(query: Tensor, key: Tensor, places: Tensor, scale: float) -> Tensor:
-    """Softmaxed attention [B, H, R, N] fp32 of the given rows."""
-    batch, heads, number, size = query.shape
-    grouped = (query.float() * scale).reshape(batch, key.shape[1], -1, size)
-    logits = (grouped @ key.float().transpose(2, 3)).reshape(batch, heads, number, key.shape[2])
-    seen = torch.arange(key.shape[2], device=key.device) <= places[..., None]
-    return torch.softmax(logits.masked_fill(~seen[:, None], -torch.inf), dim=-1)
-
-
-def _columns(start: Tensor, count: int) -> Tensor:
-    """The visual columns [B, V]."""
-    return start[:, None] + torch.arange(count, device=start.device)
-
-
-@torch.library.custom_op("vtexport::token_score", mutates_args=())
-def _token_score(
-    query: Tensor, key: Tensor, rows: Tensor, places: Tensor, start: Tensor, count: int, scale: float
-) -> Tensor:
-    attention = attention_rows(query, key, places, scale).mean(dim=1)
-    share = rows.float() / rows.sum(dim=1, keepdim=True).clamp(min=1)
-    score = (share[:, None] @ attention)[:, 0]
-    return score.gather(1, _columns(start, count))
-
-
-@_token_score.register_fake
+@_registered("token_score").register_fake
 def _(query: Tensor, key: Tensor, rows: Tensor, places: Tensor, start: Tensor, count: int, scale: float) -> Tensor:
     return query.new_empty(query.shape[0], count, dtype=torch.float32)
 
@@ -113,7 +110,7 @@ def token_score_heads(
         score [B, V] fp32.
     """
     inputs = (query, key, rows, places, start, divisor)
-    if torch.compiler.is_exporting():
+    if torch.onnx.is_in_onnx_export():
         attributes = {"count": count, "scale": scale, "heads": heads}
         score = query.new_empty(query.shape[0], count, dtype=torch.float32)
         return node(PRUNING, "TokenScoreHeads", inputs, attributes, like=score)
@@ -121,29 +118,7 @@ def token_score_heads(
     return result
 
 
-@torch.library.custom_op("vtexport::token_score_heads", mutates_args=())
-def _token_score_heads(
-    query: Tensor,
-    key: Tensor,
-    rows: Tensor,
-    places: Tensor,
-    start: Tensor,
-    divisor: Tensor,
-    count: int,
-    scale: float,
-    heads: int,
-) -> Tensor:
-    attention = attention_rows(query, key, places, scale)
-    columns = _columns(start, count)[:, None, None].expand(-1, *attention.shape[1:3], -1)
-    weighted = attention.gather(3, columns) / divisor[:, None]
-    share = rows.float() / rows.sum(dim=1, keepdim=True).clamp(min=1)
-    by_head = (share[:, None, None] @ weighted)[:, :, 0]
-    total = by_head.sum(dim=2)
-    chosen = _rank(total) < heads
-    return (by_head * chosen[..., None]).sum(dim=1) / heads
-
-
-@_token_score_heads.register_fake
+@_registered("token_score_heads").register_fake
 def _(
     query: Tensor,
     key: Tensor,
@@ -156,13 +131,6 @@ def _(
     heads: int,
 ) -> Tensor:
     return query.new_empty(query.shape[0], count, dtype=torch.float32)
-
-
-def _rank(score: Tensor) -> Tensor:
-    """How many beat each entry of score [B, V], by value or at equal value by a lower index; NaN is beaten by all."""
-    ranked = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    order = torch.sort(ranked, dim=1, descending=True, stable=True).indices
-    return torch.argsort(order, dim=1)
 
 
 def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -178,7 +146,7 @@ def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tens
     Returns:
         kept [B, K, C] and index [B, K] int32, ascending.
     """
-    if torch.compiler.is_exporting():
+    if torch.onnx.is_in_onnx_export():
         kept = hidden.new_empty(hidden.shape[0], keep, hidden.shape[2])
         index = score.new_empty(score.shape[0], keep, dtype=torch.int32)
         kept, index = nodes(PRUNING, "TokenSelect", (hidden, score), {"keep": keep}, like=(kept, index))
@@ -187,14 +155,7 @@ def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tens
     return result
 
 
-@torch.library.custom_op("vtexport::token_select", mutates_args=())
-def _token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    index = places_of(_rank(score) < keep, keep)
-    kept = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
-    return kept, index.to(torch.int32)
-
-
-@_token_select.register_fake
+@_registered("token_select").register_fake
 def _(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     kept = hidden.new_empty(hidden.shape[0], keep, hidden.shape[2])
     return kept, score.new_empty(score.shape[0], keep, dtype=torch.int32)
@@ -208,7 +169,9 @@ def token_recycle(
     The pool is the `pool` tokens that rank right behind the `keep` best. With d the Euclidean distance over √C,
     density = exp(-mean of the `clusters` smallest d², self included); delta = least d to a denser token, or the
     greatest d of all if none is denser; centres are the `clusters` tokens of greatest delta · density. Every token
-    joins its nearest centre, a centre itself. Ties go to the lower index, in density too. Arithmetic is fp32.
+    joins its nearest centre, a centre itself. Ties go to the lower index, in density too. Arithmetic is fp32. Where a
+    row of `hidden` holds NaN or infinity, it is open which of its tokens merge; indices stay in range, and other rows of
+    the batch as they are.
 
     Args:
         hidden: [B, V, C].
@@ -223,7 +186,7 @@ def token_recycle(
         merged [B, c, C], centres [B, c] int32 ascending, and for every token the number of the merged token that it
         joined or -1, [B, V] int32.
     """
-    if torch.compiler.is_exporting():
+    if torch.onnx.is_in_onnx_export():
         batch, number, width = hidden.shape
         merged = hidden.new_empty(batch, clusters, width)
         centres = score.new_empty(batch, clusters, dtype=torch.int32)
@@ -237,48 +200,7 @@ def token_recycle(
     return result
 
 
-@torch.library.custom_op("vtexport::token_recycle", mutates_args=())
-def _token_recycle(
-    hidden: Tensor, score: Tensor, keep: int, pool: int, clusters: int, paper: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, number, width = hidden.shape
-    rank = _rank(score)
-    index = places_of((rank >= keep) & (rank < keep + pool), pool)
-    x = hidden.gather(1, index[..., None].expand(-1, -1, width)).float()
-    # About their mean the products of the expansion lose fewer digits.
-    centred = x - x.mean(dim=1, keepdim=True)
-    norm = centred.square().sum(dim=2)
-    product = centred @ centred.transpose(1, 2)
-    # Two tokens that are each other's nearest tie in density: a matrix that is not symmetric to the bit would break the tie.
-    squared = norm[:, :, None] + norm[:, None] - (product + product.transpose(1, 2))
-    itself = torch.eye(pool, dtype=torch.bool, device=x.device)
-    squared = (squared / width).clamp(min=0).masked_fill(itself, 0.0)
-    # The density's logarithm orders as it does, and does not underflow where tokens lie far apart.
-    density = -squared.topk(clusters, dim=2, largest=False).values.mean(dim=2)
-    order = _rank(density)
-    denser = order[:, None] < order[:, :, None]
-    farthest = squared.amax(dim=(1, 2), keepdim=True)
-    delta = torch.where(denser, squared, farthest).amin(dim=2)
-    is_centre = _rank(0.5 * delta.log() + density) < clusters
-    centre = places_of(is_centre, clusters)
-    nearness = -squared
-    if paper:
-        unit = x / x.norm(dim=2, keepdim=True).clamp(min=1e-12)
-        nearness = unit @ unit.transpose(1, 2)
-    nearness = nearness.masked_fill(itself, torch.inf)
-    to_centres = nearness.gather(2, centre[:, None].expand(-1, pool, -1))
-    number_of = torch.arange(clusters, device=x.device)
-    best = to_centres == to_centres.amax(dim=2, keepdim=True)
-    joined = torch.where(best, number_of, clusters).amin(dim=2)
-    members = (joined[:, None] == number_of[:, None]).float()
-    merged = members @ x
-    if not paper:
-        merged = merged / members.sum(dim=2, keepdim=True)
-    cluster = torch.full((batch, number), -1, dtype=torch.int64, device=x.device).scatter(1, index, joined)
-    return merged.to(hidden.dtype), index.gather(1, centre).to(torch.int32), cluster.to(torch.int32)
-
-
-@_token_recycle.register_fake
+@_registered("token_recycle").register_fake
 def _(hidden: Tensor, score: Tensor, keep: int, pool: int, clusters: int, paper: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, number, width = hidden.shape
     merged = hidden.new_empty(batch, clusters, width)

@@ -11,6 +11,19 @@ enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
 
 constexpr size_t size_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
+// Calls `run` with a zero of the C++ type that stands for `type`: float, Float16 or BFloat16.
+template <typename Float16, typename BFloat16, typename Run>
+auto for_type(DType type, Run run) {
+  switch (type) {
+    case DType::kFloat16:
+      return run(Float16{});
+    case DType::kBFloat16:
+      return run(BFloat16{});
+    default:
+      return run(float{});
+  }
+}
+
 // Extents are int32: the largest problem of LLaVA (batch 64, 40 heads, 2,880 keys) is far inside.
 
 // TokenScore, and TokenScoreHeads where best_heads > 0.

@@ -1,0 +1,343 @@
+// Stands in front of plugins/cuda/launch.cuh and runs the kernels on a CPU, for want of a GPU: every thread of a block is a
+// fiber that runs to its next barrier. What the GPU leaves open is drawn: in which order threads run between barriers, and in
+// which order blocks run. Kernels that give the same bits in every order share no memory without a barrier; one that some
+// threads never reach ends the program; dynamic shared memory begins as rubbish. It says nothing of speed, of alignment beyond what
+// the CPU's sanitizers see, or of how tensor cores round.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+#ifndef VTEXPORT_ARCHITECTURE
+#define VTEXPORT_ARCHITECTURE 900
+#endif
+
+namespace vtexport::emulator {
+
+enum class Order { kForward, kBackward, kRandom };
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+// One block at a time: its threads, and what they meet at.
+class Block {
+ public:
+  static constexpr unsigned kWarp = 32;
+
+  void run(unsigned threads, size_t shared, Order order, std::mt19937& generator, const std::function<void()>& body) {
+    body_ = &body;
+    shared_.reset(new (std::align_val_t(128)) unsigned char[shared + 1]);
+    for (size_t i = 0; i < shared; ++i) shared_[i] = static_cast<unsigned char>(generator());
+    fibers_.resize(threads);
+    if (stacks_.size() < threads) stacks_.resize(threads);
+    votes_.assign(threads, 0);
+    for (unsigned t = 0; t < threads; ++t) {
+      if (!stacks_[t]) stacks_[t] = std::make_unique<char[]>(kStack);
+      Fiber& fiber = fibers_[t];
+      fiber.state = State::kReady;
+      fiber.begun = false;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = stacks_[t].get();
+      fiber.context.uc_stack.ss_size = kStack;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
+    // Forward, all warps advance together; backward, each runs as far as it can alone; at random, either.
+    std::vector<unsigned> warps((threads + kWarp - 1) / kWarp), lanes(kWarp);
+    for (unsigned w = 0; w < warps.size(); ++w) warps[w] = order == Order::kBackward ? warps.size() - 1 - w : w;
+    for (unsigned l = 0; l < kWarp; ++l) lanes[l] = order == Order::kBackward ? kWarp - 1 - l : l;
+    do {
+      if (order == Order::kRandom) std::shuffle(warps.begin(), warps.end(), generator);
+      for (unsigned w : warps) {
+        do {
+          if (order == Order::kRandom) std::shuffle(lanes.begin(), lanes.end(), generator);
+          for (unsigned l : lanes) {
+            const unsigned t = w * kWarp + l;
+            if (t >= threads || fibers_[t].state != State::kReady) continue;
+            current_ = t;
+            resume(fibers_[t]);
+          }
+        } while (order != Order::kForward && (order == Order::kBackward || generator() % 2 == 0) && release_warp(w));
+      }
+    } while (release());
+  }
+
+  unsigned thread() const { return current_; }
+  unsigned char* shared() { return shared_.get(); }
+
+  void wait(bool whole_block) {
+    fibers_[current_].state = whole_block ? State::kAtBlock : State::kAtWarp;
+    Fiber& own = fibers_[current_];
+    own.begun = true;
+    if (__builtin_setjmp(own.place) == 0) __builtin_longjmp(home_place_, 1);
+  }
+
+  // Everyone's word, as the warp or the block exchanges it.
+  template <typename T>
+  void say(T value) {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof value);
+    votes_[current_] = bits;
+  }
+  template <typename T>
+  T heard(unsigned thread) const {
+    T value;
+    std::memcpy(&value, &votes_[thread], sizeof value);
+    return value;
+  }
+  unsigned threads() const { return static_cast<unsigned>(fibers_.size()); }
+
+ private:
+  enum class State { kReady, kAtWarp, kAtBlock, kDone };
+  // A context only begins a fiber: switching by it each time would be a system call each time.
+  struct Fiber {
+    ucontext_t context;
+    void* place[5];
+    bool begun;
+    State state;
+  };
+  static constexpr size_t kStack = 64 * 1024;
+
+  __attribute__((noinline)) void resume(Fiber& fiber) {
+    if (__builtin_setjmp(home_place_) != 0) return;
+    if (fiber.begun) __builtin_longjmp(fiber.place, 1);
+    setcontext(&fiber.context);
+  }
+
+  static void enter();
+
+  // Opens the barrier of a warp that all its threads have reached.
+  bool release_warp(unsigned warp) {
+    const unsigned first = warp * kWarp, end = std::min(first + kWarp, threads());
+    for (unsigned t = first; t < end; ++t) {
+      if (fibers_[t].state != State::kAtWarp) return false;
+    }
+    for (unsigned t = first; t < end; ++t) fibers_[t].state = State::kReady;
+    return true;
+  }
+
+  // Opens every barrier that all have reached; false when all threads are done.
+  bool release() {
+    unsigned done = 0, at_block = 0;
+    bool opened = false;
+    for (const Fiber& fiber : fibers_) {
+      done += fiber.state == State::kDone;
+      at_block += fiber.state == State::kAtBlock;
+      opened |= fiber.state == State::kReady;
+    }
+    if (done == threads()) return false;
+    for (unsigned warp = 0; warp * kWarp < threads(); ++warp) opened |= release_warp(warp);
+    if (at_block == threads()) {
+      for (Fiber& fiber : fibers_) fiber.state = State::kReady;
+      opened = true;
+    }
+    if (!opened) {
+      std::fprintf(stderr, "a barrier that not all threads reach: %u of %u wait at the block's, %u are done\n", at_block,
+                   threads(), done);
+      std::abort();
+    }
+    return true;
+  }
+
+  struct Free {
+    void operator()(unsigned char* memory) const { operator delete[](memory, std::align_val_t(128)); }
+  };
+
+  const std::function<void()>* body_ = nullptr;
+  std::unique_ptr<unsigned char[], Free> shared_;
+  std::vector<std::unique_ptr<char[]>> stacks_;
+  std::vector<Fiber> fibers_;
+  std::vector<uint64_t> votes_;
+  void* home_place_[5];
+  unsigned current_ = 0;
+};
+
+inline Block block;
+inline Order order = Order::kForward;
+inline std::mt19937 generator(5);
+inline Index block_index, grid_size;
+
+inline void Block::enter() {
+  (*block.body_)();
+  block.fibers_[block.current_].state = State::kDone;
+  __builtin_longjmp(block.home_place_, 1);
+}
+
+struct ThreadIndex {
+  struct X {
+    operator unsigned() const { return block.thread(); }
+  } x;
+};
+inline ThreadIndex thread_index;
+
+}  // namespace vtexport::emulator
+
+#define threadIdx vtexport::emulator::thread_index
+#define blockIdx vtexport::emulator::block_index
+#define gridDim vtexport::emulator::grid_size
+
+inline void __syncthreads() { vtexport::emulator::block.wait(true); }
+inline void __syncwarp() { vtexport::emulator::block.wait(false); }
+
+inline int __syncthreads_count(int wanted) {
+  auto& block = vtexport::emulator::block;
+  block.say(wanted != 0);
+  block.wait(true);
+  int count = 0;
+  for (unsigned t = 0; t < block.threads(); ++t) count += block.heard<bool>(t);
+  block.wait(true);  // nobody says anything new before all have heard
+  return count;
+}
+
+inline unsigned __ballot_sync(unsigned, bool wanted) {
+  auto& block = vtexport::emulator::block;
+  block.say(wanted);
+  block.wait(false);
+  unsigned ballot = 0;
+  const unsigned first = block.thread() / block.kWarp * block.kWarp;
+  for (unsigned lane = 0; lane < block.kWarp; ++lane) ballot |= static_cast<unsigned>(block.heard<bool>(first + lane)) << lane;
+  block.wait(false);
+  return ballot;
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  auto& block = vtexport::emulator::block;
+  block.say(value);
+  block.wait(false);
+  const T other = block.heard<T>(block.thread() ^ static_cast<unsigned>(mask));
+  block.wait(false);
+  return other;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+using std::isnan;
+template <typename T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+
+// Matrices of a warp: every lane holds a copy of all of it, and answers for its own share of a result.
+namespace nvcuda::wmma {
+
+struct matrix_a;
+struct matrix_b;
+struct accumulator;
+struct row_major;
+struct col_major;
+enum layout_t { mem_row_major, mem_col_major };
+
+template <typename Use, int M, int N, int K, typename T, typename Layout = void>
+struct fragment {
+  float at[16][16];  // of matrix_b: at[column][k]
+};
+
+template <typename F>
+void fill_fragment(F& to, float value) {
+  for (auto& row : to.at) {
+    for (float& number : row) number = value;
+  }
+}
+
+inline void check_address(const void* memory, unsigned stride, size_t element) {
+  if (reinterpret_cast<uintptr_t>(memory) % 32 != 0 || stride * element % 16 != 0) {
+    std::fprintf(stderr, "a tile that tensor cores cannot load: address %p, stride %u\n", memory, stride);
+    std::abort();
+  }
+}
+
+template <typename Use, typename T, typename Layout>
+void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& to, const T* from, unsigned stride) {
+  check_address(from, stride, sizeof(T));
+  vtexport::emulator::block.wait(false);
+  for (unsigned i = 0; i < 16; ++i) {
+    for (unsigned k = 0; k < 16; ++k) to.at[i][k] = static_cast<float>(from[i * stride + k]);
+  }
+}
+
+template <typename D, typename A, typename B>
+void mma_sync(D& to, const A& a, const B& b, const D& c) {
+  const unsigned lane = vtexport::emulator::block.thread() % 32, first = lane / 2, half = lane % 2 * 8;
+  for (unsigned column = half; column < half + 8; ++column) {
+    float sum = c.at[first][column];
+    for (unsigned k = 0; k < 16; ++k) sum += a.at[first][k] * b.at[column][k];
+    to.at[first][column] = sum;
+  }
+}
+
+template <typename F>
+void store_matrix_sync(float* to, const F& from, unsigned stride, layout_t) {
+  check_address(to, stride, sizeof(float));
+  const unsigned lane = vtexport::emulator::block.thread() % 32, first = lane / 2, half = lane % 2 * 8;
+  for (unsigned column = half; column < half + 8; ++column) to[first * stride + column] = from.at[first][column];
+  vtexport::emulator::block.wait(false);
+}
+
+}  // namespace nvcuda::wmma
+
+namespace vtexport::cuda {
+
+inline unsigned char* dynamic_shared() { return emulator::block.shared(); }
+
+class Launcher {
+ public:
+  explicit Launcher(cudaStream_t) {}
+
+  template <typename... Parameters, typename... Arguments>
+  void run(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared, Arguments... arguments) {
+    constexpr size_t kLimit = 64 * 1024;  // what the smallest GPU supported gives a block
+    if (block > 1024 || shared > kLimit || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
+      error_ = cudaErrorInvalidValue;
+    }
+    if (error_ != cudaSuccess) return;
+    const std::function<void()> body = [&] { kernel(static_cast<Parameters>(arguments)...); };
+    emulator::grid_size = {grid.x, grid.y, grid.z};
+    const unsigned blocks = grid.x * grid.y * grid.z;
+    std::vector<unsigned> turn(blocks);
+    for (unsigned i = 0; i < blocks; ++i) turn[i] = emulator::order == emulator::Order::kBackward ? blocks - 1 - i : i;
+    if (emulator::order == emulator::Order::kRandom) std::shuffle(turn.begin(), turn.end(), emulator::generator);
+    for (unsigned i : turn) {
+      emulator::block_index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+      emulator::block.run(block, shared, emulator::order, emulator::generator, body);
+    }
+  }
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  cudaError_t error_ = cudaSuccess;
+};
+
+}  // namespace vtexport::cuda
+
+// The harness says in which order threads and blocks run.
+extern "C" __attribute__((visibility("default"), weak)) void vtexport_emulate(int order) {
+  vtexport::emulator::order = static_cast<vtexport::emulator::Order>(order);
+}
