@@ -32,8 +32,8 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	# TensorRT's headers, for the plugins' tests; what it would install besides is a GPU's.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt kernel-lens
+	# TensorRT's headers and the names in its Python bindings, for tests; what they would install besides is a GPU's.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt kernel-lens tensorrt-cu13-bindings
 	touch $@
 
 clean:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.checkpoints import MICRO, random_checkpoint
 from tests.conftest import check_refused
-from vtexport import cli
+from vtexport import cli, native
 from vtexport.manifest import MANIFEST
 from vtexport.micro import heldout
 from vtexport.pruning.rank import Calibration
@@ -196,7 +196,7 @@ def test_list_and_doctor(vtexport) -> None:
         "dense", "sparsevlm", "sparsevlm-plus", "fastv", "pyramiddrop", "exit", "sgl",
         "fastervlm", "vtc-cls", "vispruner", "visionzip", "divprune", "cdpruner", "random", "pool",
     }  # fmt: skip
-    assert set(listed["targets"]) == {"onnxruntime", "tensorrt-rtx"}
+    assert set(listed["targets"]) == {"onnxruntime", "tensorrt-rtx", "tensorrt"}
     assert "micro-llava" in listed["models"]
     plain = vtexport("list").out
     assert all(name in plain for names in listed.values() for name in names)
@@ -207,6 +207,7 @@ def test_list_and_doctor(vtexport) -> None:
     assert health["versions"]["torch"] in plain
     # A machine that runs these tests has a compiler: an install that lost the kernels would go unnoticed elsewhere.
     assert health["native_kernels"]["works"] is True
+    assert health["cuda_kernels"]["works"] is native.available("cuda")
     assert "native kernels" in plain
     assert "TensorRT plugins" in plain
     assert set(health["tensorrt_plugins"]) == {"works", "reason"}

@@ -255,7 +255,7 @@ def _assemble(
         verification = None
         if options.verify:
             verification = _verify(target, compiled, building, source, plans, options, shown)
-        target.finish(building)
+        target.finish(building, compiled)
         shown.stage("hash files")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -289,7 +289,6 @@ def _check_options(options: BuildOptions, target: Target) -> None:
     for name in options.target_options:
         if name not in target.options:
             raise InputError(f"--{name.replace('_', '-')} has no effect with target {target.name}; leave it out")
-    target.check_options({**target.options, **options.target_options})
     vision, decoder = methods_of(options.method)
     if options.keep == AUTO:
         if decoder is not None and decoder.raters == "given":
@@ -307,6 +306,7 @@ def _check_options(options: BuildOptions, target: Target) -> None:
     available = target.can_build()
     if not available.works:
         raise TargetError(f"target {target.name} cannot build here: {available.reason}")
+    target.check_options({**target.options, **options.target_options})
 
 
 def _needed_bytes(spec: ModelSpec, dtype: str) -> int:
@@ -412,7 +412,7 @@ def _verify(
 def _verifiable(target: Target, compiled: Compiled, building: Path) -> tuple[Engine, str]:
     """The compiled engine, or where it cannot run here, the ONNX files it was compiled from."""
     if target.can_run().works:
-        return target.open(building, compiled.files, 0), target.name
+        return target.open(building, compiled, 0), target.name
     from vtexport.targets.onnxruntime.session import OrtEngine
 
     sources = {name: f"{graph_folder(name)}/{name}.onnx" for name in compiled.files}

@@ -219,6 +219,7 @@ def show(bundle: Path, image: Path, prompt: str | None, ranking_from: Path | Non
 @click.option("--new-tokens", default=16, show_default=True, help="Tokens decoded a run.")
 @click.option("--runs", default=10, show_default=True)
 @click.option("--bucket", type=float, help="Keep ratio of an auto bundle to measure.  [default: the sample photo's]")
+@click.option("--layers", type=click.IntRange(1), help="Also list so many of each graph's slowest layers.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the report to this file.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Also draw the report into this file.")
 def profile(
@@ -228,6 +229,7 @@ def profile(
     new_tokens: int,
     runs: int,
     bucket: float | None,
+    layers: int | None,
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
@@ -240,7 +242,7 @@ def profile(
     from vtexport.build import build_dense_twin
     from vtexport.bundle import Bundle
     from vtexport.console import stage_progress, stdout
-    from vtexport.report import profile_table
+    from vtexport.report import layer_table, profile_table
     from vtexport.show import check_destination
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -264,11 +266,16 @@ def profile(
             bucket=bucket,
             advance=progress.advance,
         )
+        if layers is not None:
+            progress.stage("measure layers")
+            report.layers = profiling.layer_times(bundle, batch=batch, new_tokens=new_tokens, bucket=bucket)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     if plot_file is not None:
         profiling.plot(report, plot_file)
     stdout.print(profile_table(report))
+    if layers is not None:
+        stdout.print(layer_table(report, layers))
 
 
 @cli.command("eval")
@@ -347,12 +354,12 @@ def doctor(as_json: bool) -> None:
     from dataclasses import asdict
 
     from vtexport.console import stdout
-    from vtexport.doctor import examine, native_kernels, tensorrt_plugins, versions
+    from vtexport.doctor import examine, kernels, versions
     from vtexport.report import health_tables
 
     if as_json:
         found = {"versions": versions(), "targets": [asdict(health) for health in examine()]}
-        native = {"native_kernels": asdict(native_kernels()), "tensorrt_plugins": asdict(tensorrt_plugins())}
+        native = {name.replace(" ", "_").lower(): asdict(state) for name, state in kernels().items()}
         click.echo(json.dumps({**found, **native}))
     else:
         stdout.print(health_tables())

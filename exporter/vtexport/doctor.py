@@ -35,6 +35,16 @@ def native_kernels() -> Availability:
     return Availability(False, "installed without a C++ compiler; install one, then vtexport again from its source")
 
 
+def cuda_kernels() -> Availability:
+    """Whether this installation has the CUDA kernels, and for which GPUs."""
+    from vtexport import native
+
+    if native.available("cuda"):
+        capabilities = ", ".join(map(str, native.architectures()))
+        return Availability(True, f"for compute capabilities {capabilities}, and as PTX for later ones")
+    return Availability(False, "installed without nvcc; install CUDA's toolkit, then vtexport again from its source")
+
+
 def tensorrt_plugins() -> Availability:
     """Whether this installation has the library of TensorRT plugins."""
     from vtexport.plugins import library
@@ -45,6 +55,15 @@ def tensorrt_plugins() -> Availability:
     return Availability(
         False, "needs nvcc and TensorRT's headers when vtexport is installed from source; set TENSORRT_ROOT to an SDK"
     )
+
+
+def kernels() -> dict[str, Availability]:
+    """What of `plugins/` this installation has."""
+    return {
+        "native kernels": native_kernels(),
+        "CUDA kernels": cuda_kernels(),
+        "TensorRT plugins": tensorrt_plugins(),
+    }
 
 
 def versions() -> dict[str, str]:

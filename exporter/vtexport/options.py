@@ -25,6 +25,27 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option("--clip", help="CLIP checkpoint with text tower for cdpruner: a folder or a hub id."),
     click.option("--seed", type=int, help="Which patches method random draws.  [default: 0]"),
 )
+_TARGET_FLAGS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--sm", help="GPU architectures of target tensorrt-rtx.  [default: 86,89,120]"),
+    click.option("--max-batch", type=int, help="Largest batch of a TensorRT target.  [default: 4]"),
+    click.option(
+        "--max-text", type=int, help="Most text tokens, prompt and answer, of a TensorRT target.  [default: 512]"
+    ),
+    click.option(
+        "--strip-weights",
+        is_flag=True,
+        default=None,
+        help="TensorRT: one copy of the weights for all plans, put in when opened.",
+    ),
+    click.option("--plugins/--no-plugins", default=None, help="TensorRT: pruning ops as plugins.  [default: plugins]"),
+    click.option(
+        "--version-compatible", is_flag=True, default=None, help="TensorRT: let later versions load the plans."
+    ),
+    click.option("--hardware-compatible", help="TensorRT: none, same-sm, or ampere+.  [default: none]"),
+    click.option(
+        "--timing-cache", type=click.Path(), help="TensorRT: a file of its measurements, read and written back."
+    ),
+)
 #: the parameters of `of_methods` that go to the method; `ranks` goes to the plan
 METHODS = (
     "layers",
@@ -42,7 +63,16 @@ METHODS = (
     "clip",
     "seed",
 )
-TARGETS = ("sm", "max_batch", "max_text")
+TARGETS = (
+    "sm",
+    "max_batch",
+    "max_text",
+    "strip_weights",
+    "plugins",
+    "version_compatible",
+    "hardware_compatible",
+    "timing_cache",
+)
 
 
 class KeepRatio(click.ParamType):  # type: ignore[type-arg]  # not generic before Click 8.4
@@ -69,13 +99,7 @@ def of_methods(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def of_targets(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags of targets to a command."""
-    for flag in (
-        click.option(
-            "--max-text", type=int, help="Most text tokens, prompt and answer, of a TensorRT target.  [default: 512]"
-        ),
-        click.option("--max-batch", type=int, help="Largest batch of a TensorRT target.  [default: 4]"),
-        click.option("--sm", help="GPU architectures of a TensorRT target, such as 86,89,120."),
-    ):
+    for flag in reversed(_TARGET_FLAGS):
         command = flag(command)
     return command
 

@@ -43,7 +43,7 @@ class Stats:
 class Side:
     """One bundle's measurements.
 
-    `first_token` is preprocess, vision (pruning included) and prefill of the same run together; `per_token` is one
+    `stages` are by the wall clock, `on_device` by the GPU's own where there is one. `first_token` is preprocess, vision (pruning included) and prefill of the same run together; `per_token` is one
     decode step of the whole batch. Memory is of a process of its own that opens the bundle and answers once.
     """
 
@@ -52,6 +52,7 @@ class Side:
     keep: float
     mean_visual_tokens: float
     stages: dict[str, Stats] = field(default_factory=dict)
+    on_device: dict[str, Stats] = field(default_factory=dict)
     gflops: dict[str, float] = field(default_factory=dict)
     cache_bytes: int = 0
     peak_memory_bytes: int = 0
@@ -59,7 +60,7 @@ class Side:
 
 @dataclass
 class Report:
-    """A profile; `speedup` is against / this, measured on medians and predicted by FLOPs."""
+    """A profile; `speedup` is against / this, measured on medians and predicted by FLOPs; `layers` see `layer_times`."""
 
     device: str
     versions: dict[str, str]
@@ -72,6 +73,7 @@ class Report:
     against: Side | None = None
     speedup: dict[str, float] = field(default_factory=dict)
     flops_speedup: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,6 +93,7 @@ class _Lane:
         plan = self.runner.plans[self.bucket]
         self.side = Side(label, plan.method, plan.keep, plan.mean_visual_tokens)
         self.times: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        self.device_times: dict[str, list[float]] = {}
         self.text_tokens = len(self.runner.prompter.prompt(QUESTION).token_ids)
 
     def _bucket(self, keep: float | None) -> int:
@@ -129,9 +132,12 @@ class _Lane:
             self.times["first_token"].append(preprocess + timings.vision + timings.prefill)
             self.times["per_token"] += timings.decode
             self.side.cache_bytes = timings.cache_bytes
+            for graph, spent in self.runner.engine.device_times().items():
+                self.device_times.setdefault(graph, []).append(spent)
 
     def finish(self, new_tokens: int) -> None:
         self.side.stages = {stage: Stats.of(times) for stage, times in self.times.items() if times}
+        self.side.on_device = {graph: Stats.of(times) for graph, times in self.device_times.items()}
         spec = self.runner.bundle.spec()
         flops = plan_flops(spec, self.runner.plans[self.bucket], self.text_tokens)
         self.side.gflops = {
@@ -142,6 +148,21 @@ class _Lane:
         }
         keep = None if self.runner.policy is None else self.side.keep
         self.side.peak_memory_bytes = peak_memory(self.folder, self.batch, new_tokens, keep)
+
+
+def layer_times(
+    folder: Path, *, batch: int = 1, new_tokens: int = 16, bucket: float | None = None
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of each graph's layers over one answer of the bundle in `folder`, the slowest first.
+
+    By the runtime's own profiler, which slows what it watches: shares count, sums do not. Arguments as for `profile`.
+    """
+    lane = _Lane(folder, str(folder), batch, bucket)
+    lane.run(new_tokens, record=False)
+    found = lane.runner.engine.layer_times(lambda: lane.run(new_tokens, record=False))
+    return {
+        graph: dict(sorted(layers.items(), key=lambda layer: -layer[1])) for graph, layers in found.items() if layers
+    }
 
 
 def profile(

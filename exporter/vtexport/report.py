@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vtexport.bundle import Bundle
-from vtexport.doctor import examine, native_kernels, tensorrt_plugins, versions
+from vtexport.doctor import examine, kernels, versions
 from vtexport.evaluate import Score
 from vtexport.models.prompt import Prompter
 from vtexport.models.resolve import read_recipe, recipe_names
@@ -189,7 +189,25 @@ def profile_table(report: Report) -> RenderableType:
             predicted = report.flops_speedup.get(stage)
             cells += [f"{report.speedup[stage]:.2f}x", "" if predicted is None else f"{predicted:.2f}x"]
         table.add_row(stage.replace("_", " "), *cells)
+    for graph in report.this.on_device:
+        cells = [f"{v:.2f}" if v else "" for side in sides for v in _device_row(side, graph)]
+        table.add_row(f"{graph} on the GPU", *cells)
     return Group(table, "", _facts([_side_row(side) for side in sides]), _conditions(report))
+
+
+def _device_row(side: Side, graph: str) -> list[float]:
+    found = side.on_device.get(graph)
+    return [0.0, 0.0, 0.0] if found is None else list(vars(found).values())
+
+
+def layer_table(report: Report, number: int) -> RenderableType:
+    """What `vtexport profile --layers` prints besides."""
+    table = _table("graph", "layer", "ms", "of the graph")
+    for graph, layers in report.layers.items():
+        total = sum(layers.values())
+        for name, spent in list(layers.items())[:number]:
+            table.add_row(graph, name, f"{spent:.3f}", f"{spent / total:.1%}")
+    return Group("", table, "one answer, under the runtime's own profiler, which slows what it watches")
 
 
 def _side_row(side: Side) -> tuple[str, str]:
@@ -267,6 +285,6 @@ def health_tables() -> RenderableType:
     for health in examine():
         for what, state in (("build", health.build), ("run", health.run)):
             rows.append((f"{health.name} {what}", f"{'works' if state.works else 'does not work'}: {state.reason}"))
-    for what, state in (("native kernels", native_kernels()), ("TensorRT plugins", tensorrt_plugins())):
+    for what, state in kernels().items():
         rows.append((what, f"{'built' if state.works else 'not built'}: {state.reason}"))
     return Group(_facts(rows), "", _facts(list(versions().items())))

@@ -19,7 +19,7 @@ from vtexport.models.clip import ClipTokenizer
 from vtexport.models.prompt import Prompter
 from vtexport.pruning import PruningPlan, methods_of
 from vtexport.targets import get_target
-from vtexport.targets.base import Array
+from vtexport.targets.base import Array, Compiled
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class Runner:
         self.bundle = bundle
         self.plans: list[PruningPlan] = manifest.pruning_plans()
         self.policy = manifest.policy()
-        self.engine = target.open(bundle.folder, manifest.target.graphs, threads)
+        compiled = Compiled(manifest.target.graphs, manifest.target.versions, manifest.target.facts)
+        self.engine = target.open(bundle.folder, compiled, threads)
         self.prompter = Prompter(bundle.processor_folder, manifest.model.image_token_id, manifest.model.image_size)
         vision, _ = methods_of(self.plan.method)
         self.questions = None

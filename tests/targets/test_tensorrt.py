@@ -14,7 +14,7 @@ from vtexport.bundle import Bundle
 from vtexport.errors import InputError, TargetError
 from vtexport.pruning import METHODS
 from vtexport.runtime import Runner
-from vtexport.targets.tensorrt.target import TensorRTRTXTarget, parse_architectures
+from vtexport.targets.tensorrt.rtx import TensorRTRTXTarget, parse_architectures
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="the extra tensorrt-rtx is not installed")
 
@@ -81,12 +81,12 @@ def test_running_without_a_gpu_is_a_clear_error(built: tuple[Bundle, Recorder]) 
 
 
 @pytest.mark.parametrize("method", [*METHODS, "fastervlm+sparsevlm"])
-def test_every_method_builds(method: str, tmp_path: Path) -> None:
-    keep = 1.0 if method == "dense" else 0.4
+def test_every_method_builds(method: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    keep = 1.0 if method == "dense" else 0.7
     dtype = "fp16" if method in ("sparsevlm", "visionzip") else "fp32"
-    own = {"clip": str(random_clip(tmp_path / "clip", 5, 128))} if method == "cdpruner" else {}
+    own = {"clip": str(random_clip(tmp_path / "clip", 5, 48))} if method == "cdpruner" else {}
     options = BuildOptions(
-        str(MICRO), keep, method, target="tensorrt-rtx", dtype=dtype, method_options=own, verify=False
+        str(tiny_checkpoint), keep, method, target="tensorrt-rtx", dtype=dtype, method_options=own, verify=False
     )
     bundle = build(options, tmp_path / "bundle")
     assert all((bundle.folder / path).stat().st_size > 10_000 for path in bundle.manifest.target.graphs.values())
@@ -100,15 +100,17 @@ def test_keep_auto_builds(tmp_path: Path) -> None:
 
 
 def test_tensorrts_refusal_becomes_ours(tmp_path: Path) -> None:
-    from vtexport.targets.tensorrt.builder import Build, build_plan
+    from vtexport.targets.tensorrt.bindings import bindings
+    from vtexport.targets.tensorrt.builder import Build, Settings, build_plan
 
     x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in "xy")
     graph = onnx.helper.make_graph([onnx.helper.make_node("NoSuchOp", ["x"], ["y"])], "strange", [x], [y])
     source = tmp_path / "strange.onnx"
     onnx.save(onnx.helper.make_model(graph), source)
-    job = Build("vision", (89,), {}, lambda _text, _total: None, lambda _steps: None, lambda _text: None)
+    settings = Settings(architectures=(89,))
+    job = Build("vision", {}, settings, lambda _text, _total: None, lambda _steps: None, lambda _text: None)
     with pytest.raises(TargetError, match="TensorRT cannot parse vision"):
-        build_plan(source, job)
+        build_plan(bindings("tensorrt_rtx_bindings"), source, job)
 
 
 def test_architectures() -> None:
@@ -119,6 +121,14 @@ def test_architectures() -> None:
         parse_architectures("75")
 
 
+def test_stripping_needs_a_gpu() -> None:
+    target = TensorRTRTXTarget()
+    if target.can_run().works:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match="works on a machine with a GPU only"):
+        target.check_options({**target.options, "strip_weights": 1})
+
+
 @pytest.mark.parametrize("name", ["max_batch", "max_text"])
 def test_profiles_need_room(name: str) -> None:
     target = TensorRTRTXTarget()
@@ -127,10 +137,9 @@ def test_profiles_need_room(name: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not TensorRTRTXTarget().can_run().works, reason="needs an RTX GPU")
 def test_plans_run_on_a_gpu(built: tuple[Bundle, Recorder], micro_runner: Runner, photo: Path) -> None:
     from PIL import Image
 
-    if not TensorRTRTXTarget().can_run().works:
-        pytest.skip("needs an RTX GPU")
     pair = (Image.open(photo).convert("RGB"), "how many digits are there?")
     assert Runner.open(built[0].folder).ask([pair])[0].text == micro_runner.ask([pair])[0].text

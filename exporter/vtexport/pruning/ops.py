@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef  # type: ignore[attr-defined]  # it says itself where it is from
 
 from vtexport import native
 from vtexport.pruning import plain
 from vtexport.pruning.onnx_node import PRUNING, node, nodes
 
 
-def _registered(name: str) -> Any:
+def _registered(name: str) -> CustomOpDef:
     """Op `name`: PyTorch's arithmetic, and on a GPU the native kernel."""
     arithmetic: Callable[..., Any] = getattr(plain, name)
     op = torch.library.custom_op(f"vtexport::{name}", arithmetic, mutates_args=())

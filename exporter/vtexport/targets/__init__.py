@@ -5,9 +5,12 @@ from __future__ import annotations
 from vtexport.errors import InputError
 from vtexport.targets.base import Target
 from vtexport.targets.onnxruntime.target import OnnxRuntimeTarget
-from vtexport.targets.tensorrt.target import TensorRTRTXTarget
+from vtexport.targets.tensorrt.full import TensorRTTarget
+from vtexport.targets.tensorrt.rtx import TensorRTRTXTarget
 
-TARGETS: dict[str, Target] = {target.name: target for target in (OnnxRuntimeTarget(), TensorRTRTXTarget())}
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (OnnxRuntimeTarget(), TensorRTRTXTarget(), TensorRTTarget())
+}
 DEFAULT_TARGET = OnnxRuntimeTarget.name
 
 __all__ = ["DEFAULT_TARGET", "TARGETS", "Target", "get_target"]

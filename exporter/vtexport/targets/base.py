@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vtexport.pruning import PruningPlan
 
 Array = np.ndarray[Any, Any]
+#: milliseconds of each graph's layers by their names, over all its calls
+LayerTimes = Mapping[str, Mapping[str, float]]
 #: the weights of a folder's graphs, while they are compiled and in bundles whose runtime reads them
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -141,6 +143,14 @@ class Engine(Protocol):
         """
         ...
 
+    def device_times(self) -> Mapping[str, float]:
+        """Milliseconds of each graph's last call on the device itself; empty where the runtime is on the CPU."""
+        ...
+
+    def layer_times(self, call: Callable[[], None]) -> LayerTimes:
+        """Run `call`, which uses this engine, under the runtime's own profiler."""
+        ...
+
 
 @dataclass(frozen=True)
 class CompileJob:
@@ -197,12 +207,16 @@ class Target(Protocol):
         """Turn the graphs of `job` into what the runtime loads, in `job.folder`."""
         ...
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path, compiled: Compiled) -> None:
         """Remove from the bundle what only compiling and verifying needed."""
         ...
 
-    def open(self, folder: Path, files: Mapping[str, str], threads: int) -> Engine:
-        """Open the compiled files; `threads` 0 leaves the number to the runtime."""
+    def open(self, folder: Path, compiled: Compiled, threads: int) -> Engine:
+        """Open what was compiled; `threads` 0 leaves the number to the runtime.
+
+        Raises:
+            TargetError: it was compiled for another version or device than there is here.
+        """
         ...
 
 

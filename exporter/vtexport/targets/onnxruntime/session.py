@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,16 @@ import numpy as np
 import onnxruntime as ort
 
 from vtexport.errors import TargetError, first_line
-from vtexport.targets.base import Array, Cache, PrefillInput, PrefillOutput, VisionOutput, prefill_names, vision_feeds
+from vtexport.targets.base import (
+    Array,
+    Cache,
+    LayerTimes,
+    PrefillInput,
+    PrefillOutput,
+    VisionOutput,
+    prefill_names,
+    vision_feeds,
+)
 
 
 @dataclass
@@ -37,6 +48,7 @@ class OrtEngine:
     def __init__(self, folder: Path, files: Mapping[str, str], threads: int = 0) -> None:
         self._paths = {name: folder / file for name, file in files.items()}
         self._threads = threads
+        self._traces: Path | None = None
         self._sessions: dict[str, Any] = {}
 
     def load(self) -> None:
@@ -49,6 +61,9 @@ class OrtEngine:
             options = ort.SessionOptions()
             options.intra_op_num_threads = self._threads
             options.log_severity_level = 3
+            if self._traces is not None:
+                options.enable_profiling = True
+                options.profile_file_prefix = str(self._traces / name)
             try:
                 self._sessions[name] = ort.InferenceSession(
                     self._paths[name], options, providers=["CPUExecutionProvider"]
@@ -59,6 +74,19 @@ class OrtEngine:
                     f"ONNX Runtime cannot load {self._paths[name]} ({first}); build the bundle again"
                 ) from error
         return self._sessions[name]
+
+    def device_times(self) -> dict[str, float]:
+        return {}
+
+    def layer_times(self, call: Callable[[], None]) -> LayerTimes:
+        plain, self._sessions = self._sessions, {}
+        with tempfile.TemporaryDirectory() as folder:
+            self._traces = Path(folder)
+            try:
+                call()
+                return {name: _node_times(Path(session.end_profiling())) for name, session in self._sessions.items()}
+            finally:
+                self._traces, self._sessions = None, plain
 
     def vision(self, pixels: Array, question_ids: Array | None = None) -> VisionOutput:
         session = self.session("vision")
@@ -107,3 +135,13 @@ class OrtEngine:
         cache.position[:] = position
         self.session("decode").run_with_iobinding(cache.binding)
         return cache.logits
+
+
+def _node_times(trace: Path) -> dict[str, float]:
+    """Milliseconds of each node, from a trace that ONNX Runtime wrote."""
+    times: dict[str, float] = {}
+    for event in json.loads(trace.read_bytes()):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            label = f"{event['name'].removesuffix('_kernel_time')} ({event['args']['op_name']})"
+            times[label] = times.get(label, 0.0) + event["dur"] / 1000
+    return times

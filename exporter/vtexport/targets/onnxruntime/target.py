@@ -45,10 +45,10 @@ class OnnxRuntimeTarget:
             ir.save(model, job.folder / files[name])
         return Compiled(files, {"onnxruntime": onnxruntime.__version__})
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path, compiled: Compiled) -> None:
         """Graphs and weights are the bundle."""
 
-    def open(self, folder: Path, files: Mapping[str, str], threads: int) -> Engine:
+    def open(self, folder: Path, compiled: Compiled, threads: int) -> Engine:
         from vtexport.targets.onnxruntime.session import OrtEngine
 
-        return OrtEngine(folder, files, threads)
+        return OrtEngine(folder, compiled.files, threads)

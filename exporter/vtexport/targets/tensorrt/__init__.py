@@ -1,1 +1,1 @@
-"""TensorRT engines; today through TensorRT for RTX, which builds without a GPU."""
+"""TensorRT engines: full TensorRT with the plugins, and TensorRT for RTX, which builds without a GPU."""

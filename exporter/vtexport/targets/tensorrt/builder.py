@@ -1,23 +1,34 @@
-"""ONNX file -> TensorRT plan, with TensorRT's progress and messages shown as vtexport's own.
-
-The plugins are never registered here: TensorRT for RTX's parser ends the process on a node that resolves to one.
-"""
+"""ONNX file -> TensorRT plan, with TensorRT's progress and messages shown as vtexport's own."""
 
 from __future__ import annotations
 
-import functools
-import re
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tensorrt_rtx_bindings as trt
+from vtexport.errors import InputError, TargetError
+from vtexport.targets.tensorrt.bindings import Bindings
 
-from vtexport.errors import TargetError
 
-# Said of every int64 input; vtexport feeds int64, nothing is for the user to do.
-_BINDING = re.compile(r"Make sure input \S+ has Int64 binding")
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every plan of a bundle.
+
+    Attributes:
+        architectures: compute capabilities to build for, such as 89, where TensorRT builds ahead of time; none: this GPU.
+        version_compatible: whether later TensorRTs can load the plan.
+        hardware: a name of `HardwareCompatibilityLevel`.
+        strip_weights: leave the weights out of the plan; they are put back when it is opened.
+        timing_cache: a file of TensorRT's measurements, read if it is there and written back.
+    """
+
+    architectures: Sequence[int] = ()
+    version_compatible: bool = False
+    hardware: str = "NONE"
+    strip_weights: bool = False
+    timing_cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -26,89 +37,33 @@ class Build:
 
     Attributes:
         name: the graph's name, for messages.
-        architectures: compute capabilities, such as 89.
         shapes: input -> its smallest, usual and largest shape.
+        settings: see there.
         report: called with (line, steps) when a phase begins.
         advance: called as its steps are done.
         warn: called with TensorRT's warnings and errors.
     """
 
     name: str
-    architectures: Sequence[int]
     shapes: Mapping[str, tuple[Any, Any, Any]]
+    settings: Settings
     report: Callable[[str, int | None], None]
     advance: Callable[[int], None]
     warn: Callable[[str], None]
 
 
-def version() -> str:
-    """The version of TensorRT for RTX."""
-    return str(trt.__version__)
-
-
-class _Logger(trt.ILogger):  # type: ignore[misc]
-    """Keeps errors for the exception, hands warnings on once each."""
-
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.errors: list[str] = []
-        self.warn: Callable[[str], None] = lambda _text: None
-        self._said: set[str] = set()
-
-    def begin(self, warn: Callable[[str], None]) -> None:
-        """A new build: its warnings go to `warn`."""
-        self.errors, self.warn, self._said = [], warn, set()
-
-    def log(self, severity: Any, message: str) -> None:
-        text = " ".join(message.split())
-        if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-            self.errors.append(text)
-        elif severity == trt.ILogger.WARNING and text not in self._said and not _BINDING.search(text):
-            self._said.add(text)
-            self.warn(f"TensorRT: {text}")
-
-
-class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-    """Shows the outermost phase of the build as a stage."""
-
-    def __init__(self, build: Build) -> None:
-        trt.IProgressMonitor.__init__(self)
-        self._build = build
-        self._root: str | None = None
-
-    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        if self._root is None and not parent_phase:
-            self._root = phase_name
-            self._build.report(f"compile {self._build.name}: {phase_name}", num_steps)
-
-    def step_complete(self, phase_name: str, step: int) -> bool:
-        if phase_name == self._root:
-            self._build.advance(1)
-        return True
-
-    def phase_finish(self, phase_name: str) -> None:
-        if phase_name == self._root:
-            self._root = None
-
-
-@functools.cache
-def _logger() -> _Logger:
-    """TensorRT keeps one logger a process: the first that is given."""
-    return _Logger()
-
-
-def build_plan(source: Path, build: Build) -> bytes:
+def build_plan(bindings: Bindings, source: Path, build: Build) -> bytes:
     """Compile the ONNX file `source`, strongly typed, into a serialized plan.
 
     Raises:
         TargetError: TensorRT refused; the message carries TensorRT's own first error.
+        InputError: the timing cache is another machine's.
     """
-    logger = _logger()
+    trt, logger, settings = bindings.trt, bindings.logger, build.settings
     logger.begin(build.warn)
 
     def refused(step: str) -> TargetError:
-        reason = logger.errors[0] if logger.errors else "no reason given"
-        return TargetError(f"TensorRT cannot {step} {build.name} ({reason}); please report this model")
+        return TargetError(f"TensorRT cannot {step} {build.name} ({bindings.first_error}); please report this model")
 
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -117,18 +72,80 @@ def build_plan(source: Path, build: Build) -> bytes:
         logger.errors[:0] = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise refused("parse")
     config = builder.create_builder_config()
-    monitor = _Monitor(build)
+    monitor = _monitor(trt, build)
     config.progress_monitor = monitor
-    config.num_compute_capabilities = len(build.architectures)
-    for place, number in enumerate(build.architectures):
+    # Layers are then timed under their names.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if settings.architectures:
+        config.num_compute_capabilities = len(settings.architectures)
+    for place, number in enumerate(settings.architectures):
         if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), place):
             raise refused(f"target compute capability {number} for")
+    # TensorFloat-32 has too few digits: scores would rank other tokens than on other targets.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if settings.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, settings.hardware)
+    if settings.strip_weights:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        # The weights that come back are the same ones, so that TensorRT may still choose kernels by their values.
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     profile = builder.create_optimization_profile()
     for name, (low, usual, high) in build.shapes.items():
         profile.set_shape(name, low, usual, high)
     if config.add_optimization_profile(profile) < 0:
         raise refused("use the profile of")
+    if settings.timing_cache is not None:
+        read_timings(config, settings.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise refused("build")
+    if settings.timing_cache is not None:
+        write_timings(config, settings.timing_cache)
     return bytes(plan)
+
+
+def _monitor(trt: Any, build: Build) -> Any:
+    """Shows the outermost phase of the build as a stage."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.root: str | None = None
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if self.root is None and not parent_phase:
+                self.root = phase_name
+                build.report(f"compile {build.name}: {phase_name}", num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name == self.root:
+                build.advance(1)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            if phase_name == self.root:
+                self.root = None
+
+    return Monitor()
+
+
+def read_timings(config: Any, path: Path) -> None:
+    """Let a build begin with the measurements in `path`, if it exists."""
+    try:
+        known = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise InputError(f"--timing-cache {path} cannot be read ({error.strerror}); give another file") from error
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise InputError(
+            f"--timing-cache {path} is no timing cache of this GPU and TensorRT; give another file, or none"
+        )
+
+
+def write_timings(config: Any, path: Path) -> None:
+    """Leave a build's measurements in `path`."""
+    # Under another name first: builds that run at the same time never see half a file.
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    written.write_bytes(bytes(config.get_timing_cache().serialize()))
+    written.replace(path)

@@ -1,39 +1,64 @@
 """Running TensorRT plans on a GPU, memory and stream by PyTorch.
 
-Written against TensorRT's documented API; vtexport's own tests have no RTX GPU and never ran it.
+Written against TensorRT's documented API; vtexport's own tests have had no GPU and never ran it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorrt_rtx_bindings as trt
 import torch
 
 from vtexport.errors import TargetError
-from vtexport.targets.base import Array, Cache, PrefillInput, PrefillOutput, VisionOutput, prefill_names, vision_feeds
-from vtexport.targets.tensorrt.builder import _logger
+from vtexport.targets.base import (
+    Array,
+    Cache,
+    LayerTimes,
+    PrefillInput,
+    PrefillOutput,
+    VisionOutput,
+    prefill_names,
+    vision_feeds,
+)
+from vtexport.targets.tensorrt.bindings import Bindings
 
 _DTYPES = {
-    trt.float32: torch.float32,
-    trt.float16: torch.float16,
-    trt.int32: torch.int32,
-    trt.int64: torch.int64,
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
 }
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How plans were built: without their weights, with code for later versions."""
+
+    stripped: bool = False
+    host_code: bool = False
 
 
 @dataclass
 class CudaCache:
-    """Two sets of buffers [B, G, capacity, D]: a step reads one and writes the other."""
+    """Two sets of buffers [B, G, capacity, D]: a step reads one and writes the other.
+
+    From the third step on each direction is a CUDA graph, replayed: what a step reads besides lies in `inputs`, which
+    keep their places.
+    """
 
     front: dict[str, Any]
     back: dict[str, Any]
-    image_position: Array | None = None
+    inputs: dict[str, Any]
     ranking: Array | None = None
+    steps: int = 0
+    outputs: list[dict[str, Any]] = field(default_factory=lambda: [{}, {}])
+    graphs: list[Any] = field(default_factory=lambda: [None, None])
 
     @property
     def nbytes(self) -> int:
@@ -43,15 +68,29 @@ class CudaCache:
 class _Graph:
     """A deserialized plan with its execution context."""
 
-    def __init__(self, path: Path) -> None:
-        runtime = trt.Runtime(_logger())
+    def __init__(self, bindings: Bindings, path: Path, how: Opening) -> None:
+        trt = bindings.trt
+        bindings.logger.begin()
+        runtime = trt.Runtime(bindings.logger)
+        runtime.engine_host_code_allowed = how.host_code
         self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
-            reason = _logger().errors[-1] if _logger().errors else "no reason given"
-            raise TargetError(f"TensorRT cannot load {path} ({reason}); build it for this GPU with --sm")
+            raise TargetError(
+                f"TensorRT cannot load {path} ({bindings.first_error}); build the bundle again on this GPU"
+            )
+        if how.stripped:
+            _refit(bindings, self.engine, path.with_suffix(".onnx"))
         self.context = self.engine.create_execution_context()
-        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
-        self.outputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
+        if self.context is None:
+            raise TargetError(f"TensorRT has no memory to run {path} ({bindings.first_error}); free some on this GPU")
+        self._kinds = {}
+        self.outputs = []
+        for number in range(self.engine.num_io_tensors):
+            name = self.engine.get_tensor_name(number)
+            self._kinds[name] = _DTYPES[self.engine.get_tensor_dtype(name).name]
+            if self.engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT:
+                self.outputs.append(name)
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Run on the current stream; outputs not given are allocated."""
@@ -62,20 +101,46 @@ class _Graph:
         for name in self.outputs:
             if name not in results:
                 shape = tuple(self.context.get_tensor_shape(name))
-                kind = _DTYPES[self.engine.get_tensor_dtype(name)]
-                results[name] = torch.empty(shape, dtype=kind, device="cuda")
+                results[name] = torch.empty(shape, dtype=self._kinds[name], device="cuda")
             self.context.set_tensor_address(name, results[name].data_ptr())
-        if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise TargetError("TensorRT failed to run the engine; build it for this GPU with --sm")
+        self.timed(self.enqueue)
         return results
+
+    def enqueue(self) -> None:
+        """Run once more, on the shapes and addresses set last."""
+        if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise TargetError("TensorRT failed to run the engine; build the bundle again on this GPU")
+
+    def timed(self, call: Callable[[], None]) -> None:
+        """Run `call` between two events on the current stream."""
+        self._start.record()
+        call()
+        self._end.record()
+
+    @property
+    def milliseconds(self) -> float:
+        """On the GPU, of the last call; waits for it."""
+        self._end.synchronize()
+        return float(self._start.elapsed_time(self._end))
+
+
+def _refit(bindings: Bindings, engine: Any, source: Path) -> None:
+    """Put the weights of the ONNX file `source` into an engine that was built without them."""
+    trt = bindings.trt
+    refitter = trt.Refitter(engine, bindings.logger)
+    parser = trt.OnnxParserRefitter(refitter, bindings.logger)
+    if not parser.refit_from_file(str(source)) or not refitter.refit_cuda_engine():
+        raise TargetError(f"TensorRT cannot put the weights of {source} back ({bindings.first_error}); build again")
 
 
 class TensorRTEngine:
     """The plans of a bundle on the current GPU."""
 
-    def __init__(self, paths: Mapping[str, Path]) -> None:
-        self._paths = paths
+    def __init__(self, bindings: Bindings, paths: Mapping[str, Path], how: Opening) -> None:
+        self._bindings, self._paths, self._how = bindings, paths, how
         self._graphs: dict[str, _Graph] = {}
+        self._profiling = False
+        self._ran: set[str] = set()
 
     def load(self) -> None:
         for name in self._paths:
@@ -83,17 +148,20 @@ class TensorRTEngine:
 
     def _graph(self, name: str) -> _Graph:
         if name not in self._graphs:
-            self._graphs[name] = _Graph(self._paths[name])
+            self._graphs[name] = _Graph(self._bindings, self._paths[name], self._how)
+        self._ran.add(name)
         return self._graphs[name]
 
+    def device_times(self) -> dict[str, float]:
+        return {name: self._graphs[name].milliseconds for name in self._ran if name in self._graphs}
+
     def vision(self, pixels: Array, question_ids: Array | None = None) -> VisionOutput:
-        feeds = vision_feeds(pixels, question_ids)
-        found = self._graph("vision").run({name: torch.from_numpy(array).cuda() for name, array in feeds.items()})
+        found = self._graph("vision").run(_on_gpu(vision_feeds(pixels, question_ids)))
         return VisionOutput({name: tensor.cpu().numpy() for name, tensor in found.items()})
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
         graph = self._graph(prefill_names(len(self._paths) - 2)[bucket])
-        found = graph.run({n: torch.from_numpy(a).cuda() for n, a in inputs.feeds().items()})
+        found = graph.run(_on_gpu(inputs.feeds()))
         front, back, stages = {}, {}, {}
         for name, tensor in found.items():
             if not name.startswith("present."):
@@ -104,20 +172,77 @@ class TensorRTEngine:
             room[:, :, :tokens] = tensor
             front[name], back[name] = room, torch.empty_like(room)
         logits = stages.pop("logits")
-        return PrefillOutput(
-            logits, CudaCache(front, back, inputs.image_position if "ranking" in stages else None), stages
-        )
+        layers, rows = len(front) // 2, len(logits)
+        shapes = {"input_ids": (rows, 1), "length": (layers, rows), "position": (layers, rows)}
+        fixed = {name: torch.zeros(shape, dtype=torch.int64, device="cuda") for name, shape in shapes.items()}
+        if "ranking" in stages:
+            fixed |= _on_gpu({"image_position": inputs.image_position})
+        return PrefillOutput(logits, CudaCache(front, back, fixed), stages)
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
         assert isinstance(cache, CudaCache)
-        arrays = {"input_ids": tokens[:, None], "length": length, "position": position}
-        if cache.image_position is not None:
-            arrays["image_position"] = cache.image_position
-        inputs = {n: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)).cuda() for n, a in arrays.items()}
-        inputs |= {name.replace("present", "past"): buffer for name, buffer in cache.front.items()}
-        found = self._graph("decode").run(inputs, cache.back)
+        for name, array in {"input_ids": tokens[:, None], "length": length, "position": position}.items():
+            cache.inputs[name].copy_(torch.from_numpy(np.array(array, dtype=np.int64)))
+        graph, direction = self._graph("decode"), cache.steps % 2
+        replay = cache.graphs[direction]
+        if replay is not None and not self._profiling:
+            graph.timed(replay.replay)
+        else:
+            past = {name.replace("present", "past"): buffer for name, buffer in cache.front.items()}
+            known = {**cache.outputs[direction], **cache.back}
+            cache.outputs[direction] = graph.run({**cache.inputs, **past}, known)
+            # TensorRT wants to have run once in this shape before it is captured.
+            if cache.steps >= 2 and not self._profiling:
+                cache.graphs[direction] = _captured(graph)
+        found = cache.outputs[direction]
         logits: Array = found["logits"].cpu().numpy()
         if "ranking" in found:
             cache.ranking = found["ranking"].cpu().numpy()
         cache.front, cache.back = cache.back, cache.front
+        cache.steps += 1
         return logits
+
+    def layer_times(self, call: Callable[[], None]) -> LayerTimes:
+        times: dict[str, dict[str, float]] = {}
+        self.load()
+        with self._profilers(times):
+            call()
+        return times
+
+    @contextmanager
+    def _profilers(self, times: dict[str, dict[str, float]]) -> Iterator[None]:
+        trt = self._bindings.trt
+
+        class Profiler(trt.IProfiler):  # type: ignore[misc,name-defined]
+            def __init__(self, layers: dict[str, float]) -> None:
+                trt.IProfiler.__init__(self)
+                self.layers = layers
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                self.layers[layer_name] = self.layers.get(layer_name, 0.0) + ms
+
+        # Contexts do not own their profilers.
+        profilers = {name: Profiler(times.setdefault(name, {})) for name in self._graphs}
+        for name, graph in self._graphs.items():
+            graph.context.profiler = profilers[name]
+        self._profiling = True
+        try:
+            yield
+        finally:
+            self._profiling = False
+            # A profiler cannot be taken off a context again; a new context has none.
+            for graph in self._graphs.values():
+                graph.context = graph.engine.create_execution_context()
+
+
+def _on_gpu(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    return {name: torch.from_numpy(np.ascontiguousarray(array)).cuda() for name, array in arrays.items()}
+
+
+def _captured(graph: _Graph) -> Any:
+    """The call that `graph` made last, as a CUDA graph."""
+    captured = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(captured):
+        graph.enqueue()
+    return captured
