@@ -1,38 +1,46 @@
 """What pruning saves on a GPU, before any engine: the graphs as PyTorch runs them, at a real geometry, random weights.
 
-    python benchmarks/gpu.py [--geometry llava-1.5-7b] [--device cuda] [--batch 1] [--text 64] [--runs 20] [--json FILE]
+    python benchmarks/gpu.py [--geometry llava-1.5-7b] [--device cuda] [--methods sparsevlm,fastervlm,…] [--batch 1]
+        [--text 64] [--runs 20] [--json FILE]
 
-Dense against every budget of SparseVLM's released schedules (as keep ratios, so that any depth has them) and fastervlm at
-the same mean tokens: vision tower, prefill and decode, bf16, PyTorch's fused attention, each captured in a CUDA graph where
-it can be; the pruning ops alone; KV cache and peak memory. Both sides of every ratio are measured in one run, in turns.
-Prints a Markdown table; the last line is one JSON object. `--geometry tiny --device cpu` tries the script itself.
+First the ops of one stage: native kernels, eager PyTorch, torch.compile, and the share of the GPU's limits that the kernels
+reach. Then dense against every method at every budget of SparseVLM's released schedules (as keep ratios, so that any depth
+has them): vision tower, prefill and decode, bf16, PyTorch's fused attention, each captured in a CUDA graph where it can be;
+the pruning ops alone; KV cache and peak memory. Both sides of every ratio are measured in one run, in turns. Prints Markdown
+tables; the last line is one JSON object. `--geometry tiny --device cpu` tries the script itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from clock import Clock, captured, in_turns
+from kernels import kernel_table, measure_kernels
 from torch import Tensor, nn
 
+from vtexport import native
+from vtexport.errors import InputError
 from vtexport.graph.graphs import DecodeGraph, PrefillGraph, VisionGraph
 from vtexport.models.llava import rope_tables, spec_from_config
 from vtexport.models.spec import ModelSpec
-from vtexport.pruning import PruningPlan, ops, planner
+from vtexport.pruning import METHODS, PruningPlan, ops, planner
 from vtexport.pruning.schedule import Recycling
 
-WARM_UP = 3
 # Mean visual tokens of SparseVLM's schedules 192, 128 and 64, as shares of 576.
 KEEPS = (206.5 / 576, 145.4 / 576, 82.3 / 576)
+# The others wait for another model, or for a calibration.
+DEFAULT_METHODS = [method for method in METHODS if method not in ("dense", "cdpruner", "exit", "sgl")]
+# Those whose pruning is the ops alone, which are then measured alone too.
+PRICED = ("sparsevlm", "fastv", "pyramiddrop", "fastervlm", "vtc-cls", "random")
 _CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 _VICUNA = {"vocab_size": 32064, "max_position_embeddings": 4096, "eos_token_id": 2}
 GEOMETRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -55,14 +63,14 @@ GEOMETRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Side:
-    """One plan's medians in milliseconds; `captured` says whether prefill ran as a CUDA graph."""
+    """One plan's medians in milliseconds; `captured` says whether prefill ran as a CUDA graph, `pruning` is the ops alone."""
 
     name: str
     mean_visual_tokens: float
     vision: float
     prefill: float
     per_token: float
-    pruning: float
+    pruning: float | None
     cache_bytes: int
     captured: bool
 
@@ -97,44 +105,6 @@ def filled(module: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
             else:
                 parameter.normal_(std=0.02, generator=generator)
     return module.eval().requires_grad_(False)
-
-
-class Clock:
-    """Milliseconds of a call on the device."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def __call__(self, call: Callable[[], Any]) -> float:
-        if not self.cuda:
-            began = time.perf_counter()
-            call()
-            return 1000 * (time.perf_counter() - began)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-
-
-def captured(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], bool]:
-    """`call` as a CUDA graph, and True; itself, and False, where there is no GPU or it synchronises inside."""
-    if device != "cuda":
-        return call, False
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return call, False
-    return graph.replay, True
 
 
 class Bench:
@@ -173,7 +143,7 @@ class Bench:
             "vision": lambda: vision(pixels),
             "prefill": lambda: prefill(ids, on((self.batch,), 5), on((self.batch,), self.text), visual),
             "per_token": lambda: self.decode(ids[:, :1], length, length, past),
-            "pruning": self._pruning(plan),
+            **({"pruning": self._pruning(plan)} if plan.method in PRICED else {}),
         }
 
     def _pruning(self, plan: PruningPlan) -> Callable[[], Any]:
@@ -208,30 +178,25 @@ class Bench:
         return 2 * self.batch * rows * d.num_kv_heads * d.head_size * self.dtype.itemsize
 
 
-def measure(bench: Bench, runs: int) -> list[Side]:
-    """All sides in turns: drift of the machine meets them alike."""
+def measure(bench: Bench, methods: Sequence[str], runs: int) -> list[Side]:
+    """All sides in turns: drift of the machine meets them alike. Budgets that a method cannot reach are left out."""
     plan_of = planner(bench.spec)
     plans = {"dense": plan_of("dense", keep=1.0)}
     for keep in KEEPS:
-        for method in ("sparsevlm", "fastervlm"):
-            plans[f"{method} {keep:.3f}"] = plan_of(method, keep=keep)
-    clock = Clock(bench.device)
+        for method in methods:
+            with contextlib.suppress(InputError):
+                plans[f"{method} {keep:.3f}"] = plan_of(method, keep=keep)
     ready = {
         name: {part: captured(call, bench.device) for part, call in bench.calls(plan).items()}
         for name, plan in plans.items()
     }
-    times: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name, parts in ready.items()}
-    for run in range(WARM_UP + runs):
-        for name, parts in ready.items():
-            for part, (call, _) in parts.items():
-                spent = clock(call)
-                if run >= WARM_UP:
-                    times[name][part].append(spent)
+    calls = {(name, part): call for name, parts in ready.items() for part, (call, _) in parts.items()}
+    times = in_turns(calls, Clock(bench.device), runs)
     return [
         Side(
             name=name,
             mean_visual_tokens=plan.mean_visual_tokens,
-            **{part: median(spent) for part, spent in times[name].items()},
+            **{part: times.get((name, part)) for part in ("vision", "prefill", "per_token", "pruning")},
             cache_bytes=bench.cache_bytes(plan),
             captured=ready[name]["prefill"][1],
         )
@@ -249,7 +214,7 @@ def table(sides: list[Side]) -> str:
     for side in sides:
         faster = f"{side.prefill:.2f} ({1 - side.prefill / dense.prefill:.0%})"
         first = f"{side.first_token:.2f} ({1 - side.first_token / dense.first_token:.0%})"
-        share = f"{side.pruning:.3f} ({side.pruning / side.prefill:.1%})" if side is not dense else ""
+        share = "" if side.pruning is None else f"{side.pruning:.3f} ({side.pruning / side.prefill:.1%})"
         lines.append(
             f"| {side.name} | {side.mean_visual_tokens:.1f} | {side.vision:.2f} | {faster} | {first} | {share} | "
             f"{side.per_token:.2f} | {side.cache_bytes / 1e6:.1f} |"
@@ -261,25 +226,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llava-1.5-7b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=DEFAULT_METHODS)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--text", type=int, default=64)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    for method in arguments.methods:
+        if method not in DEFAULT_METHODS:
+            parser.error(f"no method {method!r} to measure; choose from {', '.join(DEFAULT_METHODS)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA GPU that PyTorch can use; give --device cpu to try the script at --geometry tiny")
-    with torch.inference_mode():
-        sides = measure(Bench(arguments.geometry, arguments.device, arguments.batch, arguments.text), arguments.runs)
-    print(table(sides))
     cuda = arguments.device == "cuda"
+    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    size = arguments.batch, arguments.text
+    with torch.inference_mode():
+        kernels = measure_kernels(geometry(arguments.geometry), *size, arguments.device, name, arguments.runs)
+        print(kernel_table(kernels), end="\n\n")
+        bench = Bench(arguments.geometry, arguments.device, *size)
+        sides = measure(bench, arguments.methods, arguments.runs)
+    print(table(sides))
     result = {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "device": name,
         "torch": torch.__version__,
         "geometry": arguments.geometry,
         "batch": arguments.batch,
         "text_tokens": arguments.text,
         "runs": arguments.runs,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "pruning_by": "native kernels" if native.available("cuda") and cuda else "PyTorch",
+        "kernels": [asdict(kernel) for kernel in kernels],
         "sides": [{**asdict(side), "first_token": side.first_token} for side in sides],
     }
     if arguments.json is not None:

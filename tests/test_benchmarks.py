@@ -12,10 +12,13 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 def test_the_gpu_benchmark_measures_every_side(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    command = [sys.executable, SCRIPT, "--geometry", "tiny", "--device", "cpu", "--runs", "1", "--json", out]
+    methods = ["--methods", "sparsevlm,fastervlm"]
+    command = [sys.executable, SCRIPT, "--geometry", "tiny", "--device", "cpu", *methods, "--runs", "1", "--json", out]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report = json.loads(out.read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == report
+    assert [kernel["name"] for kernel in report["kernels"]] == ["token_score", "token_select", "token_recycle", "stage"]
+    assert all(min(kernel["eager"], kernel["compiled"], kernel["native"]) > 0 for kernel in report["kernels"])
     names = [side["name"] for side in report["sides"]]
     assert names[0] == "dense"
     assert {name.split()[0] for name in names[1:]} == {"sparsevlm", "fastervlm"}
