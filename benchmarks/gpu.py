@@ -196,7 +196,10 @@ def measure(bench: Bench, methods: Sequence[str], runs: int) -> list[Side]:
         Side(
             name=name,
             mean_visual_tokens=plan.mean_visual_tokens,
-            **{part: times.get((name, part)) for part in ("vision", "prefill", "per_token", "pruning")},
+            vision=times[name, "vision"],
+            prefill=times[name, "prefill"],
+            per_token=times[name, "per_token"],
+            pruning=times.get((name, "pruning")),
             cache_bytes=bench.cache_bytes(plan),
             captured=ready[name]["prefill"][1],
         )

@@ -138,6 +138,13 @@ def test_every_gpu_is_compiled_for_and_no_kernel_spills(built: Built) -> None:
     assert set(usage) == {("0", "0", "0")}
 
 
+def test_it_can_be_preloaded_as_triton_has_it(built: Built) -> None:
+    code = "import ctypes; every = ctypes.CDLL(None); every.getCreators; every.setLoggerFinder"
+    environment = {"LD_PRELOAD": str(built.folder / LIBRARY)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 REGISTER = """
 import sys
 from pathlib import Path
