@@ -76,15 +76,67 @@ def random_checkpoint(
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
+    _copy_processor(folder, made.vision_config.image_size)
+    return folder
+
+
+#: the geometry of LLaVA-1.5, but for what `random_checkpoint`'s tokenizer wants otherwise
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+LLAVA_15 = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+
+
+def sparse_checkpoint(folder: Path, size: str, shards: int = 3) -> Path:
+    """Write a LLaVA-1.5 of that size into `folder`: its names, shapes and shards, in fp16; weights are holes in the files."""
+    made = LlavaConfig(
+        vision_config=CLIPVisionConfig(**CLIP_L, image_size=336, patch_size=14, projection_dim=768),
+        text_config=LlamaConfig(**LLAVA_15[size], vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5),
+        image_token_index=4,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        torch_dtype="float16",
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(made)
+    renamed = (
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.", ""),
+    )
+    tensors = []
+    for name, tensor in model.state_dict().items():
+        ours, theirs = next(((old, new) for old, new in renamed if name.startswith(old)), ("", ""))
+        tensors.append((theirs + name.removeprefix(ours), list(tensor.shape), 2 * tensor.numel()))
+    folder.mkdir(parents=True)
+    share, place = sum(size for *_, size in tensors) / shards, {}
+    for number in range(shards):
+        name, header, offset = f"model-{number + 1:05}-of-{shards:05}.safetensors", {}, 0
+        while tensors and (offset < share or number == shards - 1):
+            key, shape, length = tensors.pop(0)
+            header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + length]}
+            place[key], offset = name, offset + length
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + offset)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    made.save_pretrained(folder)
+    _copy_processor(folder, 336)
+    return folder
+
+
+def _copy_processor(folder: Path, size: int) -> None:
+    """micro-llava's tokenizer, and its image processor for images of another size."""
     for name in PROCESSOR_FILES:
         if name not in ("config.json", "generation_config.json") and (MICRO / name).is_file():
             shutil.copyfile(MICRO / name, folder / name)
     processor = json.loads((folder / "processor_config.json").read_text())
-    size = made.vision_config.image_size
     processor["image_processor"]["size"] = {"shortest_edge": size}
     processor["image_processor"]["crop_size"] = {"height": size, "width": size}
     (folder / "processor_config.json").write_text(json.dumps(processor))
-    return folder
 
 
 def random_clip(folder: Path, seed: int, width: int, *, eos: int = 3, **text: Any) -> Path:

@@ -58,7 +58,7 @@ def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> BuildBundle:
         key = repr((model, keep, method, sorted(more.items())))
         if key not in built:
             out = tmp_path_factory.mktemp("bundle") / "bundle"
-            build(BuildOptions(str(model), keep, method, **more), out)  # type: ignore[arg-type]
+            build(BuildOptions(str(model), keep, method, **{"dtype": "fp32", **more}), out)  # type: ignore[arg-type]
             built[key] = out
         return built[key]
 

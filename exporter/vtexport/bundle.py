@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from vtexport.models.clip import read_clip
 from vtexport.models.spec import ModelSpec, read_spec
 
 PROCESSOR_FOLDER = "processor"
-_CHUNK = 1 << 20
+# Large, for a thread that hashes beside another's Python waits for the interpreter once a chunk.
+_CHUNK = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,49 @@ def _inside(folder: Path, relative: str) -> Path:
 
 
 def _sha256(path: Path, advance: Callable[[int], None]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            advance(len(chunk))
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(_CHUNK, path.stat().st_size + 1)))
+    with path.open("rb", buffering=0) as file:
+        while length := file.readinto(buffer):
+            digest.update(buffer[:length])
+            advance(length)
     return digest.hexdigest()
 
 
-def list_files(folder: Path) -> list[FileEntry]:
-    """Entries of all files below `folder`, sorted by path."""
-    entries = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        sha256 = _sha256(path, lambda _bytes: None)
-        entries.append(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, sha256))
-    return entries
+class Hashes:
+    """The files of a folder that is still being filled, hashed in the background: of a large model, minutes.
+
+    Start it when the large files are there; they must not change any more.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vtexport-hash")
+        self._begun = {path: self._pool.submit(_sha256, path, self._advance) for path in self._files()}
+        self._stopped = False
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self._folder.rglob("*") if path.is_file())
+
+    def _advance(self, _bytes: int) -> None:
+        if self._stopped:
+            raise InterruptedError
+
+    def entries(self) -> list[FileEntry]:
+        """Entries of all files that are there now, sorted by path."""
+        entries = []
+        for path in self._files():
+            begun = self._begun.get(path)
+            sha256 = _sha256(path, lambda _bytes: None) if begun is None else begun.result()
+            entries.append(FileEntry(path.relative_to(self._folder).as_posix(), path.stat().st_size, sha256))
+        return entries
+
+    def __enter__(self) -> Hashes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop what is still being hashed."""
+        self._stopped = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def check_destination(out: Path, force: bool) -> None:

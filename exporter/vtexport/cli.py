@@ -42,7 +42,7 @@ def cli() -> None:
 @click.option("--target-accuracy", type=float, help="Answers that --keep auto must leave as they are.  [default: 0.97]")
 @click.option("--method", help="Pruning method of `vtexport list`, or two as VISION+DECODER.  [default: sparsevlm]")
 @click.option("--target", help="Runtime to build for.  [default: onnxruntime]")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="[default: the target's first]")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="[default: the recipe's, or the checkpoint's own]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-METHOD-KEEP]")
 @click.option("--force", is_flag=True, help="Replace a bundle that stands at --out.")
 @click.option("--give-ranking", is_flag=True, help="Let a dense bundle rank visual tokens for another (method sgl).")
@@ -87,7 +87,7 @@ def build(
         keep=1.0 if keep is None and method == "dense" else keep,
         method=method,
         target=chosen.name,
-        dtype=dtype or chosen.dtypes[0],
+        dtype=dtype,
         method_options=options.given(extra, options.METHODS),
         target_options=options.given(extra, options.TARGETS),
         buckets=None if buckets is None else parse_buckets(buckets),

@@ -10,7 +10,7 @@ from vtexport.errors import BundleError
 from vtexport.pruning.adaptive import Policy
 from vtexport.pruning.plan import Option, PruningPlan, Stage
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 
 

@@ -18,7 +18,8 @@ T = TypeVar("T", bound=Union[FLOAT, FLOAT16])  # noqa: UP007 - onnxscript reads 
 @script(nn, default_opset=op)
 def RMSNorm(x: T, weight: T, epsilon: float) -> T:
     wide = op.Cast(x, to=FLOAT.dtype)
-    mean = op.ReduceMean(wide * wide, op.Constant(value_ints=[-1]), keepdims=1)
+    # A power, not a product: by it ONNX Runtime knows the norm and fuses it.
+    mean = op.ReduceMean(op.Pow(wide, op.Constant(value_float=2.0)), op.Constant(value_ints=[-1]), keepdims=1)
     normed = wide / op.Sqrt(mean + op.Constant(value_float=epsilon))
     return op.CastLike(normed, x) * weight
 

@@ -1,10 +1,12 @@
-"""Weights by reference: graphs that point into one safetensors file, written tensor by tensor."""
+"""Weights by reference: graphs that point into safetensors files, the checkpoint's own wherever its bytes will do."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import onnx_ir as ir
 from vtexport.errors import ModelError
 from vtexport.models.checkpoint import Checkpoint, TensorRecord
 from vtexport.models.llava import PREFIXES
-from vtexport.targets.base import WEIGHTS_FILE
 
+#: what had to be computed or converted; all else stays in the checkpoint's files
+WEIGHTS_FILE = "weights.safetensors"
 # ONNX type -> its safetensors name and NumPy type.
 _TYPES: dict[ir.DataType, tuple[str, type[np.generic]]] = {
     ir.DataType.FLOAT: ("F32", np.float32),
@@ -29,96 +32,138 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class _Slot:
+    """An initialiser: what the graph says of it, and where its values come from."""
+
     name: str
     dtype: ir.DataType
     shape: tuple[int, ...]
-    offset: int
-    length: int
+    source: TensorRecord | Array
+
+    @property
+    def length(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(_TYPES[self.dtype][1]).itemsize
+
+    @property
+    def record(self) -> TensorRecord | None:
+        """The checkpoint's tensor, if its very bytes are what the graph wants."""
+        source = self.source
+        return source if isinstance(source, TensorRecord) and source.dtype == _TYPES[self.dtype][0] else None
 
 
-def write_weights(
-    models: list[ir.Model],
-    folder: Path,
-    checkpoint: Checkpoint,
-    computed: Mapping[str, Array],
-    advance: Callable[[int], None],
-) -> None:
-    """Write the initialisers of `models` once into `folder`, and let every model point there.
-
-    Values come from `checkpoint`, converted to the graph's dtype, or from `computed` (RoPE tables, constants of a
-    method). One tensor at a time is in memory.
+class Weights:
+    """The initialisers of several graphs that share them by name.
 
     Args:
-        models: graphs that share initialisers by name; changed in place.
-        folder: where `weights.safetensors`, and later the graphs, lie.
+        models: the graphs.
         checkpoint: source of the weights.
-        computed: arrays by initialiser name.
-        advance: called with the bytes written, for progress.
+        computed: arrays by initialiser name: RoPE tables, constants of a method.
 
     Raises:
-        ModelError: a tensor is missing, has another shape, or overflows fp16.
+        ModelError: a tensor is missing or has another shape.
     """
-    slots = _layout(models)
-    path = folder / WEIGHTS_FILE
-    with path.open("wb") as file:
-        data_start = _write_header(file, slots)
-        for slot in slots:
-            known = computed.get(slot.name)
-            array = _read(_source(checkpoint, slot.name)) if known is None else known
-            file.write(_converted(array, slot, checkpoint.folder))
-            advance(slot.length)
-    by_name = {slot.name: slot for slot in slots}
-    for model in models:
-        for name, value in model.graph.initializers.items():
-            slot = by_name[name]
-            value.const_value = ir.ExternalTensor(
-                WEIGHTS_FILE,
-                data_start + slot.offset,
-                slot.length,
-                slot.dtype,
-                shape=ir.Shape(slot.shape),
-                name=name,
-                base_dir=folder,
-            )
 
+    def __init__(self, models: Sequence[ir.Model], checkpoint: Checkpoint, computed: Mapping[str, Array]) -> None:
+        self._models, self._folder = models, checkpoint.folder
+        wanted: dict[str, ir.Value] = {}
+        for model in models:
+            wanted.update(model.graph.initializers)
+        self._slots = [self._slot(name, value, checkpoint, computed) for name, value in wanted.items()]
 
-def weights_size(models: list[ir.Model]) -> int:
-    """Bytes that `write_weights` will write for `models`, the header not counted."""
-    return sum(slot.length for slot in _layout(models))
-
-
-def _layout(models: list[ir.Model]) -> list[_Slot]:
-    wanted: dict[str, ir.Value] = {}
-    for model in models:
-        wanted.update(model.graph.initializers)
-    slots, offset = [], 0
-    for name, value in wanted.items():
+    def _slot(self, name: str, value: ir.Value, checkpoint: Checkpoint, computed: Mapping[str, Array]) -> _Slot:
         tensor = value.const_value
         assert tensor is not None, f"initialiser {name} without shape"
         shape = tuple(int(extent) for extent in tensor.shape.numpy())
-        length = int(np.prod(shape, dtype=np.int64)) * np.dtype(_TYPES[tensor.dtype][1]).itemsize
-        slots.append(_Slot(name, tensor.dtype, shape, offset, length))
-        offset += length
-    return slots
+        source = computed[name] if name in computed else _find(checkpoint, name)
+        if tuple(source.shape) != shape:
+            raise ModelError(
+                f"{checkpoint.folder}: tensor {name} has shape {tuple(source.shape)} but config.json asks for {shape}; "
+                "the checkpoint and its config do not belong together"
+            )
+        return _Slot(name, tensor.dtype, shape, source)
+
+    @property
+    def bytes_written(self) -> int:
+        """What `write` puts into a file of its own."""
+        return sum(slot.length for slot in self._slots if slot.record is None)
+
+    @property
+    def bytes_referenced(self) -> int:
+        """What stays as the checkpoint has it."""
+        return sum(slot.length for slot in self._slots if slot.record is not None)
+
+    def write(self, folder: Path, advance: Callable[[int], None]) -> None:
+        """Put the weights into `folder`, and let every graph, which will lie there too, point at them.
+
+        Files of the checkpoint that hold a tensor as a graph wants it are hard-linked, or copied from another file
+        system. Other tensors are converted one by one. No more than one is in memory.
+
+        Args:
+            folder: where graphs and weights lie.
+            advance: called with bytes written.
+
+        Raises:
+            ModelError: a tensor overflows fp16.
+        """
+        places: dict[str, tuple[str, int]] = {}
+        linked: dict[Path, str] = {}
+        own = [slot for slot in self._slots if slot.record is None]
+        for slot in self._slots:
+            record = slot.record
+            if record is not None:
+                if record.path not in linked:
+                    linked[record.path] = _link(record.path, folder)
+                places[slot.name] = linked[record.path], record.start
+        if own:
+            with (folder / WEIGHTS_FILE).open("wb") as file:
+                offset = _write_header(file, own)
+                for slot in own:
+                    file.write(_converted(slot, self._folder))
+                    places[slot.name] = WEIGHTS_FILE, offset
+                    offset += slot.length
+                    advance(slot.length)
+        by_name = {slot.name: slot for slot in self._slots}
+        for model in self._models:
+            for name, value in model.graph.initializers.items():
+                slot, (file_name, offset) = by_name[name], places[name]
+                value.const_value = ir.ExternalTensor(
+                    file_name,
+                    offset,
+                    slot.length,
+                    slot.dtype,
+                    shape=ir.Shape(slot.shape),
+                    name=name,
+                    base_dir=folder,
+                )
 
 
-def _write_header(file: Any, slots: list[_Slot]) -> int:
+def _link(path: Path, folder: Path) -> str:
+    """The name that `path` gets in `folder`; a hub's cache has links to blobs of other names, which are followed."""
+    taken = {WEIGHTS_FILE, *(one.name for one in folder.iterdir())}
+    name, number = path.name, 1
+    while name in taken:
+        number += 1
+        name = f"{path.stem}-{number}{path.suffix}"
+    try:
+        os.link(path.resolve(), folder / name)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(path, folder / name)
+    return name
+
+
+def _write_header(file: Any, slots: Sequence[_Slot]) -> int:
     """The safetensors header; returns where the data begins."""
-    header = {
-        slot.name: {
-            "dtype": _TYPES[slot.dtype][0],
-            "shape": list(slot.shape),
-            "data_offsets": [slot.offset, slot.offset + slot.length],
-        }
-        for slot in slots
-    }
+    header, offset = {}, 0
+    for slot in slots:
+        span = [offset, offset + slot.length]
+        header[slot.name] = {"dtype": _TYPES[slot.dtype][0], "shape": list(slot.shape), "data_offsets": span}
+        offset += slot.length
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)
     file.write(struct.pack("<Q", len(text)) + text)
     return 8 + len(text)
 
 
-def _source(checkpoint: Checkpoint, name: str) -> TensorRecord:
+def _find(checkpoint: Checkpoint, name: str) -> TensorRecord:
     for ours, theirs in PREFIXES.items():
         if name.startswith(ours):
             # A bundle's own weights carry our names: it can be built from again.
@@ -126,24 +171,19 @@ def _source(checkpoint: Checkpoint, name: str) -> TensorRecord:
     raise AssertionError(f"no source for initialiser {name}")
 
 
-def _read(record: TensorRecord) -> Any:
+def _converted(slot: _Slot, folder: Path) -> bytes:
+    import torch
     from safetensors import safe_open
 
-    with safe_open(record.path, framework="pt") as file:
-        return file.get_tensor(record.name)
-
-
-def _converted(value: Any, slot: _Slot, folder: Path) -> bytes:
-    import torch
-
-    tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-    if tuple(tensor.shape) != slot.shape:
-        raise ModelError(
-            f"{folder}: tensor {slot.name} has shape {tuple(tensor.shape)} but config.json asks for {slot.shape}; "
-            "the checkpoint and its config do not belong together"
-        )
+    source = slot.source
+    if isinstance(source, TensorRecord):
+        with safe_open(source.path, framework="pt") as file:
+            tensor = file.get_tensor(source.name)
+    else:
+        tensor = torch.from_numpy(np.ascontiguousarray(source))
     kind = torch.from_numpy(np.empty(0, _TYPES[slot.dtype][1])).dtype
     converted = tensor.to(kind)
     if kind == torch.float16 and not torch.isfinite(converted).all():
         raise ModelError(f"{folder}: tensor {slot.name} does not fit into fp16; build with --dtype fp32")
-    return converted.contiguous().numpy().tobytes()
+    data: bytes = converted.contiguous().numpy().tobytes()
+    return data

@@ -65,6 +65,14 @@ def recipe_ranks(model: str) -> Path | None:
     return None if name is None else engines_folder() / str(name)
 
 
+def recipe_dtype(model: str) -> str | None:
+    """The dtype that recipe `model` is built in, or None if it is no recipe or leaves it to the checkpoint."""
+    if Path(model).expanduser().is_dir() or model not in recipe_names():
+        return None
+    name = read_recipe(model).get("dtype")
+    return None if name is None else str(name)
+
+
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 #: milliseconds of each graph's layers by their names, over all its calls
 LayerTimes = Mapping[str, Mapping[str, float]]
-#: the weights of a folder's graphs, while they are compiled and in bundles whose runtime reads them
-WEIGHTS_FILE = "weights.safetensors"
+#: the folder of a bundle where graphs lie, and the weights that they point into
+ENGINE_FOLDER = "engine"
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class CompileJob:
     """What a target gets to compile.
 
     Attributes:
-        folder: the bundle under construction; graphs and weights lie in `vision/` and `decoder/`.
+        folder: the bundle under construction; graphs and weights lie in `engine/`.
         models: the traced graphs by name, weights attached.
         spec, plans, dtype: what they were traced from.
         options: the target's own options, every one resolved.
@@ -234,8 +234,3 @@ def prefill_names(plans: int) -> list[str]:
 def graph_names(plans: int) -> list[str]:
     """The names of all graphs of a bundle with so many plans."""
     return ["vision", *prefill_names(plans), "decode"]
-
-
-def graph_folder(name: str) -> str:
-    """The folder of graph `name` inside a bundle: prefill and decode share weights, so they share a folder."""
-    return "vision" if name == "vision" else "decoder"

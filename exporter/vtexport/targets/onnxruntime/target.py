@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from vtexport.targets.base import Availability, Compiled, CompileJob, Engine, graph_folder
+from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Engine
 
 
 class OnnxRuntimeTarget:
-    """ONNX graphs with ONNX Runtime's fused kernels; weights in one safetensors file a folder."""
+    """ONNX graphs with ONNX Runtime's fused kernels; weights in safetensors files beside them."""
 
     name: ClassVar[str] = "onnxruntime"
     summary: ClassVar[str] = "ONNX Runtime on the CPU"
@@ -41,7 +41,7 @@ class OnnxRuntimeTarget:
         for name, model in job.models.items():
             job.report(f"lower {name} to ONNX Runtime's kernels", None)
             LowerToContrib()(model)
-            files[name] = f"{graph_folder(name)}/{name}.onnx"
+            files[name] = f"{ENGINE_FOLDER}/{name}.onnx"
             ir.save(model, job.folder / files[name])
         return Compiled(files, {"onnxruntime": onnxruntime.__version__})
 

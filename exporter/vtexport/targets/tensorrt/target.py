@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vtexport.errors import InputError, TargetError
-from vtexport.targets.base import WEIGHTS_FILE, Availability, Compiled, CompileJob, Engine, graph_folder
+from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Engine
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -104,10 +104,10 @@ class AnyTensorRT(ABC):
         self.before(job.folder, job.options)
         files = {}
         for name, model in job.models.items():
-            source = job.folder / graph_folder(name) / f"{name}.onnx"
+            source = job.folder / ENGINE_FOLDER / f"{name}.onnx"
             self.prepare(model, job.options)
             ir.save(model, source)
-            files[name] = f"{graph_folder(name)}/{name}.plan"
+            files[name] = f"{ENGINE_FOLDER}/{name}.plan"
             build = Build(name, profile_shapes(job, name), settings, job.report, job.advance, job.warn)
             (job.folder / files[name]).write_bytes(build_plan(bindings, source, build))
         return Compiled(files, {self.name: bindings.version}, self.facts(job.options))
@@ -115,9 +115,9 @@ class AnyTensorRT(ABC):
     def finish(self, folder: Path, compiled: Compiled) -> None:
         if compiled.facts["weights"] == "stripped":
             return
-        for place in {folder / graph_folder(name) for name in compiled.files}:
-            for source in [*place.glob("*.onnx"), place / WEIGHTS_FILE]:
-                source.unlink(missing_ok=True)
+        plans = {folder / file for file in compiled.files.values()}
+        for source in set((folder / ENGINE_FOLDER).iterdir()) - plans:
+            source.unlink()
 
     def open(self, folder: Path, compiled: Compiled, threads: int) -> Engine:
         from vtexport.targets.tensorrt.engine import Opening, TensorRTEngine

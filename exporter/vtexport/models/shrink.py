@@ -1,0 +1,82 @@
+"""A random model with the layers, tokens and positions of a large one, and a width that any machine can hold."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtexport.models.checkpoint import Checkpoint
+from vtexport.models.clip import read_clip
+from vtexport.models.prompt import PROCESSOR_FILES
+from vtexport.models.spec import read_spec
+
+if TYPE_CHECKING:
+    from vtexport.assemble import Source
+
+_HEAD_SIZE = 8
+_HEADS = 4
+
+
+def shrink(source: Source, folder: Path) -> Source:
+    """Write such a model into `folder`, as a checkpoint with `source`'s processor; its CLIP's text tower too.
+
+    Groups of query heads a key head, layers, image and patch size, positions, RoPE and vocabulary stay. Weights are random,
+    large enough that attention is not flat and no two scores are near.
+    """
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = LlavaConfig.from_dict(source.spec.config)
+    text, vision, d = config.text_config, config.vision_config, source.spec.decoder
+    text.num_key_value_heads = min(d.num_kv_heads, _HEADS)
+    text.num_attention_heads = text.num_key_value_heads * (d.num_heads // d.num_kv_heads)
+    text.head_dim = _HEAD_SIZE
+    text.hidden_size = text.num_attention_heads * _HEAD_SIZE
+    text.intermediate_size = 2 * text.hidden_size
+    _narrow(vision)
+    torch.manual_seed(0)
+    _randomised(LlavaForConditionalGeneration(config)).save_pretrained(folder)
+    for name in PROCESSOR_FILES:
+        if name not in ("config.json", "generation_config.json") and (source.processor / name).is_file():
+            shutil.copyfile(source.processor / name, folder / name)
+    spec, checkpoint, clip = read_spec(folder), Checkpoint.open(folder), None
+    if source.clip is not None:
+        clip = _shrunken_clip(source.clip, vision.hidden_size, folder / "clip")
+        spec = replace(spec, clip=read_clip(clip, spec.vision))
+        checkpoint = checkpoint.joined("clip.", Checkpoint.open(clip))
+    return replace(source, folder=folder, processor=folder, checkpoint=checkpoint, spec=spec, clip=clip)
+
+
+def _shrunken_clip(source: Path, width: int, folder: Path) -> Path:
+    from transformers import CLIPConfig, CLIPModel
+
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin", "*.h5", "*.msgpack"))
+    config = CLIPConfig.from_pretrained(source)
+    _narrow(config.text_config)
+    _narrow(config.vision_config)
+    config.vision_config.hidden_size = width
+    config.projection_dim = width
+    _randomised(CLIPModel(config)).save_pretrained(folder)
+    return folder
+
+
+def _narrow(config: Any) -> None:
+    config.num_attention_heads = _HEADS
+    config.hidden_size = _HEADS * _HEAD_SIZE
+    config.intermediate_size = 2 * config.hidden_size
+
+
+def _randomised(model: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model

@@ -1,0 +1,124 @@
+"""What a build holds its engines to: the model itself where it fits into memory, else a small one of the same graphs."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vtexport.assemble import Recipe, Source, make_engines
+from vtexport.errors import VerificationError, first_line
+from vtexport.manifest import VerificationEntry
+from vtexport.models import ModelSpec
+from vtexport.progress import Progress, Silent
+from vtexport.targets.base import ENGINE_FOLDER, Compiled, Engine, Target
+from vtexport.verify import SAMPLES, Checked, verify_engine
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def check_engines(
+    source: Source, recipe: Recipe, target: Target, compiled: Compiled, folder: Path, progress: Progress
+) -> VerificationEntry:
+    """Check what was compiled into `folder`; see `vtexport.verify` for what is compared.
+
+    A model too large for this machine's memory is checked in two parts: its own files by structure, and the same plans,
+    layers and graph code at a random model's small width by running them.
+
+    Raises:
+        VerificationError: an engine differs from the reference.
+    """
+    steps = SAMPLES * len(recipe.plans)
+    if memory_needed(source.spec, recipe.dtype) <= available_memory():
+        progress.stage("verify against transformers", steps)
+        engine, ran = _verifiable(target, compiled, folder)
+        model = Checked(source.folder, source.spec, source.clip)
+        return verify_engine(engine, ran, model, recipe.plans, recipe.dtype, progress.advance)
+    from vtexport.models.shrink import shrink
+    from vtexport.targets.onnxruntime.target import OnnxRuntimeTarget
+
+    progress.stage("check the structure of every graph")
+    check_structure(folder)
+    progress.stage("make a small model of the same layers, and its engines")
+    with tempfile.TemporaryDirectory() as scratch:
+        small = shrink(source, Path(scratch) / "model")
+        tried = replace(recipe, dtype="fp32")
+        engines, runtime = Path(scratch) / "bundle", OnnxRuntimeTarget()
+        engines.mkdir()
+        made = make_engines(small, tried, runtime, {}, engines, Silent())
+        progress.stage("verify the small model against transformers", steps)
+        model = Checked(small.folder, small.spec, small.clip)
+        engine = runtime.open(engines, made.compiled, 0)
+        ran = f"a random model of the same layers, {small.spec.decoder.hidden_size} wide, on {runtime.name}"
+        return verify_engine(engine, ran, model, tried.plans, tried.dtype, progress.advance)
+
+
+def memory_needed(spec: ModelSpec, dtype: str) -> int:
+    """Bytes for the check in full: the reference in fp32, and the engines' weights as runtimes pack them, twice."""
+    return spec.num_parameters() * (4 + 2 * (4 if dtype == "fp32" else 2))
+
+
+def available_memory() -> int:
+    """Bytes that this machine, or the container this process is in, can still give."""
+    found = []
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            found.append(1024 * int(line.split()[1]))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
+        found.append(int(text) - int(used.read_text(encoding="ascii")))
+    return min(found)
+
+
+def check_structure(folder: Path) -> None:
+    """Hold every ONNX file of a bundle to the standard, and its weights to the files that hold them.
+
+    Raises:
+        VerificationError: a graph is not valid, or points outside a file.
+    """
+    import onnx
+
+    for path in sorted((folder / ENGINE_FOLDER).glob("*.onnx")):
+        model = onnx.load(path, load_external_data=False)
+        for tensor in model.graph.initializer:
+            _check_span(path, tensor)
+        # As inputs: the checker refuses files with several hard links, taking each for an attack.
+        for tensor in model.graph.initializer:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        del model.graph.initializer[:]
+        try:
+            onnx.checker.check_model(model)
+        except onnx.checker.ValidationError as error:
+            raise VerificationError(
+                f"{path.name} is not valid ONNX ({first_line(error)}); please report this model"
+            ) from error
+
+
+def _check_span(path: Path, tensor: onnx.TensorProto) -> None:
+    """Raise VerificationError unless the file that `tensor` points into holds as many bytes as its shape asks for."""
+    import onnx
+
+    at = {entry.key: entry.value for entry in tensor.external_data}
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return
+    start, length = int(at["offset"]), int(at["length"])
+    wanted = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    held = (path.parent / at["location"]).stat().st_size - start
+    if not length == wanted <= held:
+        raise VerificationError(
+            f"{path.name} wants {wanted} bytes of {tensor.name}, {at['location']} has {min(length, held)} there; "
+            "please report this model"
+        )
+
+
+def _verifiable(target: Target, compiled: Compiled, folder: Path) -> tuple[Engine, str]:
+    """The compiled engine, or where it cannot run here, the ONNX files it was compiled from."""
+    if target.can_run().works:
+        return target.open(folder, compiled, 0), target.name
+    from vtexport.targets.onnxruntime.session import OrtEngine
+
+    sources = {name: f"{ENGINE_FOLDER}/{name}.onnx" for name in compiled.files}
+    return OrtEngine(folder, sources), f"the ONNX files of {target.name}, on onnxruntime"
