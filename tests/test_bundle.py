@@ -54,7 +54,7 @@ def test_the_manifest_is_the_plan_and_lists_every_file(micro_bundle: Path) -> No
 
 def test_another_schema_version_is_refused(bundle_copy: Path) -> None:
     edit(bundle_copy, schema_version=99)
-    with pytest.raises(BundleError, match="schema version 99, this vtexport reads version 3"):
+    with pytest.raises(BundleError, match="schema version 99, this vtexport reads version 4"):
         Bundle.open(bundle_copy)
 
 
@@ -84,7 +84,7 @@ def test_a_manifest_that_is_none_is_refused(bundle_copy: Path, content: bytes) -
         Bundle.open(bundle_copy)
 
 
-@pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "vision/../../outside"])
+@pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "engine/../../outside"])
 def test_a_manifest_cannot_lead_out_of_its_folder(bundle_copy: Path, path: str) -> None:
     edit(bundle_copy, files=[{"path": path, "bytes": 1, "sha256": "0"}])
     with pytest.raises(BundleError, match="a path outside the bundle"):
@@ -92,7 +92,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(bundle_copy: Path, path: str) 
 
 
 def test_missing_resized_and_changed_files_are_found(bundle_copy: Path) -> None:
-    weights = bundle_copy / "decoder" / "weights.safetensors"
+    weights = bundle_copy / "engine" / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
@@ -142,7 +142,7 @@ def test_the_old_bundle_survives_a_failed_rebuild(
     def fail(*_args: object, **_kwargs: object) -> None:
         raise VerificationError("the engine differs")
 
-    monkeypatch.setattr("vtexport.verify.verify_engine", fail)
+    monkeypatch.setattr("vtexport.selfcheck.verify_engine", fail)
     with pytest.raises(VerificationError):
         build(BuildOptions(str(tiny_checkpoint), 0.5), out, force=True)
     assert (out / MANIFEST).read_bytes() == before

@@ -61,7 +61,7 @@ def test_build_run_inspect_show_from_nothing(vtexport, photo: Path, tmp_path: Pa
                 "same kept tokens, same greedy tokens", "vtexport run micro --image", "of dense", "MB")  # fmt: skip
     for said in said_all:
         assert said in built.out
-    for stage in ("trace", "write weights", "verify", "hash files"):
+    for stage in ("trace", "14 MB written", "verify", "hash files"):
         assert stage in built.err
     assert {path.name for path in tmp_path.iterdir()} == {"micro"}
 
@@ -76,7 +76,7 @@ def test_build_run_inspect_show_from_nothing(vtexport, photo: Path, tmp_path: Pa
 
     seen = vtexport("inspect", "micro", "--verify")
     assert "all as they were built" in seen.out
-    assert "decoder/weights.safetensors" in seen.out
+    assert "engine/weights.safetensors" in seen.out
 
     unasked = vtexport("show", "micro", "--image", photo, "-o", "kept.png")
     check_refused(unasked, "give a --prompt to show it by", tmp_path, ["micro"])
@@ -331,7 +331,7 @@ def test_bad_questions(vtexport, micro_bundle: Path, photo: Path, tmp_path: Path
 
 
 def test_bad_bundles(vtexport, bundle_copy: Path, photo: Path, tmp_path: Path) -> None:
-    weights = bundle_copy / "vision" / "weights.safetensors"
+    weights = bundle_copy / "engine" / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 255
     weights.write_bytes(data)
@@ -347,7 +347,7 @@ def test_bad_bundles(vtexport, bundle_copy: Path, photo: Path, tmp_path: Path) -
         ["eval", bundle_copy],
         ["inspect", bundle_copy],
     ):
-        check_refused(vtexport(*command), "has schema version 1, this vtexport reads version 3", tmp_path, ["copy"])
+        check_refused(vtexport(*command), "has schema version 1, this vtexport reads version 4", tmp_path, ["copy"])
     check_refused(vtexport("inspect", tmp_path), "has no manifest.json", tmp_path, ["copy"])
 
 

@@ -101,7 +101,7 @@ def test_trap_random_density_noise(runner: Runner, requests: list[Request]) -> N
 
 def test_trap_all_of_l_x_l_attention_materialised_to_read_a_few_rows(runner: Runner) -> None:
     folder = runner.bundle.folder
-    graph = onnx.load(folder / "decoder/prefill.onnx", load_external_data=False).graph
+    graph = onnx.load(folder / "engine/prefill.onnx", load_external_data=False).graph
     shapes = {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
     scoring = [node for node in graph.node if node.op_type == "TokenScore"]
     assert len(scoring) == len(runner.plan.decoder_stages)
@@ -120,7 +120,7 @@ def test_trap_timing_that_leaves_out_the_vision_tower_or_the_selection(runner: R
     assert lane.times["first_token"][0] == pytest.approx(parts)
     assert all(lane.times[name][0] > 0 for name in ("preprocess", "vision", "prefill"))
     # Scoring, selection and recycling are nodes of the timed graph, not steps around it.
-    graph = onnx.load(runner.bundle.folder / "decoder/prefill.onnx", load_external_data=False).graph
+    graph = onnx.load(runner.bundle.folder / "engine/prefill.onnx", load_external_data=False).graph
     assert {"TokenScore", "TokenSelect", "TokenRecycle"} <= {node.op_type for node in graph.node}
 
 

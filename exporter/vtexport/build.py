@@ -10,7 +10,9 @@ from pathlib import Path
 from vtexport.assemble import Recipe, Source, assemble
 from vtexport.bundle import Bundle, check_destination
 from vtexport.errors import InputError, TargetError
+from vtexport.estimate import Estimate, config_dtype
 from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
+from vtexport.models.checkpoint import has_weights
 from vtexport.models.clip import read_clip
 from vtexport.models.llava import fingerprint
 from vtexport.models.resolve import recipe_dtype, recipe_ranks
@@ -79,28 +81,55 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
     spec = read_spec(folder)
     checkpoint = Checkpoint.open(folder)
     calibration = _calibration(options, checkpoint, spec)
-    clip = None
-    if methods_of(options.method)[0].reads_question and options.method_options.get("clip"):
-        clip = resolve_model(str(options.method_options["clip"]))
+    clip = _clip(options)
+    if clip is not None:
         spec = replace(spec, clip=read_clip(clip, spec.vision))
         checkpoint = checkpoint.joined("clip.", Checkpoint.open(clip))
-    plan = partial(planner(spec), options.method, options=options.method_options, calibration=calibration)
-    policy = None
-    if isinstance(options.keep, str):
-        plans, policy = adaptive_plans(
-            options.method,
-            DEFAULT_BUCKETS if options.buckets is None else options.buckets,
-            DEFAULT_TARGET_ACCURACY if options.target_accuracy is None else options.target_accuracy,
-            calibration,
-            options.method_options,
-            lambda keep: plan(keep=keep),
-        )
-    else:
-        plans = [plan(keep=options.keep)]
-    dtype = options.dtype or recipe_dtype(options.model) or _own_dtype(checkpoint)
-    recipe = Recipe(plans, dtype, policy, options.debug, options.give_ranking)
+    recipe = _recipe(options, spec, calibration, _own_dtype(checkpoint))
     source = Source(options.model, folder, folder, checkpoint, spec, clip)
     return assemble(source, recipe, target, options.target_options, out, shown, options.verify)
+
+
+def dry_run(options: BuildOptions) -> Estimate:
+    """What `build` would make, from config.json alone: of a model on the hub no weight is downloaded.
+
+    Raises:
+        VtexportError: what `build` would say of the options and the model's configuration.
+    """
+    target = get_target(options.target)
+    _check_options(options, target)
+    folder = resolve_model(options.model, config_only=True)
+    spec = read_spec(folder)
+    checkpoint = Checkpoint.open(folder) if has_weights(folder) else None
+    calibration = _calibration(options, checkpoint, spec)
+    clip = _clip(options)
+    if clip is not None:
+        spec = replace(spec, clip=read_clip(clip, spec.vision))
+    own = config_dtype(spec) if checkpoint is None else _own_dtype(checkpoint)
+    recipe = _recipe(options, spec, calibration, own)
+    return Estimate(spec, recipe, target.name, converts=recipe.dtype != own)
+
+
+def _clip(options: BuildOptions) -> Path | None:
+    """The CLIP whose text tower reads the question, for a method that wants one."""
+    given = options.method_options.get("clip")
+    return resolve_model(str(given)) if methods_of(options.method)[0].reads_question and given else None
+
+
+def _recipe(options: BuildOptions, spec: ModelSpec, calibration: Calibration | None, own_dtype: str) -> Recipe:
+    plan = partial(planner(spec), options.method, options=options.method_options, calibration=calibration)
+    dtype = options.dtype or recipe_dtype(options.model) or own_dtype
+    if not isinstance(options.keep, str):
+        return Recipe([plan(keep=options.keep)], dtype, None, options.debug, options.give_ranking)
+    plans, policy = adaptive_plans(
+        options.method,
+        DEFAULT_BUCKETS if options.buckets is None else options.buckets,
+        DEFAULT_TARGET_ACCURACY if options.target_accuracy is None else options.target_accuracy,
+        calibration,
+        options.method_options,
+        lambda keep: plan(keep=keep),
+    )
+    return Recipe(plans, dtype, policy, options.debug, options.give_ranking)
 
 
 def _own_dtype(checkpoint: Checkpoint) -> str:
@@ -111,7 +140,7 @@ def _own_dtype(checkpoint: Checkpoint) -> str:
     return "fp16" if max(sizes, key=lambda dtype: sizes[dtype]) in ("F16", "BF16") else "fp32"
 
 
-def _calibration(options: BuildOptions, checkpoint: Checkpoint, spec: ModelSpec) -> Calibration | None:
+def _calibration(options: BuildOptions, checkpoint: Checkpoint | None, spec: ModelSpec) -> Calibration | None:
     """The calibration that was asked for or that the recipe carries; refused if it is another model's."""
     _, decoder = methods_of(options.method)
     if options.keep != AUTO and (decoder is None or not decoder.calibrated):
@@ -124,6 +153,8 @@ def _calibration(options: BuildOptions, checkpoint: Checkpoint, spec: ModelSpec)
     if path is None:
         return None
     found = Calibration.load(path)
+    if checkpoint is None:
+        return found
     found.check(path, fingerprint(checkpoint), spec.vision.num_visual_tokens, spec.decoder.num_layers)
     return found
 

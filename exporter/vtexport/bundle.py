@@ -105,8 +105,8 @@ class Hashes:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vtexport-hash")
-        self._begun = {path: self._pool.submit(_sha256, path, self._advance) for path in self._files()}
         self._stopped = False
+        self._begun = {path: self._pool.submit(_sha256, path, self._advance) for path in self._files()}
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self._folder.rglob("*") if path.is_file())

@@ -45,6 +45,7 @@ def cli() -> None:
 @click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="[default: the recipe's, or the checkpoint's own]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-METHOD-KEEP]")
 @click.option("--force", is_flag=True, help="Replace a bundle that stands at --out.")
+@click.option("--dry-run", is_flag=True, help="Say what would be built and what it takes; needs config.json only.")
 @click.option("--give-ranking", is_flag=True, help="Let a dense bundle rank visual tokens for another (method sgl).")
 @click.option("--debug", is_flag=True, help="Let the engines also give out scores, raters and clusters.")
 @options.of_methods
@@ -59,6 +60,7 @@ def build(
     dtype: str | None,
     out: Path | None,
     force: bool,
+    dry_run: bool,
     give_ranking: bool,
     debug: bool,
     ranks: Path | None,
@@ -72,17 +74,16 @@ def build(
     vtexport build --model micro-llava --keep auto --target-accuracy 0.95
     vtexport build --model llava-hf/llava-1.5-7b-hf --schedule sparsevlm-192 --target tensorrt-rtx --sm 89,120
     """
-    from vtexport.build import BuildOptions
-    from vtexport.build import build as build_bundle
+    from vtexport import build as building
     from vtexport.console import stage_progress, stdout
     from vtexport.pruning import DEFAULT_METHOD
     from vtexport.pruning.adaptive import parse_buckets
-    from vtexport.report import build_summary
+    from vtexport.report import build_summary, dry_run_summary
     from vtexport.targets import DEFAULT_TARGET, get_target
 
     method = method or DEFAULT_METHOD
     chosen = get_target(target or DEFAULT_TARGET)
-    made = BuildOptions(
+    made = building.BuildOptions(
         model=model,
         keep=1.0 if keep is None and method == "dense" else keep,
         method=method,
@@ -96,10 +97,16 @@ def build(
         give_ranking=give_ranking,
         debug=debug,
     )
+    if dry_run:
+        for flag, given in (("out", out is not None), ("force", force)):
+            if given:
+                raise InputError(f"--{flag} has no effect with --dry-run, which writes nothing; leave it out")
+        stdout.print(dry_run_summary(building.dry_run(made)))
+        return
     label = extra["schedule"] or (f"{keep:g}" if isinstance(keep, float) else keep or extra["layers"] or "1")
     destination = out or Path(f"{Path(model).name}-{method}-{label}")
     with stage_progress() as progress:
-        bundle = build_bundle(made, destination, force=force, progress=progress)
+        bundle = building.build(made, destination, force=force, progress=progress)
     stdout.print(build_summary(bundle))
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from vtexport.bundle import Bundle
 from vtexport.doctor import examine, kernels, versions
+from vtexport.estimate import Estimate
 from vtexport.evaluate import Score
 from vtexport.models.prompt import Prompter
 from vtexport.models.resolve import read_recipe, recipe_names
@@ -83,6 +84,25 @@ def _one_plan(plan: PruningPlan, spec: ModelSpec) -> list[tuple[str, str]]:
     rows.append(("mean visual tokens", mean))
     rows += [(f"  {s.where}", f"{s.tokens_in} in, {s.kept} kept, {s.recycled} merged") for s in plan.stages]
     return [*rows, ("cost", flops)]
+
+
+def dry_run_summary(found: Estimate) -> RenderableType:
+    """What `vtexport build --dry-run` prints."""
+    weights = f"{_megabytes(found.weight_bytes)} of weights " + ("converted" if found.converts else "as they are")
+    check = (
+        "this model" if found.checked_in_full else "a small model of the same layers, for this one does not fit here"
+    )
+    rows = [row for plan in found.recipe.plans for row in _one_plan(plan, found.spec)]
+    return _facts(
+        [
+            *rows,
+            ("target", f"{found.target}, {found.recipe.dtype}"),
+            ("size", f"{weights}, about {_megabytes(found.graph_bytes)} of graphs"),
+            ("peak memory", f"about {_megabytes(found.peak_memory)}"),
+            ("checked on", check),
+            ("written", "nothing: a dry run"),
+        ]
+    )
 
 
 def build_summary(bundle: Bundle) -> RenderableType:

@@ -44,7 +44,9 @@ def check_engines(
     check_structure(folder)
     progress.stage("make a small model of the same layers, and its engines")
     with tempfile.TemporaryDirectory() as scratch:
-        small = shrink(source, Path(scratch) / "model")
+        place = Path(scratch) / "model"
+        made_up = shrink(source.spec, source.processor, source.clip, place)
+        small = Source(source.name, place, place, made_up.checkpoint, made_up.spec, made_up.clip)
         tried = replace(recipe, dtype="fp32")
         engines, runtime = Path(scratch) / "bundle", OnnxRuntimeTarget()
         engines.mkdir()

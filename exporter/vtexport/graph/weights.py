@@ -73,7 +73,9 @@ class Weights:
         tensor = value.const_value
         assert tensor is not None, f"initialiser {name} without shape"
         shape = tuple(int(extent) for extent in tensor.shape.numpy())
-        source = computed[name] if name in computed else _find(checkpoint, name)
+        # A bundle that is built from again has what was computed, too.
+        known = name in computed and name not in checkpoint.tensors
+        source = computed[name] if known else _find(checkpoint, name)
         if tuple(source.shape) != shape:
             raise ModelError(
                 f"{checkpoint.folder}: tensor {name} has shape {tuple(source.shape)} but config.json asks for {shape}; "
@@ -107,11 +109,12 @@ class Weights:
         places: dict[str, tuple[str, int]] = {}
         linked: dict[Path, str] = {}
         own = [slot for slot in self._slots if slot.record is None]
+        reserved = {WEIGHTS_FILE} if own else set()
         for slot in self._slots:
             record = slot.record
             if record is not None:
                 if record.path not in linked:
-                    linked[record.path] = _link(record.path, folder)
+                    linked[record.path] = _link(record.path, folder, reserved)
                 places[slot.name] = linked[record.path], record.start
         if own:
             with (folder / WEIGHTS_FILE).open("wb") as file:
@@ -136,9 +139,9 @@ class Weights:
                 )
 
 
-def _link(path: Path, folder: Path) -> str:
+def _link(path: Path, folder: Path, reserved: set[str]) -> str:
     """The name that `path` gets in `folder`; a hub's cache has links to blobs of other names, which are followed."""
-    taken = {WEIGHTS_FILE, *(one.name for one in folder.iterdir())}
+    taken = reserved | {one.name for one in folder.iterdir()}
     name, number = path.name, 1
     while name in taken:
         number += 1
@@ -164,10 +167,11 @@ def _write_header(file: Any, slots: Sequence[_Slot]) -> int:
 
 
 def _find(checkpoint: Checkpoint, name: str) -> TensorRecord:
+    if name in checkpoint.tensors:
+        return checkpoint.tensors[name]
     for ours, theirs in PREFIXES.items():
         if name.startswith(ours):
-            # A bundle's own weights carry our names: it can be built from again.
-            return checkpoint.find((*theirs, ours), name.removeprefix(ours))
+            return checkpoint.find(theirs, name.removeprefix(ours))
     raise AssertionError(f"no source for initialiser {name}")
 
 

@@ -70,6 +70,11 @@ class Checkpoint:
         )
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there is a checkpoint in `folder` to open, and not its configuration alone."""
+    return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+
+
 def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"

@@ -10,6 +10,7 @@ from vtexport.errors import InputError, ModelError, first_line
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What vtexport reads of a hub repository: never pickled weights.
+_CONFIG_PATTERNS = ["config.json", "generation_config.json"]
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
@@ -25,17 +26,18 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The recipe `name`: `summary`; `checkpoint` (a folder beside it) or `hub` (an id); `ranks` (a file beside it)."""
+    """The recipe `name`: `summary`; `checkpoint` (a folder beside it) or `hub` (an id); `ranks` (a file beside it); `dtype`."""
     path = engines_folder() / f"{name}.toml"
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, config_only: bool = False) -> Path:
     """The folder that holds checkpoint `model`.
 
     Args:
         model: a recipe's name, a folder, or a Hugging Face hub id (`owner/name`), downloaded with
             huggingface_hub's own progress into its own cache.
+        config_only: download no more than the configuration.
 
     Raises:
         InputError: none of the three.
@@ -48,9 +50,9 @@ def resolve_model(model: str) -> Path:
         recipe = read_recipe(model)
         if "checkpoint" in recipe:
             return engines_folder() / str(recipe["checkpoint"])
-        return _download(str(recipe["hub"]))
+        return _download(str(recipe["hub"]), config_only)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not folder.exists():
-        return _download(model)
+        return _download(model, config_only)
     raise InputError(
         f"unknown model {model!r}; give a folder, a hub id such as llava-hf/llava-1.5-7b-hf, "
         f"or one of {', '.join(recipe_names())}"
@@ -73,12 +75,12 @@ def recipe_dtype(model: str) -> str | None:
     return None if name is None else str(name)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(hub_id, allow_patterns=_CONFIG_PATTERNS if config_only else _HUB_PATTERNS))
     except RepositoryNotFoundError as error:
         raise ModelError(f"the hub has no model {hub_id!r}, or it needs a login; check the id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vtexport.models.checkpoint import Checkpoint
 from vtexport.models.clip import read_clip
 from vtexport.models.prompt import PROCESSOR_FILES
-from vtexport.models.spec import read_spec
-
-if TYPE_CHECKING:
-    from vtexport.assemble import Source
+from vtexport.models.spec import ModelSpec, read_spec
 
 _HEAD_SIZE = 8
 _HEADS = 4
 
 
-def shrink(source: Source, folder: Path) -> Source:
-    """Write such a model into `folder`, as a checkpoint with `source`'s processor; its CLIP's text tower too.
+@dataclass(frozen=True)
+class Small:
+    """What was written: the geometry, the weights, the folder of a CLIP."""
+
+    spec: ModelSpec
+    checkpoint: Checkpoint
+    clip: Path | None
+
+
+def shrink(spec: ModelSpec, processor: Path, clip: Path | None, folder: Path) -> Small:
+    """Write such a model into `folder`, as a checkpoint with `processor`'s files; a CLIP's text tower too.
 
     Groups of query heads a key head, layers, image and patch size, positions, RoPE and vocabulary stay. Weights are random,
     large enough that attention is not flat and no two scores are near.
@@ -30,8 +36,8 @@ def shrink(source: Source, folder: Path) -> Source:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = LlavaConfig.from_dict(source.spec.config)
-    text, vision, d = config.text_config, config.vision_config, source.spec.decoder
+    config = LlavaConfig.from_dict(spec.config)
+    text, vision, d = config.text_config, config.vision_config, spec.decoder
     text.num_key_value_heads = min(d.num_kv_heads, _HEADS)
     text.num_attention_heads = text.num_key_value_heads * (d.num_heads // d.num_kv_heads)
     text.head_dim = _HEAD_SIZE
@@ -41,14 +47,14 @@ def shrink(source: Source, folder: Path) -> Source:
     torch.manual_seed(0)
     _randomised(LlavaForConditionalGeneration(config)).save_pretrained(folder)
     for name in PROCESSOR_FILES:
-        if name not in ("config.json", "generation_config.json") and (source.processor / name).is_file():
-            shutil.copyfile(source.processor / name, folder / name)
-    spec, checkpoint, clip = read_spec(folder), Checkpoint.open(folder), None
-    if source.clip is not None:
-        clip = _shrunken_clip(source.clip, vision.hidden_size, folder / "clip")
-        spec = replace(spec, clip=read_clip(clip, spec.vision))
-        checkpoint = checkpoint.joined("clip.", Checkpoint.open(clip))
-    return replace(source, folder=folder, processor=folder, checkpoint=checkpoint, spec=spec, clip=clip)
+        if name not in ("config.json", "generation_config.json") and (processor / name).is_file():
+            shutil.copyfile(processor / name, folder / name)
+    found = Small(read_spec(folder), Checkpoint.open(folder), None)
+    if clip is None:
+        return found
+    small = _shrunken_clip(clip, vision.hidden_size, folder / "clip")
+    joined = found.checkpoint.joined("clip.", Checkpoint.open(small))
+    return Small(replace(found.spec, clip=read_clip(small, found.spec.vision)), joined, small)
 
 
 def _shrunken_clip(source: Path, width: int, folder: Path) -> Path:

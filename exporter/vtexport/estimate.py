@@ -1,0 +1,63 @@
+"""What a build would take, from a model's geometry alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vtexport.assemble import Recipe
+from vtexport.models import ModelSpec
+from vtexport.selfcheck import available_memory, memory_needed
+
+# Measured at LLaVA-1.5-7B and 13B: bytes of ONNX a layer, and what tracing takes besides the weights.
+_GRAPH_BYTES = {"vision": 55_000, "decoder": 40_000}
+_TRACING = 850_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A build that was not made.
+
+    Attributes:
+        spec, recipe, target: what it would be made of and for.
+        converts: whether weights would be written in another dtype than the checkpoint's.
+    """
+
+    spec: ModelSpec
+    recipe: Recipe
+    target: str
+    converts: bool
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.recipe.dtype == "fp32" else 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights of all graphs, once."""
+        return self.spec.num_parameters() * self.itemsize
+
+    @property
+    def graph_bytes(self) -> int:
+        """ONNX files, about."""
+        decoder = self.spec.decoder.num_layers * (len(self.recipe.plans) + 1)
+        return _GRAPH_BYTES["vision"] * self.spec.vision.feature_layer + _GRAPH_BYTES["decoder"] * decoder
+
+    @property
+    def checked_in_full(self) -> bool:
+        """Whether the self-check would run the model itself on this machine."""
+        return memory_needed(self.spec, self.recipe.dtype) <= available_memory()
+
+    @property
+    def peak_memory(self) -> int:
+        """Resident bytes of the build, about."""
+        d = self.spec.decoder
+        largest = d.vocab_size * d.hidden_size * (self.itemsize + 4) if self.converts else 0
+        check = memory_needed(self.spec, self.recipe.dtype) if self.checked_in_full else 0
+        return _TRACING + max(largest, check)
+
+
+def config_dtype(spec: ModelSpec) -> str:
+    """The dtype that config.json says a checkpoint is in."""
+    text = spec.config.get("text_config", {})
+    names = [place.get(key) for place in (spec.config, text) for key in ("dtype", "torch_dtype")]
+    return "fp16" if any(name in ("float16", "bfloat16") for name in names) else "fp32"
