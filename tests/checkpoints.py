@@ -25,6 +25,7 @@ from transformers import (
 
 from vtexport.models.prompt import PROCESSOR_FILES
 from vtexport.models.resolve import engines_folder
+from vtexport.models.shrink import randomised
 
 MICRO = engines_folder() / "micro-llava"
 
@@ -68,14 +69,7 @@ def random_checkpoint(
         **{"vision_feature_layer": -2, "vision_feature_select_strategy": "default", **config},
     )
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(made)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
+    randomised(LlavaForConditionalGeneration(made)).save_pretrained(folder)
     _copy_processor(folder, made.vision_config.image_size)
     return folder
 

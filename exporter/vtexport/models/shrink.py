@@ -45,7 +45,7 @@ def shrink(spec: ModelSpec, processor: Path, clip: Path | None, folder: Path) ->
     text.intermediate_size = 2 * text.hidden_size
     _narrow(vision)
     torch.manual_seed(0)
-    _randomised(LlavaForConditionalGeneration(config)).save_pretrained(folder)
+    randomised(LlavaForConditionalGeneration(config)).save_pretrained(folder)
     for name in PROCESSOR_FILES:
         if name not in ("config.json", "generation_config.json") and (processor / name).is_file():
             shutil.copyfile(processor / name, folder / name)
@@ -66,7 +66,7 @@ def _shrunken_clip(source: Path, width: int, folder: Path) -> Path:
     _narrow(config.vision_config)
     config.vision_config.hidden_size = width
     config.projection_dim = width
-    _randomised(CLIPModel(config)).save_pretrained(folder)
+    randomised(CLIPModel(config)).save_pretrained(folder)
     return folder
 
 
@@ -76,7 +76,8 @@ def _narrow(config: Any) -> None:
     config.intermediate_size = 2 * config.hidden_size
 
 
-def _randomised(model: Any) -> Any:
+def randomised(model: Any) -> Any:
+    """`model`, a PyTorch module, with weights large enough that attention is not flat and ties are absent."""
     import torch
 
     with torch.no_grad():

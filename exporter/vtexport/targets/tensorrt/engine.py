@@ -48,8 +48,8 @@ class Opening:
 class CudaCache:
     """Two sets of buffers [B, G, capacity, D]: a step reads one and writes the other.
 
-    From the third step on each direction is a CUDA graph, replayed: what a step reads besides lies in `inputs`, which
-    keep their places.
+    From the third step on each direction is a CUDA graph, replayed, unless TensorRT does something in it that cannot be
+    captured: what a step reads besides lies in `inputs`, which keep their places.
     """
 
     front: dict[str, Any]
@@ -57,6 +57,7 @@ class CudaCache:
     inputs: dict[str, Any]
     ranking: Array | None = None
     steps: int = 0
+    capturable: bool = True
     outputs: list[dict[str, Any]] = field(default_factory=lambda: [{}, {}])
     graphs: list[Any] = field(default_factory=lambda: [None, None])
 
@@ -192,8 +193,9 @@ class TensorRTEngine:
             known = {**cache.outputs[direction], **cache.back}
             cache.outputs[direction] = graph.run({**cache.inputs, **past}, known)
             # TensorRT wants to have run once in this shape before it is captured.
-            if cache.steps >= 2 and not self._profiling:
+            if cache.steps >= 2 and cache.capturable and not self._profiling:
                 cache.graphs[direction] = _captured(graph)
+                cache.capturable = cache.graphs[direction] is not None
         found = cache.outputs[direction]
         logits: Array = found["logits"].cpu().numpy()
         if "ranking" in found:
@@ -240,9 +242,13 @@ def _on_gpu(arrays: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def _captured(graph: _Graph) -> Any:
-    """The call that `graph` made last, as a CUDA graph."""
+    """The call that `graph` made last, as a CUDA graph; None if it cannot be captured."""
     captured = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(captured):
-        graph.enqueue()
+    try:
+        with torch.cuda.graph(captured):
+            graph.enqueue()
+    except (RuntimeError, TargetError):
+        torch.cuda.synchronize()
+        return None
     return captured
