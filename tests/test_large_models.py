@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import random_checkpoint, random_clip, sparse_checkpoint
 from tests.conftest import check_refused
 from vtexport import selfcheck
-from vtexport.build import BuildOptions, build
+from vtexport.build import BuildOptions, build, dry_run
 from vtexport.errors import VerificationError
 from vtexport.runtime import Runner
 
@@ -145,6 +145,17 @@ def test_a_checkpoints_own_bytes_stay_where_they_are(tiny_checkpoint: Path, tmp_
     assert Runner.open(copy).engine.vision(np.zeros((1, 3, 40, 40), np.float32)).seen().visual.shape[0] == 1
 
 
+def test_what_is_hard_linked_needs_no_room(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[int] = []
+    monkeypatch.setattr("vtexport.assemble.check_space", lambda _out, needed: wanted.append(needed))
+    for dtype in ("fp32", "fp16"):
+        build(BuildOptions(str(tiny_checkpoint), 0.7, dtype=dtype, verify=False), tmp_path / dtype)
+    linked, converted = wanted
+    assert linked == 16 << 20 < converted
+
+
 def test_a_bf16_checkpoint_becomes_fp16(tmp_path: Path) -> None:
     import torch
 
@@ -154,5 +165,6 @@ def test_a_bf16_checkpoint_becomes_fp16(tmp_path: Path) -> None:
     save_file(converted, weights, metadata={"format": "pt"})
     bundle = build(BuildOptions(str(folder), 0.7, "fastervlm"), tmp_path / "bundle")
     assert bundle.manifest.target.dtype == "fp16"
+    assert dry_run(BuildOptions(str(folder), 0.7, "fastervlm")).converts
     assert not (bundle.folder / "engine" / "model.safetensors").exists()
     assert bundle.manifest.verification is not None

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtexport.bundle import PROCESSOR_FOLDER, Bundle, Hashes, check_space, write_folder
+from vtexport.bundle import PROCESSOR_FOLDER, Bundle, Hashes, check_space, same_file_system, write_folder
 from vtexport.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -24,6 +24,7 @@ from vtexport.manifest import (
     encode,
 )
 from vtexport.models import Checkpoint, ModelSpec
+from vtexport.models.checkpoint import AS_STORED
 from vtexport.models.clip import FOLDER as CLIP_FOLDER
 from vtexport.models.clip import ClipTokenizer
 from vtexport.models.prompt import PROCESSOR_FILES
@@ -103,7 +104,7 @@ def assemble(
     from vtexport.selfcheck import check_engines
 
     options = {**target.options, **target_options}
-    check_space(out, needed_bytes(source.spec, recipe.dtype))
+    check_space(out, _needed_bytes(source, recipe, target, out))
     with write_folder(out) as building, contextlib.ExitStack() as stack:
         made = make_engines(source, recipe, target, options, building, progress)
         _copy_processor(source, building)
@@ -135,9 +136,13 @@ def assemble(
     return Bundle.open(out)
 
 
-def needed_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Weights once, and a tenth for graphs, engines' own data and processor files."""
-    return int(spec.num_parameters() * (4 if dtype == "fp32" else 2) * 1.1) + (4 << 20)
+def _needed_bytes(source: Source, recipe: Recipe, target: Target, out: Path) -> int:
+    """What the bundle takes on disk besides what is hard-linked, at its fullest, and some room for graphs."""
+    weights = source.spec.num_parameters() * (4 if recipe.dtype == "fp32" else 2)
+    linked = source.checkpoint.stored == AS_STORED[recipe.dtype] and same_file_system(source.checkpoint.folder, out)
+    # Of plans, prefill and decode each hold the decoder.
+    inside = 2 * weights if target.weights_inside else 0
+    return int(1.1 * ((0 if linked else weights) + inside)) + (16 << 20)
 
 
 def _trace(spec: ModelSpec, recipe: Recipe, progress: Progress) -> list[TracedGraph]:

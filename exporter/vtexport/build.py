@@ -12,7 +12,7 @@ from vtexport.bundle import Bundle, check_destination
 from vtexport.errors import InputError, TargetError
 from vtexport.estimate import Estimate, config_dtype
 from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
-from vtexport.models.checkpoint import has_weights
+from vtexport.models.checkpoint import AS_STORED, NEAREST, has_weights
 from vtexport.models.clip import read_clip
 from vtexport.models.llava import fingerprint
 from vtexport.models.resolve import recipe_dtype, recipe_ranks
@@ -85,7 +85,7 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
     if clip is not None:
         spec = replace(spec, clip=read_clip(clip, spec.vision))
         checkpoint = checkpoint.joined("clip.", Checkpoint.open(clip))
-    recipe = _recipe(options, spec, calibration, _own_dtype(checkpoint))
+    recipe = _recipe(options, spec, calibration, checkpoint.stored)
     source = Source(options.model, folder, folder, checkpoint, spec, clip)
     return assemble(source, recipe, target, options.target_options, out, shown, options.verify)
 
@@ -105,9 +105,9 @@ def dry_run(options: BuildOptions) -> Estimate:
     clip = _clip(options)
     if clip is not None:
         spec = replace(spec, clip=read_clip(clip, spec.vision))
-    own = config_dtype(spec) if checkpoint is None else _own_dtype(checkpoint)
-    recipe = _recipe(options, spec, calibration, own)
-    return Estimate(spec, recipe, target.name, converts=recipe.dtype != own)
+    stored = config_dtype(spec) if checkpoint is None else checkpoint.stored
+    recipe = _recipe(options, spec, calibration, stored)
+    return Estimate(spec, recipe, target.name, converts=AS_STORED[recipe.dtype] != stored)
 
 
 def _clip(options: BuildOptions) -> Path | None:
@@ -116,9 +116,10 @@ def _clip(options: BuildOptions) -> Path | None:
     return resolve_model(str(given)) if methods_of(options.method)[0].reads_question and given else None
 
 
-def _recipe(options: BuildOptions, spec: ModelSpec, calibration: Calibration | None, own_dtype: str) -> Recipe:
+def _recipe(options: BuildOptions, spec: ModelSpec, calibration: Calibration | None, stored: str) -> Recipe:
+    """Plans and dtype by `options`, for a checkpoint in the safetensors dtype `stored`."""
     plan = partial(planner(spec), options.method, options=options.method_options, calibration=calibration)
-    dtype = options.dtype or recipe_dtype(options.model) or own_dtype
+    dtype = options.dtype or recipe_dtype(options.model) or NEAREST.get(stored, "fp32")
     if not isinstance(options.keep, str):
         return Recipe([plan(keep=options.keep)], dtype, None, options.debug, options.give_ranking)
     plans, policy = adaptive_plans(
@@ -130,14 +131,6 @@ def _recipe(options: BuildOptions, spec: ModelSpec, calibration: Calibration | N
         lambda keep: plan(keep=keep),
     )
     return Recipe(plans, dtype, policy, options.debug, options.give_ranking)
-
-
-def _own_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype that most of a checkpoint's bytes can stay in."""
-    sizes: dict[str, int] = {}
-    for record in checkpoint.tensors.values():
-        sizes[record.dtype] = sizes.get(record.dtype, 0) + record.end - record.start
-    return "fp16" if max(sizes, key=lambda dtype: sizes[dtype]) in ("F16", "BF16") else "fp32"
 
 
 def _calibration(options: BuildOptions, checkpoint: Checkpoint | None, spec: ModelSpec) -> Calibration | None:

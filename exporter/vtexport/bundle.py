@@ -162,6 +162,11 @@ def _existing_parent(out: Path) -> Path:
     return next(path for path in [parent, *parent.parents] if path.exists())
 
 
+def same_file_system(folder: Path, out: Path) -> bool:
+    """Whether files of `folder` can be hard-linked to where `out` will be."""
+    return folder.stat().st_dev == _existing_parent(out).stat().st_dev
+
+
 def check_space(out: Path, needed: int) -> None:
     """Refuse a build that cannot fit.
 

@@ -57,7 +57,8 @@ class Estimate:
 
 
 def config_dtype(spec: ModelSpec) -> str:
-    """The dtype that config.json says a checkpoint is in."""
+    """The safetensors dtype that config.json says a checkpoint is in."""
     text = spec.config.get("text_config", {})
     names = [place.get(key) for place in (spec.config, text) for key in ("dtype", "torch_dtype")]
-    return "fp16" if any(name in ("float16", "bfloat16") for name in names) else "fp32"
+    known = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    return next((known[name] for name in names if name in known), "F32")

@@ -2,6 +2,7 @@
 // shapes, formats, workspace, and enqueue against the CPU twins.
 //   drive_plugins LIBRARY            over the twins themselves, or over emulated kernels: enqueue takes host pointers
 //   drive_plugins LIBRARY --device   the real one, on a GPU: device pointers
+//   drive_plugins LIBRARY --bf16     one type only
 // Runs must give the same bits; emulated kernels run in a new order each time, and workspaces begin as new rubbish.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
@@ -365,7 +366,8 @@ void run(IPluginV3* plugin, Case& c, const std::string& name) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  on_device = count > 2 && std::string(arguments[2]) == "--device";
+  const std::string option = count > 2 ? arguments[2] : "";
+  on_device = option == "--device";
   void* library = dlopen(arguments[1], RTLD_NOW | RTLD_LOCAL);
   expect(library != nullptr, std::string("dlopen: ") + (library == nullptr ? dlerror() : ""));
   auto get = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(library, "getCreators"));
@@ -377,6 +379,7 @@ int main(int count, char** arguments) {
   IPluginCreatorInterface* const* creators = get(number);
   expect(number == 4, "four creators");
   for (DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
+    if (option == "--bf16" && type != DataType::kBF16) continue;
     for (int i = 0; i < number; ++i) {
       auto* creator = static_cast<IPluginCreatorV3One*>(creators[i]);
       const std::string name = creator->getPluginName();

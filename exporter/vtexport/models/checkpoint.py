@@ -10,6 +10,9 @@ from pathlib import Path
 
 from vtexport.errors import ModelError
 
+#: safetensors' dtype -> the engine's dtype that its numbers go into, and that of an engine that takes them as they are
+NEAREST = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "fp16"}
+AS_STORED = {"fp32": "F32", "fp16": "F16"}
 # safetensors' names of the types a weight may have -> bytes an element.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -50,6 +53,14 @@ class Checkpoint:
             for record in _read_header(path):
                 tensors[record.name] = record
         return cls(folder, tensors)
+
+    @property
+    def stored(self) -> str:
+        """The safetensors dtype of most of its bytes."""
+        sizes: dict[str, int] = {}
+        for record in self.tensors.values():
+            sizes[record.dtype] = sizes.get(record.dtype, 0) + record.end - record.start
+        return max(sizes, key=lambda dtype: sizes[dtype], default="F32")
 
     def joined(self, prefix: str, other: Checkpoint) -> Checkpoint:
         """This checkpoint's tensors, and those of `other` with `prefix` before their names."""

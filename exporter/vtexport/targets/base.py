@@ -192,6 +192,8 @@ class Target(Protocol):
     name: ClassVar[str]
     summary: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
+    #: whether its engines hold their weights, rather than point at them
+    weights_inside: ClassVar[bool]
     #: names and defaults of the options that the target takes
     options: ClassVar[Mapping[str, str | int]]
 

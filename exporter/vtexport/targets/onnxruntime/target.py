@@ -15,6 +15,7 @@ class OnnxRuntimeTarget:
 
     name: ClassVar[str] = "onnxruntime"
     summary: ClassVar[str] = "ONNX Runtime on the CPU"
+    weights_inside: ClassVar[bool] = False
     dtypes: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
     options: ClassVar[Mapping[str, str | int]] = {}
 

@@ -43,6 +43,7 @@ class AnyTensorRT(ABC):
     """One plan a graph, weights inside unless stripped, profiles over batch, text and cache length."""
 
     name: ClassVar[str]
+    weights_inside: ClassVar[bool] = True
     dtypes: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
     #: the module of its Python bindings
     package: ClassVar[str]
