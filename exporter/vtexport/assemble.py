@@ -138,7 +138,7 @@ def assemble(
 
 def _needed_bytes(source: Source, recipe: Recipe, target: Target, out: Path) -> int:
     """What the bundle takes on disk besides what is hard-linked, at its fullest, and some room for graphs."""
-    weights = source.spec.num_parameters() * (4 if recipe.dtype == "fp32" else 2)
+    weights = source.spec.weight_bytes(recipe.dtype)
     linked = source.checkpoint.stored == AS_STORED[recipe.dtype] and same_file_system(source.checkpoint.folder, out)
     # Of plans, prefill and decode each hold the decoder.
     inside = 2 * weights if target.weights_inside else 0

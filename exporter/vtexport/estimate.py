@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from vtexport.assemble import Recipe
 from vtexport.models import ModelSpec
+from vtexport.models.spec import ITEMSIZE
 from vtexport.selfcheck import available_memory, memory_needed
 
 # Measured at LLaVA-1.5-7B and 13B: bytes of ONNX a layer, and what tracing takes besides the weights.
@@ -28,13 +29,9 @@ class Estimate:
     converts: bool
 
     @property
-    def itemsize(self) -> int:
-        return 4 if self.recipe.dtype == "fp32" else 2
-
-    @property
     def weight_bytes(self) -> int:
         """Weights of all graphs, once."""
-        return self.spec.num_parameters() * self.itemsize
+        return self.spec.weight_bytes(self.recipe.dtype)
 
     @property
     def graph_bytes(self) -> int:
@@ -51,7 +48,7 @@ class Estimate:
     def peak_memory(self) -> int:
         """Resident bytes of the build, about."""
         d = self.spec.decoder
-        largest = d.vocab_size * d.hidden_size * (self.itemsize + 4) if self.converts else 0
+        largest = d.vocab_size * d.hidden_size * (ITEMSIZE[self.recipe.dtype] + 4) if self.converts else 0
         check = memory_needed(self.spec, self.recipe.dtype) if self.checked_in_full else 0
         return _TRACING + max(largest, check)
 

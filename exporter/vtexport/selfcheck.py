@@ -60,7 +60,7 @@ def check_engines(
 
 def memory_needed(spec: ModelSpec, dtype: str) -> int:
     """Bytes for the check in full: the reference in fp32, and the engines' weights as runtimes pack them, twice."""
-    return spec.num_parameters() * (4 + 2 * (4 if dtype == "fp32" else 2))
+    return spec.weight_bytes("fp32") + 2 * spec.weight_bytes(dtype)
 
 
 def available_memory() -> int:

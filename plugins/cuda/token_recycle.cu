@@ -14,8 +14,6 @@ constexpr int kThreads = 128;  // of the distances: four warps, 16 x 16 products
 template <typename T>
 constexpr int kDepth = sizeof(T) == 2 ? 128 : 64;  // of the width, in shared memory at a time
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 // How the distances are cut: `pairs` tiles on and below the diagonal, `splits` runs of `run` depths of the width each.
 struct Cut {
   int pairs, splits, run;

@@ -16,8 +16,6 @@ constexpr int kColumns = 32;   // of a block of the last launch
 template <typename T>
 constexpr int kKeys = sizeof(T) == 2 ? 64 : 32;  // keys in shared memory at a time
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 // Elements from one row of a tile to the next. Products run over whole multiples of 16 (a tensor core's depth) or 4 (a
 // vector); sixteen bytes more put neighbouring rows into different banks.
 template <typename T>

@@ -9,6 +9,9 @@ from typing import Any
 
 from vtexport.errors import ModelError
 
+#: bytes of a weight by an engine's dtype
+ITEMSIZE = {"fp32": 4, "fp16": 2}
+
 
 @dataclass(frozen=True)
 class VisionSpec:
@@ -117,6 +120,10 @@ class ModelSpec:
         block = attention + 3 * d.hidden_size * d.intermediate_size + 2 * d.hidden_size
         embeddings = d.vocab_size * d.hidden_size * (1 if d.tied_embeddings else 2)
         return tower + projector + d.num_layers * block + embeddings + d.hidden_size + self._clip_parameters()
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Bytes of those weights in an engine's dtype, "fp32" or "fp16"."""
+        return self.num_parameters() * ITEMSIZE[dtype]
 
     def _clip_parameters(self) -> int:
         c = self.clip

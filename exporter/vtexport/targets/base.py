@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -231,6 +231,11 @@ def vision_feeds(pixels: Array, question_ids: Array | None) -> dict[str, Array]:
 def prefill_names(plans: int) -> list[str]:
     """The names of the prefill graphs of so many plans."""
     return ["prefill"] if plans == 1 else [f"prefill-{bucket}" for bucket in range(plans)]
+
+
+def prefill_name(graphs: Collection[str], bucket: int) -> str:
+    """The name of the prefill graph of plan number `bucket` in a bundle of so many graphs: one vision, one decode."""
+    return prefill_names(len(graphs) - 2)[bucket]
 
 
 def graph_names(plans: int) -> list[str]:

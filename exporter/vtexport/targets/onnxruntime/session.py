@@ -20,7 +20,7 @@ from vtexport.targets.base import (
     PrefillInput,
     PrefillOutput,
     VisionOutput,
-    prefill_names,
+    prefill_name,
     vision_feeds,
 )
 
@@ -95,7 +95,7 @@ class OrtEngine:
         return VisionOutput(found)
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
-        session = self.session(prefill_names(len(self._paths) - 2)[bucket])
+        session = self.session(prefill_name(self._paths, bucket))
         names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, session.run(names, inputs.feeds()), strict=True))
         logits = found.pop("logits")

@@ -22,7 +22,7 @@ from vtexport.targets.base import (
     PrefillInput,
     PrefillOutput,
     VisionOutput,
-    prefill_names,
+    prefill_name,
     vision_feeds,
 )
 from vtexport.targets.tensorrt.bindings import Bindings
@@ -161,7 +161,7 @@ class TensorRTEngine:
         return VisionOutput({name: tensor.cpu().numpy() for name, tensor in found.items()})
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
-        graph = self._graph(prefill_names(len(self._paths) - 2)[bucket])
+        graph = self._graph(prefill_name(self._paths, bucket))
         found = graph.run(_on_gpu(inputs.feeds()))
         front, back, stages = {}, {}, {}
         for name, tensor in found.items():
