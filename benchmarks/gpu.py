@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from vtexport import native
 from vtexport.errors import InputError
 from vtexport.graph.graphs import DecodeGraph, PrefillGraph, VisionGraph
-from vtexport.models.llava import rope_tables, spec_from_config
-from vtexport.models.spec import ModelSpec
+from vtexport.models.families import FAMILIES
+from vtexport.models.rope import rope_tables
+from vtexport.models.spec import Asked, ModelSpec
+from vtexport.models.views import rows_of
 from vtexport.pruning import METHODS, PruningPlan, ops, planner
 from vtexport.pruning.schedule import Recycling
 
@@ -52,13 +54,20 @@ GEOMETRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**_CLIP_L, "image_size": 336, "patch_size": 14},
         {**_VICUNA, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
     ),
+    "llava-next-7b": (
+        {**_CLIP_L, "image_size": 336, "patch_size": 14},
+        {**_VICUNA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    ),
     "tiny": (
         {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 96,
          "patch_size": 8},
         {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 32, "num_attention_heads": 4,
-         "max_position_embeddings": 512, "eos_token_id": 2},
+         "max_position_embeddings": 2048, "eos_token_id": 2},
     ),
 }  # fmt: skip
+GEOMETRIES["tiny-next"] = GEOMETRIES["tiny"]
+# Every image fills its grid of tiles, which is what costs most.
+GRID = "2x2"
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,11 @@ class Side:
 def geometry(name: str) -> ModelSpec:
     """The spec of a LLaVA of that size."""
     vision, text = GEOMETRIES[name]
+    tiled = name.removesuffix("-7b").endswith("next")
+    tile = vision["image_size"]
     config = {
-        "model_type": "llava",
+        "model_type": "llava_next" if tiled else "llava",
+        **({"image_grid_pinpoints": [[2 * tile, 2 * tile]]} if tiled else {}),
         "vision_config": {"model_type": "clip_vision_model", **vision},
         "text_config": {"model_type": "llama", **text},
         "image_token_index": 4,
@@ -91,7 +103,8 @@ def geometry(name: str) -> ModelSpec:
         "vision_feature_select_strategy": "default",
         "projector_hidden_act": "gelu",
     }
-    return spec_from_config(Path(name), config)
+    family = FAMILIES[str(config["model_type"])]
+    return family.spec(Path(name), config, Asked(grid=GRID) if tiled else Asked())
 
 
 def filled(module: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
@@ -128,7 +141,17 @@ class Bench:
         filled(vision, self.device, self.dtype)
         prefill.decoder, prefill.rope, prefill.head = self.decode.decoder, self.decode.rope, self.decode.head
         on = partial(torch.full, device=self.device, dtype=torch.int64)
-        pixels = torch.rand(self.batch, v.channels, v.image_size, v.image_size, device=self.device)
+        views = self.spec.views
+        seen = [torch.rand(self.batch * views.total, v.channels, v.image_size, v.image_size, device=self.device)]
+        if views.total > 1:
+            seen = [seen[0].unflatten(0, (self.batch, views.total))]
+        lengths: list[Tensor] = []
+        if views.tiles is not None:
+            edges = (views.tiles[0] * v.image_size, views.tiles[1] * v.image_size)
+            rows = rows_of(self.spec, [edges])
+            places = (rows.sequence, rows.row_start)[: len(vision.input_names()) - 1]
+            seen += [torch.from_numpy(array).to(self.device).expand(self.batch, -1) for array in places]
+            lengths = [on((self.batch, 1), plan.vision_tokens)]
         ids = torch.randint(0, d.vocab_size, (self.batch, self.text), device=self.device)
         visual = torch.randn(self.batch, plan.vision_tokens, d.hidden_size, device=self.device, dtype=self.dtype)
         past = [
@@ -140,8 +163,8 @@ class Bench:
         ]
         length = torch.tensor(plan.per_layer, device=self.device)[:, None].expand(-1, self.batch) + self.text
         return {
-            "vision": lambda: vision(pixels),
-            "prefill": lambda: prefill(ids, on((self.batch,), 5), on((self.batch,), self.text), visual),
+            "vision": lambda: vision(*seen),
+            "prefill": lambda: prefill(ids, on((self.batch,), 5), on((self.batch,), self.text), visual, *lengths),
             "per_token": lambda: self.decode(ids[:, :1], length, length, past),
             **({"pruning": self._pruning(plan)} if plan.method in PRICED else {}),
         }
@@ -153,23 +176,26 @@ class Bench:
         calls: list[Callable[[], Any]] = []
         v, d = self.spec.vision, self.spec.decoder
         for stage in plan.stages:
-            n = stage.tokens_in
             inside = stage.layer is not None
+            # In the vision stage every view is pruned by itself.
+            n, keep, batch = stage.tokens_in, stage.kept, self.batch
+            if not inside:
+                n, keep, batch = v.num_patches, plan.patch_budget, self.batch * plan.views
             heads, groups, size = (
                 (d.num_heads, d.num_kv_heads, d.head_size) if inside else (v.num_heads,) * 2 + (v.head_size,)
             )
             rows, keys = (self.text, n + self.text) if inside else (1, n + 1)
-            hidden = random(self.batch, n, d.hidden_size if inside else v.hidden_size)
-            score = torch.rand(self.batch, n, device=self.device)
-            counts = torch.ones(self.batch, rows, device=self.device) > 0
-            places = torch.full((self.batch, rows), keys - 1, device=self.device)
-            start = torch.ones(self.batch, device=self.device, dtype=torch.int64)
-            query, key = random(self.batch, heads, rows, size), random(self.batch, groups, keys, size)
+            hidden = random(batch, n, d.hidden_size if inside else v.hidden_size)
+            score = torch.rand(batch, n, device=self.device)
+            counts = torch.ones(batch, rows, device=self.device) > 0
+            places = torch.full((batch, rows), keys - 1, device=self.device)
+            start = torch.ones(batch, device=self.device, dtype=torch.int64)
+            query, key = random(batch, heads, rows, size), random(batch, groups, keys, size)
             calls.append(partial(ops.token_score, query, key, counts, places, start, n, size**-0.5))
-            calls.append(partial(ops.token_select, hidden, score, stage.kept))
+            calls.append(partial(ops.token_select, hidden, score, keep))
             if stage.recycled:
-                pool, clusters = Recycling().counts(n - stage.kept)
-                calls.append(partial(ops.token_recycle, hidden, score, stage.kept, pool, clusters, False))
+                pool, clusters = Recycling().counts(n - keep)
+                calls.append(partial(ops.token_recycle, hidden, score, keep, pool, clusters, False))
         return lambda: [call() for call in calls]
 
     def cache_bytes(self, plan: PruningPlan) -> int:

@@ -45,7 +45,7 @@ def stage_arguments(
     spec: ModelSpec, batch: int, text: int, device: str, dtype: torch.dtype
 ) -> dict[str, tuple[Any, ...]]:
     """Arguments for the ops of SparseVLM's first stage: all visual tokens in, a third kept, all text rows rating."""
-    d, visual = spec.decoder, spec.vision.num_visual_tokens
+    d, visual = spec.decoder, spec.num_visual_tokens
     made = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:

@@ -14,13 +14,20 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+    VideoLlavaConfig,
 )
 
 from vtexport.models.prompt import PROCESSOR_FILES
@@ -28,6 +35,26 @@ from vtexport.models.resolve import engines_folder
 from vtexport.models.shrink import randomised
 
 MICRO = engines_folder() / "micro-llava"
+_VISION = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "image_size": 40,
+    "patch_size": 8,
+}
+_TEXT = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
 
 
 def random_checkpoint(
@@ -42,29 +69,9 @@ def random_checkpoint(
 
     Weights are scaled up from their initial values so that attention is not flat and ties are absent.
     """
-    sizes = {
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "image_size": 40,
-        "patch_size": 8,
-    }
-    language = {
-        "vocab_size": 384,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 3,
-    }
     made = LlavaConfig(
-        vision_config=CLIPVisionConfig(**{**sizes, **(vision or {})}),
-        text_config=LlamaConfig(**{**language, **(text or {})}),
+        vision_config=CLIPVisionConfig(**{**_VISION, **(vision or {})}),
+        text_config=LlamaConfig(**{**_TEXT, **(text or {})}),
         image_token_index=4,
         **{"vision_feature_layer": -2, "vision_feature_select_strategy": "default", **config},
     )
@@ -72,6 +79,88 @@ def random_checkpoint(
     randomised(LlavaForConditionalGeneration(made)).save_pretrained(folder)
     _copy_processor(folder, made.vision_config.image_size)
     return folder
+
+
+_TILES = 40
+_PINPOINTS = [[_TILES, 2 * _TILES], [2 * _TILES, _TILES], [2 * _TILES, 2 * _TILES], [3 * _TILES, _TILES]]
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+#: families by the name of a case: model, tower and decoder configurations, and changes to the decoder
+FAMILIES: dict[str, tuple[type, type, type, dict[str, Any]]] = {
+    "llava": (LlavaConfig, CLIPVisionConfig, LlamaConfig, {}),
+    "llava_next-vicuna": (LlavaNextConfig, CLIPVisionConfig, LlamaConfig, {"num_key_value_heads": 4}),
+    "llava_next-mistral": (LlavaNextConfig, CLIPVisionConfig, MistralConfig, {"sliding_window": 300}),
+    "llava_next-llama3": (LlavaNextConfig, CLIPVisionConfig, LlamaConfig, {"rope_parameters": _LLAMA3}),
+    "video_llava": (VideoLlavaConfig, CLIPVisionConfig, LlamaConfig, {}),
+    "llava_onevision": (LlavaOnevisionConfig, SiglipVisionConfig, Qwen2Config, {"tie_word_embeddings": True}),
+}
+_PROCESSORS = {
+    "llava": "CLIPImageProcessor",
+    "llava_next": "LlavaNextImageProcessor",
+    "video_llava": "VideoLlavaImageProcessor",
+    "llava_onevision": "LlavaOnevisionImageProcessor",
+}
+
+
+def family_checkpoint(folder: Path, case: str, seed: int = 3, **text: Any) -> Path:
+    """Write a random checkpoint of a family into `folder`: five decoder layers, 25 patches a view, tiles of 40 pixels.
+
+    Args:
+        folder: where to.
+        case: a key of `FAMILIES`.
+        seed: of the weights.
+        **text: changes to the decoder.
+    """
+    config, tower, decoder, changes = FAMILIES[case]
+    family = case.partition("-")[0]
+    siglip = tower is SiglipVisionConfig
+    # SigLIP's patches need not fill the image.
+    size = _TILES + 3 * siglip
+    pinpoints = [[rows // _TILES * size, columns // _TILES * size] for rows, columns in _PINPOINTS]
+    changes = {"num_hidden_layers": 5, **changes, **text}
+    tied = changes.get("tie_word_embeddings", False)
+    video = {"video_token_index": 5} if family == "video_llava" else {}
+    made = config(
+        vision_config=tower(**{**_VISION, "image_size": size}, **({"vision_use_head": False} if siglip else {})),
+        text_config=decoder(**{**_TEXT, **changes}),
+        image_token_index=4,
+        tie_word_embeddings=tied,
+        **({"image_grid_pinpoints": pinpoints} if "grid" in str(config.__annotations__) else {}),
+        **video,
+    )
+    torch.manual_seed(seed)
+    randomised(AutoModelForImageTextToText.from_config(made)).save_pretrained(folder)
+    _copy_processor(folder, size)
+    processor = json.loads((folder / "processor_config.json").read_text())
+    processor["image_processor"]["image_processor_type"] = _PROCESSORS[family]
+    if family.startswith("llava_"):
+        processor["image_processor"]["image_grid_pinpoints"] = pinpoints
+    if siglip:
+        processor["image_processor"] |= {"size": {"height": size, "width": size}, "do_center_crop": None}
+        processor["image_processor"].pop("crop_size")
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    if family == "video_llava":
+        _speak_of_videos(folder)
+    return folder
+
+
+def _speak_of_videos(folder: Path) -> None:
+    """Give micro-llava's tokenizer and template a mark for videos, token 5."""
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("'image'", "'video'").replace("<image>", "<video>"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    old = next(token for token, number in tokenizer["model"]["vocab"].items() if number == 5)
+    tokenizer["model"]["vocab"]["<video>"] = tokenizer["model"]["vocab"].pop(old)
+    tokenizer["model"]["merges"] = [pair for pair in tokenizer["model"]["merges"] if old not in pair]
+    mark = next(token for token in tokenizer["added_tokens"] if token["id"] == 4)
+    tokenizer["added_tokens"].append({**mark, "id": 5, "content": "<video>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 #: the geometry of LLaVA-1.5, but for what `random_checkpoint`'s tokenizer wants otherwise

@@ -20,10 +20,11 @@ from vtexport.errors import InputError
 from vtexport.evaluate import evaluate
 from vtexport.micro import heldout
 from vtexport.models import Checkpoint, read_spec
-from vtexport.models.llava import fingerprint
+from vtexport.models.names import fingerprint
 from vtexport.pruning.adaptive import AdaptiveTable, Policy
 from vtexport.pruning.rank import Calibration
 from vtexport.runtime import Runner
+from vtexport.targets.base import VisionInput
 
 METHODS = ("sparsevlm", "fastervlm", "fastervlm+sparsevlm")
 KEEPS = (0.5, 0.25)
@@ -46,7 +47,7 @@ def tiny_calibration(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     number = spec.decoder.num_layers
     Calibration(
         model=fingerprint(Checkpoint.open(tiny_checkpoint)),
-        num_visual_tokens=spec.vision.num_visual_tokens,
+        num_visual_tokens=spec.num_visual_tokens,
         pairs=1,
         ranks=(3.0,) * number,
         rank_spread=(0.0,) * number,
@@ -74,7 +75,8 @@ def test_each_image_gets_what_a_bundle_of_its_keep_ratio_gives(
     runner = Runner.open(build(keep="auto", buckets=(0.7, 0.5), ranks=tiny_calibration))
     pairs = [(image, question) for image in noise_images(3) for question in QUESTIONS[:2]]
     # A limit between the images, so that both plans are chosen.
-    spreads = runner.engine.vision(np.stack([runner.prompter.pixels(image) for image, _ in pairs])).spread
+    pixels = np.concatenate([runner.prompter.views(image).pixels for image, _ in pairs])
+    spreads = runner.engine.vision(VisionInput(pixels)).spread
     runner.policy = Policy((float(np.median(spreads)),), 1.0, 1.0)
     answers = runner.ask(pairs, 8)
     own = {} if method == "fastervlm" else {"ranks": tiny_calibration}
@@ -165,7 +167,10 @@ def test_bad_options(vtexport, arguments: list[str], message: str, tmp_path: Pat
 def test_calibrate_measures_methods(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from vtexport.calibrate import Asked, Pair, calibrate_model, steps
 
-    pairs = [Pair(Image.fromarray(example.image), example.question.text) for example in EXAMPLES]
+    pairs, images = [], [Image.fromarray(example.image) for example in EXAMPLES]
+    for number, (image, example) in enumerate(zip(images, EXAMPLES, strict=True)):
+        image.save(tmp_path / f"{number}.png")
+        pairs.append(Pair((tmp_path / f"{number}.png",), example.question.text))
     asked, done = Asked(("fastervlm", "sparsevlm"), (0.5, 0.4)), []
     found = calibrate_model(str(tiny_checkpoint), pairs, asked, lambda: done.append(1))
     assert len(done) == steps(pairs, asked)
@@ -180,7 +185,7 @@ def test_calibrate_measures_methods(tiny_checkpoint: Path, tmp_path: Path) -> No
     found.check(
         tmp_path / "ranks.toml",
         fingerprint(Checkpoint.open(tiny_checkpoint)),
-        spec.vision.num_visual_tokens,
+        spec.num_visual_tokens,
         spec.decoder.num_layers,
     )
     dense, half = (
@@ -188,8 +193,8 @@ def test_calibrate_measures_methods(tiny_checkpoint: Path, tmp_path: Path) -> No
         for keep, method in ((1.0, "dense"), (0.5, "fastervlm"))
     )
     same = [
-        dense.ask([(pair.image, pair.prompt)], 8)[0].token_ids == half.ask([(pair.image, pair.prompt)], 8)[0].token_ids
-        for pair in pairs
+        dense.ask([(image, pair.prompt)], 8)[0].token_ids == half.ask([(image, pair.prompt)], 8)[0].token_ids
+        for image, pair in zip(images, pairs, strict=True)
     ]
     assert sum(same) == sum(found.adaptive[0].agreement[0])
 

@@ -7,13 +7,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 
-def test_the_gpu_benchmark_measures_every_side(tmp_path: Path) -> None:
+@pytest.mark.parametrize("geometry", ["tiny", "tiny-next"])
+def test_the_gpu_benchmark_measures_every_side(geometry: str, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     methods = ["--methods", "sparsevlm,fastervlm"]
-    command = [sys.executable, SCRIPT, "--geometry", "tiny", "--device", "cpu", *methods, "--runs", "1", "--json", out]
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--geometry",
+        geometry,
+        "--device",
+        "cpu",
+        *methods,
+        "--runs",
+        "1",
+        "--json",
+        out,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report = json.loads(out.read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == report

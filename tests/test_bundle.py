@@ -54,7 +54,7 @@ def test_the_manifest_is_the_plan_and_lists_every_file(micro_bundle: Path) -> No
 
 def test_another_schema_version_is_refused(bundle_copy: Path) -> None:
     edit(bundle_copy, schema_version=99)
-    with pytest.raises(BundleError, match="schema version 99, this vtexport reads version 4"):
+    with pytest.raises(BundleError, match="schema version 99, this vtexport reads version 5"):
         Bundle.open(bundle_copy)
 
 

@@ -20,6 +20,7 @@ from vtexport import selfcheck
 from vtexport.build import BuildOptions, build, dry_run
 from vtexport.errors import VerificationError
 from vtexport.runtime import Runner
+from vtexport.targets.base import VisionInput
 
 GIGABYTE = 1 << 30
 
@@ -142,7 +143,9 @@ def test_a_checkpoints_own_bytes_stay_where_they_are(tiny_checkpoint: Path, tmp_
     # A bundle is complete: without its checkpoint, copied elsewhere, it runs.
     copy = tmp_path / "copy"
     shutil.copytree(bundle.folder, copy)
-    assert Runner.open(copy).engine.vision(np.zeros((1, 3, 40, 40), np.float32)).seen().visual.shape[0] == 1
+    assert (
+        Runner.open(copy).engine.vision(VisionInput(np.zeros((1, 3, 40, 40), np.float32))).seen().visual.shape[0] == 1
+    )
 
 
 def test_what_is_hard_linked_needs_no_room(

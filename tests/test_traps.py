@@ -133,8 +133,8 @@ class Recording:
         self.positions: list[np.ndarray] = []
         self.filled: list[int] = []
 
-    def vision(self, pixels, question_ids=None):
-        return self.engine.vision(pixels, question_ids)
+    def vision(self, inputs):
+        return self.engine.vision(inputs)
 
     def prefill(self, inputs, new_tokens, bucket=0):
         out = self.engine.prefill(inputs, new_tokens, bucket)
@@ -246,14 +246,14 @@ def test_trap_unequal_output_lengths_compared_as_speed(
 
 
 def test_a_layout_puts_text_and_image_where_they_belong() -> None:
-    layout = Layout(torch.tensor([1, 3]), torch.tensor([4, 3]), 4, 0)
+    layout = Layout(torch.tensor([[1], [3]]), torch.tensor([4, 3]), 4, 0)
+    shown = replace(layout, visual=2)
     text = torch.arange(4.0)[None, :, None].expand(2, -1, 1)
-    rows = layout.with_visual(text, -torch.ones(2, 2, 1) * torch.tensor([[1.0], [2.0]]))[..., 0]
+    rows = layout.with_visual(text, -torch.ones(2, 2, 1) * torch.tensor([[1.0], [2.0]]), shown)[..., 0]
     assert rows.tolist() == [[0, -1, -2, 1, 2, 3], [0, 1, 2, -1, -2, 3]]
-    shown = Layout(layout.image_position, layout.text_length, 4, 2)
     assert shown.last_place().tolist() == [5, 4]
     assert shown.text_places().tolist() == [[0, 3, 4, 5], [0, 1, 2, 5]]
     assert shown.after_image().tolist() == [[False, True, True, True], [False, False, False, False]]
     assert shown.visual_of(rows[..., None])[..., 0].tolist() == [[-1, -2], [-1, -2]]
-    less = shown.with_visual(rows[..., None], rows[:, :0, None])[..., 0]
+    less = shown.with_visual(rows[..., None], rows[:, :0, None], layout)[..., 0]
     assert less.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]

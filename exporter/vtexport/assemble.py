@@ -21,6 +21,7 @@ from vtexport.manifest import (
     PlanEntry,
     PortEntry,
     TargetEntry,
+    ViewsEntry,
     encode,
 )
 from vtexport.models import Checkpoint, ModelSpec
@@ -115,7 +116,7 @@ def assemble(
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             vtexport=version("vtexport"),
-            model=_model_entry(source.name, source.spec),
+            model=_model_entry(source),
             plans=[PlanEntry.of(plan) for plan in recipe.plans],
             adaptive=None if recipe.policy is None else AdaptiveEntry(**asdict(recipe.policy)),
             target=TargetEntry(
@@ -155,7 +156,7 @@ def _trace(spec: ModelSpec, recipe: Recipe, progress: Progress) -> list[TracedGr
     for plan, name in zip(recipe.plans, prefill_names(number), strict=True):
         graphs.append(trace_prefill(spec, plan, recipe.dtype, recipe.debug, recipe.give_ranking, name))
         progress.advance()
-    ranks = spec.vision.num_visual_tokens if recipe.give_ranking else 0
+    ranks = spec.num_visual_tokens if recipe.give_ranking else 0
     graphs.append(trace_decode(spec, recipe.dtype, ranks))
     progress.advance()
     return graphs
@@ -165,7 +166,7 @@ def _write_weights(
     graphs: Sequence[TracedGraph], folder: Path, source: Source, plans: Sequence[PruningPlan], progress: Progress
 ) -> None:
     from vtexport.graph.weights import Weights
-    from vtexport.models.llava import rope_tables
+    from vtexport.models.rope import rope_tables
 
     cos, sin = rope_tables(source.spec)
     computed = {"rope.cos": cos.numpy(), "rope.sin": sin.numpy()}
@@ -203,15 +204,23 @@ def _ports(graph: TracedGraph) -> GraphEntry:
     return GraphEntry([entry(v) for v in model.inputs], [entry(v) for v in model.outputs])
 
 
-def _model_entry(name: str, spec: ModelSpec) -> ModelEntry:
+def _model_entry(source: Source) -> ModelEntry:
+    spec = source.spec
     return ModelEntry(
-        name=name,
+        name=source.name,
         family=spec.family,
         config=spec.config,
         image_token_id=spec.image_token_id,
         eos_token_ids=list(spec.eos_token_ids),
         image_size=spec.vision.image_size,
         grid=spec.vision.grid,
+        views=ViewsEntry(
+            images=spec.views.images,
+            views=spec.views.views,
+            tiles=None if spec.views.tiles is None else list(spec.views.tiles),
+            newlines=spec.views.newlines,
+            asked={name: value for name, value in vars(spec.asked).items() if value is not None},
+        ),
         vocabulary=spec.decoder.vocab_size,
         max_positions=spec.decoder.max_positions,
     )

@@ -14,8 +14,9 @@ from vtexport.estimate import Estimate, config_dtype
 from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
 from vtexport.models.checkpoint import AS_STORED, NEAREST, has_weights
 from vtexport.models.clip import read_clip
-from vtexport.models.llava import fingerprint
+from vtexport.models.names import fingerprint
 from vtexport.models.resolve import recipe_dtype, recipe_ranks
+from vtexport.models.spec import Asked
 from vtexport.progress import Progress, Silent
 from vtexport.pruning import DEFAULT_METHOD, adaptive_plans, dense_plan, methods_of, planner
 from vtexport.pruning.adaptive import AUTO, DEFAULT_BUCKETS, DEFAULT_TARGET_ACCURACY
@@ -44,6 +45,7 @@ class BuildOptions:
         method_options: the method's own options.
         target_options: the target's own options.
         ranks: a calibration file; None takes the recipe's, if it carries one.
+        views: what becomes of a prompt's images, where the model leaves a choice.
         give_ranking: also give out how much each visual token was attended to, for `run --ranking-from`.
         debug: also give out scores, raters and clusters.
         verify: run the self-check.
@@ -59,6 +61,7 @@ class BuildOptions:
     buckets: tuple[float, ...] | None = None
     target_accuracy: float | None = None
     ranks: Path | None = None
+    views: Asked = field(default_factory=Asked)
     give_ranking: bool = False
     debug: bool = False
     verify: bool = True
@@ -78,7 +81,8 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
     _check_options(options, target)
     check_destination(out, force)
     folder = resolve_model(options.model)
-    spec = read_spec(folder)
+    spec = read_spec(folder, options.views)
+    _check_views(options, spec)
     checkpoint = Checkpoint.open(folder)
     calibration = _calibration(options, checkpoint, spec)
     clip = _clip(options)
@@ -99,7 +103,8 @@ def dry_run(options: BuildOptions) -> Estimate:
     target = get_target(options.target)
     _check_options(options, target)
     folder = resolve_model(options.model, config_only=True)
-    spec = read_spec(folder)
+    spec = read_spec(folder, options.views)
+    _check_views(options, spec)
     checkpoint = Checkpoint.open(folder) if has_weights(folder) else None
     calibration = _calibration(options, checkpoint, spec)
     clip = _clip(options)
@@ -142,13 +147,14 @@ def _calibration(options: BuildOptions, checkpoint: Checkpoint | None, spec: Mod
         raise InputError(
             f"--ranks has no effect with method {options.method}, which needs no calibration; leave it out"
         )
-    path = options.ranks or recipe_ranks(options.model)
+    # A recipe's calibration is of its model with one image a prompt.
+    path = options.ranks or (recipe_ranks(options.model) if options.views == Asked() else None)
     if path is None:
         return None
     found = Calibration.load(path)
     if checkpoint is None:
         return found
-    found.check(path, fingerprint(checkpoint), spec.vision.num_visual_tokens, spec.decoder.num_layers)
+    found.check(path, fingerprint(checkpoint), spec.num_visual_tokens, spec.decoder.num_layers)
     return found
 
 
@@ -169,12 +175,24 @@ def build_dense_twin(bundle: Bundle, out: Path, progress: Progress | None = None
         raise InputError(
             f"{bundle.folder} holds compiled engines, not weights; build a dense bundle and give its folder"
         )
-    spec = read_spec(bundle.processor_folder)
+    spec = bundle.spec()
     checkpoint = Checkpoint.of_files(bundle.folder, weights)
     source = Source(manifest.model.name, bundle.folder, bundle.processor_folder, checkpoint, spec)
     recipe = Recipe([dense_plan(plans[0])], manifest.target.dtype)
     target = get_target(manifest.target.name)
     return assemble(source, recipe, target, manifest.target.options, out, progress or Silent(), verify=False)
+
+
+def _check_views(options: BuildOptions, spec: ModelSpec) -> None:
+    """Refuse what is only defined for one view of one image."""
+    if spec.views.total > 1 and options.keep == AUTO:
+        raise InputError("--keep auto goes by one view's CLS attention, and this build has several views; give a ratio")
+    if not spec.vision.class_token and options.keep == AUTO:
+        raise InputError(f"--keep auto goes by CLS's attention, and {spec.vision.kind} has no CLS token; give a ratio")
+    if (spec.views.images > 1 or spec.views.newlines) and options.give_ranking:
+        raise InputError(
+            "--give-ranking ranks the tokens of one image of one size; this build's prompts differ in them"
+        )
 
 
 def _check_options(options: BuildOptions, target: Target) -> None:

@@ -17,7 +17,7 @@ from vtexport.errors import BundleError, InputError, StorageError
 from vtexport.manifest import MANIFEST, FileEntry, Manifest, decode
 from vtexport.models.clip import FOLDER as CLIP_FOLDER
 from vtexport.models.clip import read_clip
-from vtexport.models.spec import ModelSpec, read_spec
+from vtexport.models.spec import Asked, ModelSpec, read_spec
 
 PROCESSOR_FOLDER = "processor"
 # Large, for a thread that hashes beside another's Python waits for the interpreter once a chunk.
@@ -60,7 +60,8 @@ class Bundle:
 
     def spec(self) -> ModelSpec:
         """The geometry of the model inside, of its CLIP too if it has one."""
-        spec, clip = read_spec(self.processor_folder), self.processor_folder / CLIP_FOLDER
+        asked = Asked(**self.manifest.model.views.asked)  # type: ignore[arg-type]  # names and values of its own
+        spec, clip = read_spec(self.processor_folder, asked), self.processor_folder / CLIP_FOLDER
         return replace(spec, clip=read_clip(clip, spec.vision)) if clip.is_dir() else spec
 
     def size(self) -> int:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vtexport.errors import InputError
-from vtexport.models.prompt import Prompt, Prompter, open_image
+from vtexport.models.prompt import Prompt, Prompter
+from vtexport.models.spec import Asked as AskedViews
+from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan, methods_of, planner
 from vtexport.pruning.adaptive import AdaptiveTable
 from vtexport.pruning.dense import Dense
@@ -22,7 +24,6 @@ from vtexport.pruning.schedule import default_layers
 if TYPE_CHECKING:
     from vtexport.reference import ReferenceModel
 
-Array = np.ndarray[Any, Any]
 #: keep ratios for which pruning layers are tried
 KEEPS = (0.5, 0.33, 0.25, 0.17, 0.11)
 #: keep ratios at which methods are tried for `--keep auto`
@@ -59,17 +60,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, a PIL image, and a prompt about it."""
+    """Image files of one prompt, and what it asks about them."""
 
-    image: Any
+    images: tuple[Path, ...]
     prompt: str
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a JSON-lines file, objects with `image` (a path, from the file's folder) and `prompt`.
+    """The pairs of a JSON-lines file, objects with `image` (a path or several, from the file's folder) and `prompt`.
 
     Raises:
-        InputError: no such file, a line that is no such object, an image that cannot be read, or no pair at all.
+        InputError: no such file, a line that is no such object, or no pair at all.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give JSON lines of image and prompt as --data")
@@ -84,24 +85,31 @@ def read_pairs(path: Path) -> list[Pair]:
             raise InputError(
                 f'{path}, line {number}: not a pair; write {{"image": "photo.png", "prompt": "what is it?"}}'
             ) from error
-        pairs.append(Pair(open_image(path.parent / str(image)), str(prompt)))
+        listed = image if isinstance(image, list) else [image]
+        pairs.append(Pair(tuple(path.parent / str(one) for one in listed), str(prompt)))
     if not pairs:
         raise InputError(f"{path} holds no usable pair; give JSON lines of image and prompt")
     return pairs
 
 
 def calibrate_model(
-    name: str, pairs: Sequence[Pair], asked: Asked | None = None, advance: Callable[[], None] = lambda: None
+    name: str,
+    pairs: Sequence[Pair],
+    asked: Asked | None = None,
+    advance: Callable[[], None] = lambda: None,
+    views: AskedViews | None = None,
 ) -> Calibration:
     """Measure the model that `name` says (see `vtexport.models.resolve_model`) on `pairs`; see `calibrate`."""
     from vtexport.models import Checkpoint, read_spec, resolve_model
-    from vtexport.models.llava import fingerprint
+    from vtexport.models.names import fingerprint
     from vtexport.reference import ReferenceModel
 
     folder = resolve_model(name)
-    spec = read_spec(folder)
+    spec = read_spec(folder, views)
+    if asked is not None and asked.methods and (spec.views.total > 1 or not spec.vision.class_token):
+        raise InputError("--method is for --keep auto, which goes by the CLS attention of a single view; leave it out")
     mark = fingerprint(Checkpoint.open(folder))
-    prompter = Prompter(folder, spec.image_token_id, spec.vision.image_size)
+    prompter = Prompter(folder, spec)
     return calibrate(ReferenceModel(folder, spec), prompter, pairs, mark, asked or Asked(), advance)
 
 
@@ -127,7 +135,10 @@ def calibrate(
         InputError: a method that cannot keep as little as asked.
     """
     plan = planner(model.spec)
-    subjects = [_Subject(model, plan, prompter.prompt(p.prompt), prompter.pixels(p.image)[None]) for p in pairs]
+    subjects = [
+        _Subject(model, plan, prompter.prompt(p.prompt), prompter.views(prompter.open_pictures(p.images)))
+        for p in pairs
+    ]
     found = []
     for subject in subjects:
         found.append(_measure(subject))
@@ -135,7 +146,7 @@ def calibrate(
     ranks = np.array([one.ranks for one in found])
     calibration = Calibration(
         model=fingerprint,
-        num_visual_tokens=model.spec.vision.num_visual_tokens,
+        num_visual_tokens=model.spec.num_visual_tokens,
         pairs=len(found),
         ranks=_rounded(ranks.mean(axis=0)),
         rank_spread=_rounded(ranks.std(axis=0)),
@@ -219,16 +230,21 @@ def _rounded(values: Any) -> tuple[float, ...]:
 class _Subject:
     """One pair on the model: its visual tokens, and the dense model's greedy next token."""
 
-    def __init__(self, model: ReferenceModel, plan: Callable[..., PruningPlan], prompt: Prompt, pixels: Array) -> None:
-        self.model, self.plan, self.prompt, self.pixels = model, plan, prompt, pixels
+    def __init__(self, model: ReferenceModel, plan: Callable[..., PruningPlan], prompt: Prompt, views: Views) -> None:
+        self.model, self.plan, self.prompt, self.views = model, plan, prompt, views
         self.dense = self.plan("dense", keep=1.0)
-        seen = model.vision(pixels, self.dense)
-        self.visual, self.spread = seen.visual, seen.spread
-        self.token = int(model.answer(prompt, self.visual, (), self.dense).logits[0].argmax())
+        seen = model.vision(views, self.dense)
+        self.visual, self.length, self.spread = seen.visual, seen.length, seen.spread
+        self.token = int(self.answer((), self.dense)[0].argmax())
+
+    def answer(self, new_tokens: Sequence[int], plan: PruningPlan) -> Any:
+        """The logits of `plan` after the prompt and each of `new_tokens`."""
+        seen = self if plan.vision_stage is None else self.model.vision(self.views, plan)
+        return self.model.answer(self.prompt, seen.visual, new_tokens, plan, length=seen.length).logits
 
     def chance(self, plan: PruningPlan) -> tuple[float, bool]:
         """The probability of the dense model's token under `plan`, and whether it is the greedy one."""
-        logits = self.model.answer(self.prompt, self.visual, (), plan).logits[0].astype(np.float64)
+        logits = self.answer((), plan)[0].astype(np.float64)
         weights = np.exp(logits - logits.max())
         return float(weights[self.token] / weights.sum()), int(logits.argmax()) == self.token
 
@@ -237,13 +253,12 @@ class _Subject:
         """The dense model's greedy answer, up to its end token or `_ANSWER_TOKENS` tokens."""
         tokens = [self.token]
         while len(tokens) < _ANSWER_TOKENS and tokens[-1] not in self.model.spec.eos_token_ids:
-            tokens.append(int(self.model.answer(self.prompt, self.visual, tokens, self.dense).logits[-1].argmax()))
+            tokens.append(int(self.answer(tokens, self.dense)[-1].argmax()))
         return tokens
 
     def same_answer(self, plan: PruningPlan) -> bool:
         """Whether `plan` leaves the dense answer as it was; one pass, for it is asked token by token of that answer."""
-        visual = self.visual if plan.vision_stage is None else self.model.vision(self.pixels, plan).visual
-        logits = self.model.answer(self.prompt, visual, self.dense_answer[:-1], plan).logits
+        logits = self.answer(self.dense_answer[:-1], plan)
         return bool(np.array_equal(logits.argmax(axis=1), self.dense_answer))
 
 
@@ -260,7 +275,7 @@ def _measure(subject: _Subject) -> _Measured:
     import torch
 
     ranks, masses = [], []
-    for attention in subject.model.rater_attention(subject.prompt, subject.visual):
+    for attention in subject.model.rater_attention(subject.prompt, subject.visual, subject.length):
         values = torch.linalg.svdvals(attention)
         ranks.append(int((values >= RANK_TOLERANCE * values[0]).sum()))
         masses.append(float(attention.sum(dim=1).mean()))

@@ -49,6 +49,7 @@ def cli() -> None:
 @click.option("--give-ranking", is_flag=True, help="Let a dense bundle rank visual tokens for another (method sgl).")
 @click.option("--debug", is_flag=True, help="Let the engines also give out scores, raters and clusters.")
 @options.of_methods
+@options.of_views
 @options.of_targets
 def build(
     model: str,
@@ -76,6 +77,7 @@ def build(
     """
     from vtexport import build as building
     from vtexport.console import stage_progress, stdout
+    from vtexport.models.spec import Asked
     from vtexport.pruning import DEFAULT_METHOD
     from vtexport.pruning.adaptive import parse_buckets
     from vtexport.report import build_summary, dry_run_summary
@@ -94,6 +96,7 @@ def build(
         buckets=None if buckets is None else parse_buckets(buckets),
         target_accuracy=target_accuracy,
         ranks=ranks,
+        views=Asked(**options.given(extra, options.VIEWS)),
         give_ranking=give_ranking,
         debug=debug,
     )
@@ -118,6 +121,7 @@ def build(
 @click.option("--exit-tolerance", default=0.0, show_default=True, help="Share of pairs whose next token may change.")
 @click.option("--method", "methods", multiple=True, help="Also try this method for --keep auto; may be repeated.")
 @click.option("--buckets", help="Keep ratios to try it at.  [default: 0.5,0.33,0.25,0.17,0.125]")
+@options.of_views
 def calibrate(
     model: str,
     data: Path,
@@ -126,6 +130,7 @@ def calibrate(
     exit_tolerance: float,
     methods: tuple[str, ...],
     buckets: str | None,
+    **extra: Any,
 ) -> None:
     """Measure a model: the ranks that sparsevlm's schedules rest on, and what --keep auto must know of a method.
 
@@ -136,6 +141,7 @@ def calibrate(
     """
     from vtexport import calibrate as calibration
     from vtexport.console import stage_progress, stdout
+    from vtexport.models.spec import Asked
     from vtexport.pruning.adaptive import parse_buckets
     from vtexport.report import calibration_table
     from vtexport.show import check_destination
@@ -152,7 +158,8 @@ def calibrate(
     pairs = calibration.read_pairs(data)
     with stage_progress() as progress:
         progress.stage("measure pairs, try layers and methods", calibration.steps(pairs, asked))
-        found = calibration.calibrate_model(model, pairs, asked, progress.advance)
+        views = Asked(**options.given(extra, options.VIEWS))
+        found = calibration.calibrate_model(model, pairs, asked, progress.advance, views)
     found.save(out)
     if plot_file is not None:
         calibration.plot(found, plot_file)
@@ -161,7 +168,7 @@ def calibrate(
 
 @cli.command()
 @_BUNDLE
-@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image file.")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image file, or a video.")
 @click.option("--prompt", "prompts", multiple=True, help="The question about it; <image> says where the image stands.")
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @_RANKING
@@ -180,13 +187,13 @@ def run(
     vtexport run micro --image photo.png --prompt "what digit is red?"
     """
     from vtexport.console import stderr
-    from vtexport.models.prompt import open_image
     from vtexport.report import TokenStream, run_summary
     from vtexport.runtime import Runner
 
-    pairs = _pairs(images, prompts)
-    opened = [(open_image(image), prompt) for image, prompt in pairs]
+    if not prompts:
+        raise InputError("--prompt is missing; ask something about the image")
     runner = Runner.open(bundle, ranking_from=ranking_from)
+    opened = runner.prompter.pairs(images, prompts)
     if as_json:
         for answer in runner.ask(opened, max_new_tokens):
             click.echo(json.dumps(answer.to_json()))
@@ -199,23 +206,22 @@ def run(
 
 @cli.command()
 @_BUNDLE
-@click.option("--image", required=True, type=click.Path(path_type=Path), help="An image file.")
+@click.option("--image", "images", required=True, multiple=True, type=click.Path(path_type=Path), help="An image file.")
 @click.option("--prompt", help="A question, asked too and shown with its answer.")
 @_RANKING
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Picture to write, such as kept.png.")
-def show(bundle: Path, image: Path, prompt: str | None, ranking_from: Path | None, out: Path) -> None:
+def show(bundle: Path, images: tuple[Path, ...], prompt: str | None, ranking_from: Path | None, out: Path) -> None:
     """Draw which parts of an image a bundle keeps.
 
     \b
     vtexport show micro --image photo.png -o kept.png
     """
     from vtexport import show as drawing
-    from vtexport.models.prompt import open_image
     from vtexport.runtime import Runner
 
-    opened = open_image(image)
     drawing.check_destination(out)
-    drawing.save(drawing.draw(Runner.open(bundle, ranking_from=ranking_from), opened, prompt), out)
+    runner = Runner.open(bundle, ranking_from=ranking_from)
+    drawing.save(drawing.draw(runner, runner.prompter.open_pictures(images), prompt), out)
     click.echo(out)
 
 
@@ -370,16 +376,6 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps({**found, **native}))
     else:
         stdout.print(health_tables())
-
-
-def _pairs(images: tuple[Path, ...], prompts: tuple[str, ...]) -> list[tuple[Path, str]]:
-    if not prompts:
-        raise InputError("--prompt is missing; ask something about the image")
-    if len(images) != len(prompts):
-        raise InputError(
-            f"{len(images)} --image and {len(prompts)} --prompt given; give one image for every prompt, in pairs"
-        )
-    return list(zip(images, prompts, strict=True))
 
 
 def main() -> None:

@@ -10,8 +10,9 @@ import numpy as np
 
 from vtexport.errors import InputError
 from vtexport.models.prompt import Prompt
+from vtexport.models.views import Views
 from vtexport.pruning.plan import VISION, PruningPlan
-from vtexport.targets.base import Array, Engine, PrefillInput, PrefillOutput, VisionOutput
+from vtexport.targets.base import Array, Engine, PrefillInput, PrefillOutput, VisionInput, VisionOutput
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,13 @@ class Request:
 
     Attributes:
         prompt: its prompt.
-        pixels: its image, float32 [3, S, S].
+        views: its images.
         ranking: scores [V] fp32 from another model, for method sgl.
         question_ids: the question [L] int64 in tokens of CLIP's text tower, for method cdpruner.
     """
 
     prompt: Prompt
-    pixels: Array
+    views: Views
     ranking: Array | None = None
     question_ids: Array | None = None
 
@@ -69,11 +70,31 @@ class Timings:
         return float(np.median(self.decode)) if self.decode else None
 
 
-def look(engine: Engine, requests: Sequence[Request]) -> VisionOutput:
-    """The vision graph on the images of `requests`, and on their questions if they carry them for it."""
+def look(engine: Engine, plan: PruningPlan, requests: Sequence[Request]) -> VisionOutput:
+    """The vision graph of `plan` on the images of `requests`, and on their questions if they carry them for it."""
     questions = [request.question_ids for request in requests if request.question_ids is not None]
-    pixels = np.stack([request.pixels for request in requests])
-    return engine.vision(pixels, np.stack(questions) if questions else None)
+    pixels = np.stack([request.views.pixels for request in requests])
+    rows = [request.views.rows for request in requests if request.views.rows is not None]
+    pruned = rows and plan.vision_stage is not None
+    return engine.vision(
+        VisionInput(
+            pixels[:, 0] if plan.views == 1 else pixels,
+            np.stack(questions) if questions else None,
+            np.stack([row.sequence for row in rows]) if rows else None,
+            np.stack([row.row_start for row in rows]) if pruned else None,
+        )
+    )
+
+
+def visual_lengths(plan: PruningPlan, vision: VisionOutput, requests: Sequence[Request]) -> Array:
+    """How many visual tokens of each image reach the decoder, [B, n] int64."""
+    if vision.visual_length is not None:
+        return vision.visual_length
+    rows = [request.views.rows for request in requests if request.views.rows is not None]
+    if rows:
+        return np.stack([row.length for row in rows])
+    images = len(requests[0].prompt.image_positions)
+    return np.full((len(requests), images), plan.vision_tokens // images, dtype=np.int64)
 
 
 def generate(
@@ -107,7 +128,13 @@ def generate(
         InputError: prompt, visual and new tokens together exceed `max_positions`.
     """
     lengths = np.array([len(request.prompt.token_ids) for request in requests], dtype=np.int64)
-    longest = int(lengths.max()) + plan.vision_tokens
+    start = time.perf_counter()
+    if vision is None:
+        vision = look(engine, plan, requests)
+    looked = time.perf_counter()
+    own = visual_lengths(plan, vision, requests)
+    filled = own.sum(axis=1)
+    longest = int((lengths + filled).max())
     if longest + max_new_tokens > max_positions:
         raise InputError(
             f"{longest} prompt tokens and {max_new_tokens} new ones exceed the model's {max_positions} positions; "
@@ -117,27 +144,31 @@ def generate(
     input_ids = np.zeros((len(requests), int(lengths.max())), dtype=np.int64)
     for row, request in enumerate(requests):
         input_ids[row, : lengths[row]] = request.prompt.token_ids
-    at = np.array([request.prompt.image_position for request in requests], dtype=np.int64)
+    at = np.array([request.prompt.image_positions for request in requests], dtype=np.int64)
 
     given = [request.ranking for request in requests if request.ranking is not None]
     ranking = np.stack(given) if given else None
 
-    start = time.perf_counter()
-    if vision is None:
-        vision = look(engine, requests)
-    looked = time.perf_counter()
-    visual_tokens = vision.seen(bucket).visual
-    filled_by = engine.prefill(PrefillInput(input_ids, at, lengths, visual_tokens, ranking), max_new_tokens, bucket)
-    logits, cache = filled_by.logits, filled_by.cache
-    filled = time.perf_counter()
+    prompts = PrefillInput(
+        input_ids,
+        at if at.shape[1] > 1 else at[:, 0],
+        lengths,
+        vision.seen(bucket).visual,
+        ranking,
+        own if at.shape[1] > 1 or plan.newlines else None,
+    )
+    began = time.perf_counter()
+    prefilled = engine.prefill(prompts, max_new_tokens, bucket)
+    logits, cache = prefilled.logits, prefilled.cache
+    done = time.perf_counter()
 
-    results = [_result(row, vision, filled_by, bucket) for row in range(len(requests))]
+    results = [_result(row, vision, prefilled, bucket) for row in range(len(requests))]
     history: list[list[Array]] = [[] for _ in requests]
     running = np.ones(len(requests), dtype=bool)
     # Every layer's cache holds all text and the visual tokens that entered it.
-    visual = np.array(plan.per_layer, dtype=np.int64)[:, None]
+    visual = np.array(plan.entering(filled.tolist()), dtype=np.int64)
     cached = lengths[None] + visual
-    ahead = 0 if plan.positions == "compact" else plan.vision_tokens - visual
+    ahead = 0 if plan.positions == "compact" else filled - visual
     steps: list[float] = []
     for step in range(max_new_tokens):
         tokens = logits.argmax(axis=1)
@@ -162,14 +193,15 @@ def generate(
     if keep_logits:
         for result, rows in zip(results, history, strict=True):
             result.logits = np.stack(rows)
-    timings = Timings(1000 * (looked - start), 1000 * (filled - looked), tuple(steps), cache.nbytes)
+    timings = Timings(1000 * (looked - start), 1000 * (done - began), tuple(steps), cache.nbytes)
     return results, timings
 
 
 def _check_reach(plan: PruningPlan, requests: Sequence[Request]) -> None:
     """Refuse prompts whose text lies farther from the image than the plan's method can weigh."""
     reach = int(plan.options.get("reach", 0))
-    farthest = max(request.prompt.num_after for request in requests) + plan.vision_tokens
+    behind = max(len(request.prompt.token_ids) - request.prompt.image_positions[0] for request in requests)
+    farthest = behind + plan.vision_tokens
     if reach and farthest >= reach:
         raise InputError(
             f"the prompt's end lies {farthest} positions behind the image's first token, and method {plan.method} "
@@ -182,7 +214,7 @@ def _result(row: int, vision: VisionOutput, prefill: PrefillOutput, bucket: int)
     result = Result(bucket=bucket)
     kept = vision.seen(bucket).kept
     if kept is not None:
-        result.kept[VISION] = kept[row]
+        result.kept[VISION] = kept[row][kept[row] >= 0]
     if vision.score is not None:
         result.debug[f"score.{VISION}"] = vision.score[row]
     for name, array in prefill.stages.items():
@@ -190,7 +222,7 @@ def _result(row: int, vision: VisionOutput, prefill: PrefillOutput, bucket: int)
         if name == "ranking":
             result.ranking = array[row]
         elif kind == "kept":
-            result.kept[f"decoder.{layer}"] = array[row]
+            result.kept[f"decoder.{layer}"] = array[row][array[row] >= 0]
         else:
             result.debug[f"{kind}.decoder.{layer}" if layer else kind] = array[row]
     return result

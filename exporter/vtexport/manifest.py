@@ -10,8 +10,18 @@ from vtexport.errors import BundleError
 from vtexport.pruning.adaptive import Policy
 from vtexport.pruning.plan import Option, PruningPlan, Stage
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
+
+
+class ViewsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What becomes of a prompt's images: `vtexport.models.spec.ViewSpec`, and what was asked of it."""
+
+    images: int
+    views: int
+    tiles: list[int] | None
+    newlines: int
+    asked: dict[str, str | int]
 
 
 class ModelEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,6 +34,7 @@ class ModelEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     eos_token_ids: list[int]
     image_size: int
     grid: int
+    views: ViewsEntry
     vocabulary: int
     max_positions: int
 
@@ -45,6 +56,8 @@ class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_visual_tokens: int
     num_layers: int
     leading: int
+    views: int
+    newlines: int
     stages: list[StageEntry]
     options: dict[str, Option]
     mean_visual_tokens: float
@@ -59,6 +72,8 @@ class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             plan.num_visual_tokens,
             plan.num_layers,
             plan.leading,
+            plan.views,
+            plan.newlines,
             stages,
             dict(plan.options),
             plan.mean_visual_tokens,
@@ -76,6 +91,8 @@ class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             self.leading,
             stages,
             self.options,
+            self.views,
+            self.newlines,
         )
 
 

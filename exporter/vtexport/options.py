@@ -25,6 +25,11 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option("--clip", help="CLIP checkpoint with text tower for cdpruner: a folder or a hub id."),
     click.option("--seed", type=int, help="Which patches method random draws.  [default: 0]"),
 )
+_VIEW_FLAGS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--grid", help="Any-resolution models: rows x columns of tiles that a bundle is for, such as 2x2."),
+    click.option("--images", type=int, help="Images (or videos) a prompt.  [default: 1]"),
+    click.option("--arrangement", help="Any-resolution models: rows (newlines, unpadded) or views.  [default: rows]"),
+)
 _TARGET_FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option("--sm", help="GPU architectures of target tensorrt-rtx.  [default: 86,89,120]"),
     click.option("--max-batch", type=int, help="Largest batch of a TensorRT target.  [default: 4]"),
@@ -63,6 +68,8 @@ METHODS = (
     "clip",
     "seed",
 )
+#: those that say what becomes of a prompt's images
+VIEWS = ("grid", "images", "arrangement")
 TARGETS = (
     "sm",
     "max_batch",
@@ -93,6 +100,13 @@ class KeepRatio(click.ParamType):  # type: ignore[type-arg]  # not generic befor
 def of_methods(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags of methods to a command."""
     for flag in reversed(_FLAGS):
+        command = flag(command)
+    return command
+
+
+def of_views(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags of a prompt's images to a command."""
+    for flag in reversed(_VIEW_FLAGS):
         command = flag(command)
     return command
 

@@ -88,7 +88,7 @@ class _Lane:
             raise InputError(f"{folder} waits for another bundle's ranking; profile the two bundles one by one")
         self.folder = folder
         self.batch = batch
-        self.image = sample_photo()
+        self.image = sample_pictures(self.runner)
         self.bucket = self._bucket(bucket)
         plan = self.runner.plans[self.bucket]
         self.side = Side(label, plan.method, plan.keep, plan.mean_visual_tokens)
@@ -104,7 +104,7 @@ class _Lane:
                 raise InputError(f"--bucket has no effect: {self.folder} was built for keep {keeps[0]:g} only")
             return 0
         if keep is None:
-            vision = look(self.runner.engine, [self.runner.request(self.image, QUESTION)])
+            vision = look(self.runner.engine, self.runner.plan, [self.runner.request(self.image, QUESTION)])
             return int(self.runner.policy.choose(vision.spread)[0])
         if keep not in keeps:
             raise InputError(f"--bucket {keep:g} is none of {self.folder}; give {', '.join(f'{k:g}' for k in keeps)}")
@@ -222,12 +222,19 @@ def profile(
     return report
 
 
-def sample_photo() -> Any:
-    """A 640 x 480 picture of soft noise: preprocessing works as it would on a photograph."""
+def sample_photo(size: tuple[int, int] = (640, 480)) -> Any:
+    """A picture of soft noise: preprocessing works as it would on a photograph."""
     from PIL import Image
 
     coarse = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def sample_pictures(runner: Runner) -> Any:
+    """The sample photo as often as a prompt has images; where they are tiled, of the grid's shape, which costs most."""
+    views, side = runner.spec.views, runner.spec.vision.image_size
+    photo = sample_photo() if views.tiles is None else sample_photo((views.tiles[1] * side, views.tiles[0] * side))
+    return photo if views.pictures == 1 else runner.prompter.grouped([photo] * views.pictures)
 
 
 def device_name() -> str:

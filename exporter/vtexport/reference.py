@@ -7,32 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vtexport.models.families import FAMILIES
 from vtexport.models.prompt import Prompt
 from vtexport.models.spec import ModelSpec
+from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan, methods_of
-from vtexport.pruning.decoder import Attention, DecoderMethod, drop, rows_that_rate
+from vtexport.pruning.decoder import Attention, DecoderMethod, drop, rated, rows_that_rate
 from vtexport.pruning.decoder import Sequence as Rows
 from vtexport.pruning.layout import Layout
-from vtexport.pruning.vision import TowerLayer, TowerState, prune
+from vtexport.pruning.vision import Pruned, RowOrder, TowerLayer, TowerState, prune
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class ReferenceVision:
-    """visual [1, K, C], kept [1, K'] int32 or None, score [1, V] or None; spread of CLS's attention in patches."""
+    """What the vision stage gives.
+
+    Attributes:
+        visual: [1, K, C], of which `length` says how many there are.
+        kept: [1, K'] int32 or None.
+        score: [1, V] or None.
+        length: visual tokens of each image.
+        spread: of CLS's attention, in patches; None of several views or without CLS.
+    """
 
     visual: Any
     kept: Array | None
     score: Array | None
-    spread: float
+    length: tuple[int, ...]
+    spread: float | None
 
 
 @dataclass(frozen=True)
@@ -59,15 +70,15 @@ class LayerAttention:
 
 
 class ReferenceModel:
-    """transformers' LlavaForConditionalGeneration in fp32 with eager attention, one row at a time."""
+    """transformers' model of the checkpoint's family, in fp32 with eager attention, one row at a time."""
 
     def __init__(self, folder: Path, spec: ModelSpec, clip: Path | None = None) -> None:
         import torch
-        from transformers import CLIPModel, LlavaForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, CLIPModel
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self.model: Any = LlavaForConditionalGeneration.from_pretrained(
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
         ).eval()
         self.spec = spec
@@ -77,38 +88,54 @@ class ReferenceModel:
                 clip, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
             ).eval()
 
-    def vision(self, pixels: Array, plan: PruningPlan, question_ids: Array | None = None) -> ReferenceVision:
+    def vision(self, views: Views, plan: PruningPlan, question_ids: Array | None = None) -> ReferenceVision:
         """Features by transformers, pruned by the plan's method, projected by transformers.
 
         Args:
-            pixels: [1, 3, S, S].
+            views: a prompt's images.
             plan: the plan.
             question_ids: [1, L] int64, for a method that reads the question.
         """
         import torch
 
         v = self.spec.vision
-        tower = self.model.model.vision_tower
+        tower = getattr(self.model.model, FAMILIES[self.spec.family].tower)
         layers = getattr(tower, "vision_model", tower).encoder.layers[: v.feature_layer]
         parts = [getattr(layer.self_attn, name) for layer in layers for name in ("q_proj", "k_proj")]
         with torch.inference_mode(), _outputs_of(parts) as seen:
-            states = tower(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
-        split = [seen[part].unflatten(2, (v.num_heads, v.head_size)).transpose(1, 2) for part in parts]
-        attention = [TowerLayer(q[:, :, :1], k) for q, k in zip(split[::2], split[1::2], strict=True)]
+            states = tower(torch.from_numpy(views.pixels), output_hidden_states=True).hidden_states
+        attention = []
+        if v.class_token:
+            split = [seen[part].unflatten(2, (v.num_heads, v.head_size)).transpose(1, 2) for part in parts]
+            attention = [TowerLayer(q[:, :, :1], k) for q, k in zip(split[::2], split[1::2], strict=True)]
         project = self.model.model.multi_modal_projector
-        features = states[v.feature_layer]
-        relevance = None if question_ids is None else self._relevance(features[:, 1:], torch.from_numpy(question_ids))
-        state = TowerState(features, attention, v.head_size**-0.5, v.grid, project, relevance)
+        state = TowerState(states[v.feature_layer], attention, v.head_size**-0.5, v.grid, project)
+        if question_ids is not None:
+            state = replace(state, relevance=self._relevance(state.patches, torch.from_numpy(question_ids)))
+        rows = None
+        if views.rows is not None:
+            sequence, row_start = (torch.from_numpy(a)[None] for a in (views.rows.sequence, views.rows.row_start))
+            rows = RowOrder(sequence, row_start, self.model.model.image_newline, self.spec.views.images)
         method, _ = methods_of(plan.method)
         constants = {k: torch.from_numpy(a) for k, a in method.constants(plan, v.grid).items()}
         with torch.inference_mode():
-            pruned = prune(method, plan, state, constants)
-            spread = float(state.spread()[0])
-        kept = None if pruned.index is None else pruned.index.numpy()
-        return ReferenceVision(pruned.tokens, kept, None if pruned.score is None else pruned.score.numpy(), spread)
+            pruned = prune(method, plan, state, constants, rows)
+            spread = float(state.spread()[0]) if plan.views == 1 and v.class_token else None
+        length = self._length(pruned, plan, views)
+        kept = None if pruned.index is None else pruned.index.numpy()[:, : sum(length)]
+        score = None if pruned.score is None else pruned.score.numpy()
+        return ReferenceVision(pruned.tokens, kept, score, length, spread)
+
+    def _length(self, pruned: Pruned, plan: PruningPlan, views: Views) -> tuple[int, ...]:
+        if pruned.length is not None:
+            return tuple(map(int, pruned.length[0]))
+        if views.rows is not None:
+            return tuple(map(int, views.rows.length))
+        images = self.spec.views.images
+        return (plan.vision_tokens // images,) * images
 
     def _relevance(self, patches: Any, ids: Any) -> Any:
-        """Cosine [1, V] of every patch and the question in the space that CLIP's towers share."""
+        """Cosine [B, V] of every patch and the question in the space that CLIP's towers share."""
         import torch
 
         with torch.inference_mode():
@@ -124,24 +151,26 @@ class ReferenceModel:
         plan: PruningPlan,
         forced: Mapping[str, Array] | None = None,
         ranking: Array | None = None,
+        length: tuple[int, ...] | None = None,
     ) -> ReferenceAnswer:
-        """The decoder on a prompt, its image as `visual` [1, K, C], and `new_tokens` after it, in one pass.
+        """The decoder on a prompt, its images as `visual`, and `new_tokens` after it, in one pass.
 
         Causality makes this what decoding token by token yields: no pruning looks at anything behind the prompt.
 
         Args:
             prompt: the prompt.
-            visual: projected visual tokens.
+            visual: [1, K, C], projected visual tokens.
             new_tokens: tokens after the prompt.
             plan: the plan whose decoder stages prune.
             forced: by stage, indices to keep instead of those of highest score.
             ranking: scores [V] for a method that is given them.
+            length: visual tokens of each image; None for one that has all of K.
         """
         import torch
 
         _, method = methods_of(plan.method)
         with torch.inference_mode():
-            rows, text, image = self._embed(prompt, visual, new_tokens)
+            rows, text, image = self._embed(prompt, visual, new_tokens, length)
             raters = None if method is None else method.rating_rows(image, text, rows.layout)
             kept: dict[str, Array] = {}
             score: dict[str, Array] = {}
@@ -157,17 +186,20 @@ class ReferenceModel:
                 dropped = drop(method, plan, stage, rows, rate, None if given is None else given[None])
                 rows = dropped.sequence
                 if dropped.index is not None and dropped.score is not None:
-                    kept[stage.where], score[stage.where] = dropped.index[0].numpy(), dropped.score[0].numpy()
-            last = rows.hidden[:, rows.hidden.shape[1] - 1 - len(new_tokens) :]
+                    index = dropped.index[0].numpy()
+                    kept[stage.where], score[stage.where] = index[index >= 0], dropped.score[0].numpy()
+            places = rows.layout.last_place()[:, None] + torch.arange(1 + len(new_tokens))
+            last = rows.layout.rows_of(rows.hidden, places)
             logits = self.model.lm_head(self.model.model.language_model.norm(last))[0].float().numpy()
         return ReferenceAnswer(logits, kept, score)
 
-    def rater_attention(self, prompt: Prompt, visual: Any) -> Iterator[Any]:
-        """Of every layer of the dense decoder, the attention of SparseVLM's text raters to the image, head mean [R, V].
+    def rater_attention(self, prompt: Prompt, visual: Any, length: tuple[int, ...]) -> Iterator[Any]:
+        """Of every layer of the dense decoder, the attention of SparseVLM's text raters to the images, head mean [R, V].
 
         Args:
             prompt: the prompt.
             visual: [1, V, C], projected visual tokens.
+            length: visual tokens of each image.
         """
         import torch
 
@@ -175,17 +207,16 @@ class ReferenceModel:
         from vtexport.pruning.raters import text_raters
 
         with torch.inference_mode():
-            rows, text, image = self._embed(prompt, visual, ())
-            raters = text_raters(image, text, rows.layout.after_image())
+            rows, text, image = self._embed(prompt, visual, (), length)
+            raters = text_raters(image, text, rows.layout.after_image(), rows.layout.present())
             places = rows.layout.text_places()[raters][None]
-            start = prompt.image_position
             for number in range(self.spec.decoder.num_layers):
                 hidden, own = self.layer(number, rows)
                 size = self.spec.decoder.head_size
                 query = rows.layout.rows_of(own.query, places).unflatten(2, (-1, size)).transpose(1, 2)
                 key = own.key.unflatten(2, (-1, size)).transpose(1, 2)
-                attention = attention_rows(query, key, places, size**-0.5).mean(dim=1)[0]
-                yield attention[:, start : start + image.shape[1]]
+                attention = attention_rows(query, key, places, size**-0.5).mean(dim=1)
+                yield rows.layout.visual_of(attention.transpose(1, 2))[0, : sum(length)].T
                 rows = Rows(hidden, rows.positions, rows.layout)
 
     def layer(self, number: int, rows: Rows) -> tuple[Any, LayerAttention]:
@@ -202,16 +233,18 @@ class ReferenceModel:
         hidden = out[0] if isinstance(out, tuple) else out
         return hidden, self._rotated(seen[parts[0]], seen[parts[1]], rope)
 
-    def _embed(self, prompt: Prompt, visual: Any, new_tokens: Sequence[int]) -> tuple[Rows, Any, Any]:
+    def _embed(
+        self, prompt: Prompt, visual: Any, new_tokens: Sequence[int], length: tuple[int, ...] | None
+    ) -> tuple[Rows, Any, Any]:
         """The decoder's input rows, and text and visual embeddings apart."""
         import torch
 
         text = self.model.get_input_embeddings()(torch.tensor([[*prompt.token_ids, *new_tokens]]))
-        image, at = torch.as_tensor(visual), prompt.image_position
-        hidden = torch.cat([text[:, :at], image, text[:, at:]], dim=1)
-        length = torch.tensor([len(prompt.token_ids)])
-        layout = Layout(torch.tensor([at]), length, text.shape[1], image.shape[1])
-        return Rows(hidden, torch.arange(hidden.shape[1])[None], layout), text, image
+        image, words = torch.as_tensor(visual), torch.tensor([len(prompt.token_ids)])
+        counts = None if length in (None, (image.shape[1],)) else torch.tensor([length])
+        layout = Layout(torch.tensor([prompt.image_positions]), words, text.shape[1], image.shape[1], counts)
+        bare = replace(layout, visual=0, counts=None if counts is None else counts * 0)
+        return Rows(bare.with_visual(text, image, layout), layout.places(), layout), text, image
 
     def _rotated(self, query: Any, key: Any, rope: tuple[Any, Any]) -> LayerAttention:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -228,7 +261,7 @@ class ReferenceModel:
 
         if method.raters == "given":
             return torch.from_numpy(ranking)[None]
-        return method.score(self._attention(method, number, rows, raters, own), rows.layout)
+        return rated(method, self._attention(method, number, rows, raters, own), rows.layout, raters)
 
     def _attention(self, method: DecoderMethod, number: int, rows: Rows, raters: Any, own: LayerAttention) -> Attention:
         """What rates at the stage after layer `number`."""
@@ -247,7 +280,7 @@ class ReferenceModel:
         )
 
     def _cosines(self) -> Any:
-        from vtexport.models.llava import rope_tables
+        from vtexport.models.rope import rope_tables
 
         return rope_tables(self.spec)[0]
 

@@ -17,6 +17,7 @@ from vtexport.generate import Request, Result, Timings, generate, look
 from vtexport.models.clip import FOLDER as CLIP_FOLDER
 from vtexport.models.clip import ClipTokenizer
 from vtexport.models.prompt import Prompter
+from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan, methods_of
 from vtexport.targets import get_target
 from vtexport.targets.base import Array, Compiled
@@ -32,7 +33,8 @@ class StageReport:
         kept: tokens that survived as they were.
         recycled: tokens made by merging others.
         index: the kept tokens, as indices into the stage's input.
-        grid: for each token that leaves the stage the (row, column) of its image cell; None where it has none.
+        grid: for each token that leaves the stage the (row, column) of its image cell, of several views (view, row,
+            column); None where it has none.
     """
 
     where: str
@@ -40,7 +42,7 @@ class StageReport:
     kept: int
     recycled: int
     index: list[int]
-    grid: list[tuple[int, int] | None]
+    grid: list[tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,13 @@ class Runner:
         self.policy = manifest.policy()
         compiled = Compiled(manifest.target.graphs, manifest.target.versions, manifest.target.facts)
         self.engine = target.open(bundle.folder, compiled, threads)
-        self.prompter = Prompter(bundle.processor_folder, manifest.model.image_token_id, manifest.model.image_size)
+        self.spec = bundle.spec()
+        self.prompter = Prompter(bundle.processor_folder, self.spec)
         vision, _ = methods_of(self.plan.method)
         self.questions = None
         if vision.reads_question:
-            clip = bundle.spec().clip
-            assert clip is not None, "a build with such a method writes its CLIP's files"
-            self.questions = ClipTokenizer(bundle.processor_folder / CLIP_FOLDER, clip.length)
+            assert self.spec.clip is not None, "a build with such a method writes its CLIP's files"
+            self.questions = ClipTokenizer(bundle.processor_folder / CLIP_FOLDER, self.spec.clip.length)
         self.ranker = None if ranking_from is None else self._ranker(ranking_from, threads)
 
     def _ranker(self, bundle: Bundle, threads: int) -> Runner:
@@ -138,9 +140,9 @@ class Runner:
         return cls(Bundle.open(folder), threads, None if ranking_from is None else Bundle.open(ranking_from))
 
     def request(self, image: Any, question: str) -> Request:
-        """The request that asks `question` about `image`, a PIL image."""
+        """The request that asks `question` about `image`, a PIL image or several; see `Prompter.views`."""
         ids = None if self.questions is None else self.questions.ids(question)
-        return Request(self.prompter.prompt(question), self.prompter.pixels(image), question_ids=ids)
+        return Request(self.prompter.prompt(question), self.prompter.views(image), question_ids=ids)
 
     def ask(
         self,
@@ -160,11 +162,11 @@ class Runner:
             ranking = 1000 * (time.perf_counter() - start)
         results, timings = self.generate(requests, max_new_tokens, on_token)
         return [
-            self._answer(result, _milliseconds(preprocess, ranking, times))
-            for result, times in zip(results, timings, strict=True)
+            self._answer(result, request.views, _milliseconds(preprocess, ranking, times))
+            for result, request, times in zip(results, requests, timings, strict=True)
         ]
 
-    def _answer(self, result: Result, times: dict[str, float | None]) -> Answer:
+    def _answer(self, result: Result, views: Views, times: dict[str, float | None]) -> Answer:
         plan = self.plans[result.bucket]
         return Answer(
             text=self.prompter.decode(result.token_ids),
@@ -176,7 +178,7 @@ class Runner:
                 "mean": plan.mean_visual_tokens,
                 "mean_sparsevlm_count": plan.mean_visual_tokens_sparsevlm,
             },
-            stages=stage_reports(plan, self.bundle.manifest.model.grid, result.kept),
+            stages=stage_reports(plan, self.bundle.manifest.model.grid, result.kept, views),
             timings_ms=times,
         )
 
@@ -199,7 +201,7 @@ class Runner:
             results, timings = answer(self.plan, requests, max_new_tokens, on_token=on_token)
             return results, [timings] * len(results)
         start = time.perf_counter()
-        vision = look(self.engine, requests)
+        vision = look(self.engine, self.plan, requests)
         looked = 1000 * (time.perf_counter() - start)
         chosen, found = self.policy.choose(vision.spread), {}
         for bucket in np.unique(chosen):
@@ -234,18 +236,37 @@ def _renumbered(on_token: Callable[[int, int], None] | None, rows: Sequence[int]
     return None if on_token is None else lambda row, token: on_token(rows[row], token)
 
 
-def stage_reports(plan: PruningPlan, grid: int, kept: Mapping[str, Array]) -> list[StageReport]:
-    """What `plan` did with an image, given the kept indices of each stage by its name (`Result.kept`)."""
+def stage_reports(plan: PruningPlan, grid: int, kept: Mapping[str, Array], views: Views) -> list[StageReport]:
+    """What `plan` did with the images `views`, given the kept indices of each stage by its name (`Result.kept`)."""
     reports = []
-    cells: list[tuple[int, int] | None] = [None] * plan.leading
-    cells += [divmod(i, grid) for i in range(plan.num_visual_tokens - plan.leading)]
+    cells = _cells(plan, grid, views)
+    entering = len(cells)
     for stage in plan.stages:
         # A stage that merges every patch lists none; leading tokens stay all the same.
-        every = range(plan.leading) if stage.layer is None else range(0)
+        each = plan.num_visual_tokens // plan.views
+        every = [i for i in range(each * plan.views) if i % each < plan.leading] if stage.layer is None else []
         index = [int(i) for i in kept.get(stage.where, np.array(every))]
         cells = [cells[i] for i in index] + [None] * stage.recycled
-        reports.append(StageReport(stage.where, stage.tokens_in, stage.kept, stage.recycled, index, cells))
+        reports.append(StageReport(stage.where, entering, len(index), stage.recycled, index, cells))
+        entering = len(cells)
     return reports
+
+
+def _cells(plan: PruningPlan, grid: int, views: Views) -> list[tuple[int, ...] | None]:
+    """The image cell of every visual token before pruning; see `StageReport.grid`."""
+    patches = grid * grid
+
+    def cell(number: int) -> tuple[int, ...]:
+        view, patch = divmod(number, patches)
+        return divmod(patch, grid) if plan.views == 1 else (view, *divmod(patch, grid))
+
+    if views.rows is None:
+        first: list[tuple[int, ...] | None] = [None] * plan.leading
+        return [
+            place for view in range(plan.views) for place in first + [cell(view * patches + i) for i in range(patches)]
+        ]
+    sequence = views.rows.sequence[: int(views.rows.length.sum())]
+    return [cell(int(token)) if token < plan.views * patches else None for token in sequence]
 
 
 def _milliseconds(preprocess: float, ranking: float | None, timings: Timings) -> dict[str, float | None]:

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 
 from vtexport.errors import InputError, StorageError
+from vtexport.generate import Request, look
+from vtexport.models.prompt import Prompt
+from vtexport.models.spec import ViewSpec
 from vtexport.pruning.plan import VISION
 from vtexport.runtime import Runner, StageReport, stage_reports
 from vtexport.targets.base import Array
@@ -21,13 +24,14 @@ def draw(runner: Runner, image: Any, question: str | None = None) -> Any:
 
     Args:
         runner: an opened bundle.
-        image: a PIL image.
+        image: a PIL image, or several; see `vtexport.models.prompt.Prompter.views`.
         question: asked too if given, its answer in the caption.
 
     Returns:
         A PIL image.
     """
-    seen = runner.prompter.shown(image)
+    views = runner.prompter.views(image)
+    seen = [runner.prompter.shown(view) for view in views.pixels]
     model = runner.bundle.manifest.model
     if question is None:
         if runner.plan.decoder_stages:
@@ -37,20 +41,55 @@ def draw(runner: Runner, image: Any, question: str | None = None) -> Any:
         # The decoder need not run to see what the vision stage keeps.
         if runner.questions is not None:
             raise InputError(f"method {runner.plan.method} reads the question; give a --prompt to show it by")
-        vision = runner.engine.vision(runner.prompter.pixels(image)[None])
+        vision = look(runner.engine, runner.plan, [Request(Prompt((), (0,) * runner.prompter.images), views)])
         bucket = 0 if runner.policy is None else int(runner.policy.choose(vision.spread)[0])
         plan, kept = runner.plans[bucket], vision.seen(bucket).kept
-        stages = stage_reports(plan, model.grid, {} if kept is None else {VISION: kept[0]})
+        found = {} if kept is None else {VISION: kept[0][kept[0] >= 0]}
+        stages = stage_reports(plan, model.grid, found, views)
         keep, caption = plan.keep, f"{model.name}: {plan.num_visual_tokens} visual tokens"
     else:
         answer = runner.ask([(image, question)])[0]
         stages, keep, caption = answer.stages, answer.keep, f"{question} {answer.text}"
     if runner.policy is not None:
         caption += f" (keep {keep:g} chosen)"
-    panels = [_panel(_enlarged(seen), caption)]
+    lines = _lines(runner.spec.views)
+    panels = [_panel(_mosaic(seen, lines), caption)]
     for stage in stages:
-        panels.append(_panel(_dimmed(seen, model.grid, stage), _describe(stage)))
+        dimmed = [_dimmed(view, model.grid, _of_view(stage, number)) for number, view in enumerate(seen)]
+        panels.append(_panel(_mosaic(dimmed, lines), _describe(stage)))
     return _beside(panels)
+
+
+def _lines(views: ViewSpec) -> list[list[int]]:
+    """How views lie in a panel: a base view above its tiles, frames of a video four a line."""
+    lines = []
+    for image in range(views.images):
+        first = image * views.views
+        if views.tiles is None:
+            lines += [list(range(first + i, first + min(i + 4, views.views))) for i in range(0, views.views, 4)]
+            continue
+        rows, columns = views.tiles
+        lines.append([first])
+        lines += [[first + 1 + row * columns + column for column in range(columns)] for row in range(rows)]
+    return lines
+
+
+def _of_view(stage: StageReport, view: int) -> list[tuple[int, ...]]:
+    """The cells (row, column) of one view that leave `stage`."""
+    return [cell[-2:] for cell in stage.grid if cell is not None and (len(cell) == 2 or cell[0] == view)]
+
+
+def _mosaic(views: list[Any], lines: list[list[int]]) -> Any:
+    """The views in one square picture, line by line."""
+    from PIL import Image
+
+    side = _PANEL // max(len(lines), *(len(line) for line in lines))
+    picture = Image.new("RGB", (_PANEL, _PANEL), "white")
+    for row, line in enumerate(lines):
+        for column, view in enumerate(line):
+            small = views[view].resize((side, side), Image.Resampling.BICUBIC)
+            picture.paste(small, (column * side, row * side))
+    return picture
 
 
 def check_destination(path: Path) -> None:
@@ -85,21 +124,15 @@ def _describe(stage: StageReport) -> str:
     return f"{stage.where}: {stage.kept} of {stage.tokens_in} kept{recycled}"
 
 
-def _enlarged(seen: Any) -> Any:
-    from PIL import Image
-
-    return seen.resize((_PANEL, _PANEL), Image.Resampling.BICUBIC)
-
-
-def _dimmed(seen: Any, grid: int, stage: StageReport) -> Any:
+def _dimmed(view: Any, grid: int, cells: list[tuple[int, ...]]) -> Any:
     from PIL import Image
 
     light: Array = np.full((grid, grid), 0.22, dtype=np.float32)
-    for cell in stage.grid:
-        if cell is not None:
-            light[cell] = 1.0
+    for cell in cells:
+        light[cell] = 1.0
+    large = view.resize((_PANEL, _PANEL), Image.Resampling.BICUBIC)
     mask = Image.fromarray((light * 255).astype(np.uint8)).resize((_PANEL, _PANEL), Image.Resampling.NEAREST)
-    pixels = np.asarray(_enlarged(seen), dtype=np.float32) * (np.asarray(mask, dtype=np.float32)[..., None] / 255)
+    pixels = np.asarray(large, dtype=np.float32) * (np.asarray(mask, dtype=np.float32)[..., None] / 255)
     return Image.fromarray(pixels.astype(np.uint8))
 
 

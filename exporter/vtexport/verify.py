@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from vtexport.errors import VerificationError
-from vtexport.generate import Request, generate
+from vtexport.generate import Request, generate, look, visual_lengths
 from vtexport.manifest import VerificationEntry
 from vtexport.models import ModelSpec, Prompter
 from vtexport.models.clip import ClipTokenizer
-from vtexport.models.prompt import Prompt
+from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan, methods_of
+from vtexport.pruning.plan import VISION
 from vtexport.reference import Array, ReferenceModel
 from vtexport.targets.base import Engine, VisionOutput
 
@@ -35,20 +37,35 @@ _SCORE_SLACK = {"fp32": 0.0, "fp16": 0.1}
 _SPREAD_SLACK = {"fp32": 1e-4, "fp16": 3e-2}
 
 
-def sample_images(size: int) -> list[Array]:
-    """Four images uint8 [size, size, 3]: noise on gradients, fixed for all time, no file needed."""
-    images = []
-    for seed in range(SAMPLES):
-        rng = np.random.default_rng(seed)
-        y, x = np.mgrid[0:size, 0:size] / size
-        plane = rng.uniform(0, 255, 3) * x[..., None] + rng.uniform(0, 255, 3) * y[..., None]
-        for _ in range(4):
-            cy, cx = rng.integers(0, size, 2)
-            radius = rng.integers(max(2, size // 12), max(3, size // 5))
-            disc = (np.mgrid[0:size, 0:size][0] - cy) ** 2 + (np.mgrid[0:size, 0:size][1] - cx) ** 2 < radius**2
-            plane[disc] = rng.uniform(0, 255, 3)
-        images.append(np.clip(plane / 2 + rng.uniform(0, 64, plane.shape), 0, 255).astype(np.uint8))
-    return images
+def sample_image(height: int, width: int, seed: int) -> Array:
+    """An image uint8 [height, width, 3]: discs on gradients under noise, the same for all time, no file needed."""
+    rng = np.random.default_rng(seed)
+    row, column = np.mgrid[0:height, 0:width]
+    y, x, size = row / height, column / width, min(height, width)
+    plane = rng.uniform(0, 255, 3) * x[..., None] + rng.uniform(0, 255, 3) * y[..., None]
+    for _ in range(4):
+        cy, cx = rng.integers(0, height), rng.integers(0, width)
+        radius = rng.integers(max(2, size // 12), max(3, size // 5))
+        plane[(row - cy) ** 2 + (column - cx) ** 2 < radius**2] = rng.uniform(0, 255, 3)
+    image: Array = np.clip(plane / 2 + rng.uniform(0, 64, plane.shape), 0, 255).astype(np.uint8)
+    return image
+
+
+def sample_views(prompter: Prompter, spec: ModelSpec) -> list[Views]:
+    """Sample images as the model takes them; where it unpads, each of another shape."""
+    from PIL import Image
+
+    v, size = spec.views, spec.vision.image_size
+    found = []
+    for sample in range(SAMPLES):
+        height, width = size, size
+        if v.tiles is not None:
+            # Nearly the grid's own shape, so that the grid fits best whatever others there are.
+            height, width = v.tiles[0] * size, v.tiles[1] * size
+            height, width = (height - sample, width) if sample % 2 else (height, width - sample)
+        images = [Image.fromarray(sample_image(height, width, sample + SAMPLES * i)) for i in range(v.pictures)]
+        found.append(prompter.views(prompter.grouped(images)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -85,21 +102,20 @@ def verify_engine(
     Raises:
         VerificationError: the engine does not do what the reference does.
     """
-    from PIL import Image
-
     spec = model.spec
-    prompter = Prompter(model.folder, spec.image_token_id, spec.vision.image_size)
-    pixels = np.stack([prompter.pixels(Image.fromarray(image)) for image in sample_images(spec.vision.image_size)])
+    prompter = Prompter(model.folder, spec)
+    views = sample_views(prompter, spec)
     questions = None
     if model.clip is not None and spec.clip is not None:
         clip = ClipTokenizer(model.clip, spec.clip.length)
         questions = np.stack([clip.ids(text) for text in _PROMPTS])
+    asked = [None] * SAMPLES if questions is None else list(questions)
+    prompts = [prompter.prompt(text) for text in _PROMPTS]
+    requests = [Request(*parts) for parts in zip(prompts, views, [None] * SAMPLES, asked, strict=True)]
     samples = _Samples(
         reference=ReferenceModel(model.folder, spec, model.clip),
-        pixels=pixels,
-        questions=questions,
-        prompts=[prompter.prompt(text) for text in _PROMPTS],
-        vision=engine.vision(pixels, questions),
+        requests=requests,
+        vision=look(engine, plans[0], requests),
         max_positions=spec.decoder.max_positions,
         dtype=dtype,
     )
@@ -118,12 +134,10 @@ def verify_engine(
 
 @dataclass(frozen=True)
 class _Samples:
-    """What every plan is checked on: the reference, images, prompts, and what the engine saw in the images."""
+    """What every plan is checked on: the reference, requests, and what the engine saw in their images."""
 
     reference: ReferenceModel
-    pixels: Array
-    questions: Array | None
-    prompts: list[Prompt]
+    requests: list[Request]
     vision: VisionOutput
     max_positions: int
     dtype: str
@@ -142,17 +156,17 @@ def _check_plan(
     engine: Engine, bucket: int, plan: PruningPlan, samples: _Samples, advance: Callable[[], None]
 ) -> _Found:
     """Hold plan number `bucket` of `engine` to the reference; see `verify_engine`."""
-    reference, prompts, dtype = samples.reference, samples.prompts, samples.dtype
+    reference, requests, dtype = samples.reference, samples.requests, samples.dtype
     vision_method, decoder = methods_of(plan.method)
-    rankings: list[Array | None] = [None] * len(prompts)
+    rankings: list[Array | None] = [None] * len(requests)
     if decoder is not None and decoder.raters == "given":
         (stage,) = plan.decoder_stages.values()
-        rankings = list(np.random.default_rng(0).random((len(prompts), stage.tokens_in), dtype=np.float32))
+        rankings = list(np.random.default_rng(0).random((len(requests), stage.tokens_in), dtype=np.float32))
     # Without end tokens every row runs the full length.
     answers, _ = generate(
         engine,
         plan,
-        [Request(prompt, samples.pixels[row], rankings[row]) for row, prompt in enumerate(prompts)],
+        [replace(request, ranking=ranking) for request, ranking in zip(requests, rankings, strict=True)],
         NEW_TOKENS,
         eos_token_ids=(),
         max_positions=samples.max_positions,
@@ -161,25 +175,31 @@ def _check_plan(
         vision=samples.vision,
     )
     found, own = _Found(), samples.vision.seen(bucket)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        question = None if samples.questions is None else samples.questions[row : row + 1]
-        seen = reference.vision(samples.pixels[row : row + 1], plan, question)
-        visual = seen.visual
+    lengths = visual_lengths(plan, samples.vision, requests)
+    for row, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        question = None if request.question_ids is None else request.question_ids[None]
+        seen = reference.vision(request.views, plan, question)
+        visual, length = seen.visual, seen.length
         if own.kept is not None:
             assert seen.kept is not None
-            if not np.array_equal(own.kept[row], seen.kept[0]):
+            mine, theirs = answer.kept[VISION], seen.kept[0]
+            if not np.array_equal(mine, theirs):
                 found.same_kept = False
-                score = seen.score[0] if seen.score is not None and vision_method.ranked else None
-                _check_swaps(own.kept[row] - plan.leading, seen.kept[0] - plan.leading, score, dtype)
+                # Of several views, tokens are numbered otherwise than patches, by which scores are.
+                plain = seen.score is not None and vision_method.ranked and plan.views == 1 and not plan.newlines
+                score = seen.score[0] if plain and seen.score is not None else None
+                _check_swaps(mine - plan.leading, theirs - plan.leading, score, dtype)
+                length = tuple(map(int, lengths[row]))
                 visual = own.visual[row : row + 1].astype(np.float32)
-        expected = reference.answer(prompt, visual, answer.token_ids[:-1], plan, ranking=rankings[row])
+        answered = partial(reference.answer, request.prompt, visual, answer.token_ids[:-1], plan)
+        expected = answered(ranking=rankings[row], length=length)
         differ = [where for where, kept in expected.kept.items() if not np.array_equal(answer.kept[where], kept)]
         if differ:
             found.same_kept = False
             # Up to the first stage that differs both saw the same tokens; behind it indices mean other tokens.
             first = differ[0]
             _check_swaps(answer.kept[first], expected.kept[first], expected.score[first], dtype)
-            expected = reference.answer(prompt, visual, answer.token_ids[:-1], plan, answer.kept, rankings[row])
+            expected = answered(forced=answer.kept, ranking=rankings[row], length=length)
         logits = expected.logits
         error = float(np.abs(logits - answer.logits).max() / max(1.0, np.abs(logits).max()))
         found.worst = max(found.worst, error)
@@ -193,7 +213,11 @@ def _check_plan(
         if (margin > 2 * _TOLERANCE[dtype] * max(1.0, np.abs(logits).max())).any():
             raise VerificationError("the engine's greedy tokens differ from the reference's; please report this model")
         spread = samples.vision.arrays.get("spread")
-        if spread is not None and abs(spread[row] - seen.spread) > _SPREAD_SLACK[dtype] * seen.spread:
+        if (
+            spread is not None
+            and seen.spread is not None
+            and abs(spread[row] - seen.spread) > _SPREAD_SLACK[dtype] * seen.spread
+        ):
             raise VerificationError(
                 f"CLS's attention is spread over {spread[row]:.4g} patches in the engine, {seen.spread:.4g} in the "
                 "reference; please report this model"

@@ -86,7 +86,7 @@ def test_kept_tokens_are_the_greedy_determinants(
     results, _ = runner.generate(requests, 4)
     leading = runner.plan.leading
     for request, text, result in zip(requests, QUESTIONS, results, strict=True):
-        tower = methods.tower_of(model, torch.from_numpy(request.pixels[None]))
+        tower = methods.tower_of(model, torch.from_numpy(request.views.pixels))
         tokenizer = runner.questions.tokenizer
         ids = torch.tensor([tokenizer(text.replace("<image>", " ").strip())["input_ids"]])
         with torch.inference_mode():

@@ -91,7 +91,7 @@ def check_decoder(runner: Runner, requests, results, model, scheme: methods.Sche
                 cluster = result.debug[f"cluster.{stage.where}"]
                 assert {i: int(c) for i, c in enumerate(cluster) if c >= 0} == trace.clusters[layer]
         if "raters" in result.debug:
-            found = np.flatnonzero(result.debug["raters"]) - request.prompt.image_position
+            found = np.flatnonzero(result.debug["raters"]) - request.prompt.image_positions[0]
             assert found.tolist() == trace.raters
         check_answer(result, trace)
 
@@ -102,7 +102,7 @@ def test_a_decoder_stage_is_its_reference(method: str, name: str, checkpoint, bu
     folder, model = checkpoint(name)
     runner, requests, results = compiled(build_bundle, folder, method, 0.6 if method != "exit" else 0.5)
     scheme = methods.Scheme({layer: s.kept for layer, s in runner.plan.decoder_stages.items()}, **DECODER[method])
-    visual = [llava.visual_tokens(model, torch.from_numpy(r.pixels[None]), None)[0] for r in requests]
+    visual = [llava.visual_tokens(model, torch.from_numpy(r.views.pixels), None)[0] for r in requests]
     check_decoder(runner, requests, results, model, scheme, visual)
 
 
@@ -121,7 +121,7 @@ def test_sparsevlms_options_do_what_they_say(options, changes, checkpoint, build
     runner, requests, results = compiled(build_bundle, folder, "sparsevlm", 0.6, **options)
     settings = {**DECODER["sparsevlm"], **changes}
     scheme = methods.Scheme({layer: s.kept for layer, s in runner.plan.decoder_stages.items()}, **settings)
-    visual = [llava.visual_tokens(model, torch.from_numpy(r.pixels[None]), None)[0] for r in requests]
+    visual = [llava.visual_tokens(model, torch.from_numpy(r.views.pixels), None)[0] for r in requests]
     check_decoder(runner, requests, results, model, scheme, visual)
 
 
@@ -153,7 +153,7 @@ def test_a_vision_stage_is_its_reference(method: str, name: str, checkpoint, bui
     runner, requests, results = compiled(build_bundle, folder, method, 0.1 if folder == MICRO else 0.4)
     decoder, leading = methods.Decoder(model), runner.plan.leading
     for request, result in zip(requests, results, strict=True):
-        pixels = torch.from_numpy(request.pixels[None])
+        pixels = torch.from_numpy(request.views.pixels)
         kept, tokens = pruned_by_reference(method, model, runner, pixels)
         assert result.kept["vision"].tolist() == [*range(leading), *(i + leading for i in kept)]
         if leading:
@@ -171,7 +171,7 @@ def test_a_combination_is_one_stage_after_the_other(name: str, checkpoint, build
     scheme = methods.Scheme({layer: s.kept for layer, s in plan.decoder_stages.items()}, recycle=(0.3, 0.1))
     visual = []
     for request in requests:
-        pixels = torch.from_numpy(request.pixels[None])
+        pixels = torch.from_numpy(request.views.pixels)
         _kept, tokens = pruned_by_reference("fastervlm", model, runner, pixels)
         if plan.leading:
             tokens = torch.cat([llava.visual_tokens(model, pixels, np.array([0]))[0], tokens])
@@ -186,7 +186,7 @@ def test_a_bundle_ranks_what_its_decoder_attended_to(checkpoint, build_bundle: B
     requests = [runner.request(image, text) for image, text in zip(noise_images(4, seed=6), QUESTIONS, strict=True)]
     results, _ = runner.generate(requests, 12)
     for request, result in zip(requests, results, strict=True):
-        visual = llava.visual_tokens(model, torch.from_numpy(request.pixels[None]), None)[0]
+        visual = llava.visual_tokens(model, torch.from_numpy(request.views.pixels), None)[0]
         trace = methods.Decoder(model).generate(request.prompt, visual, methods.Scheme({}), len(result.token_ids))
         assert trace.tokens == result.token_ids
         np.testing.assert_allclose(result.ranking, trace.ranking.numpy(), rtol=1e-4)
@@ -207,7 +207,7 @@ def test_sgl_keeps_what_it_was_told_to(name: str, checkpoint, build_bundle: Buil
     )
     for request, result in zip(requests, results, strict=True):
         scheme = methods.Scheme({layer: stage.kept}, given=torch.from_numpy(request.ranking), positions="original")
-        visual = llava.visual_tokens(model, torch.from_numpy(request.pixels[None]), None)[0]
+        visual = llava.visual_tokens(model, torch.from_numpy(request.views.pixels), None)[0]
         trace = methods.Decoder(model).generate(request.prompt, visual, scheme, NEW_TOKENS)
         assert result.kept[stage.where].tolist() == trace.kept[layer]
         check_answer(result, trace)

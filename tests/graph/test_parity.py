@@ -14,6 +14,7 @@ from tests.conftest import BuildBundle, noise_images
 from tests.reference import fastervlm, llava
 from vtexport.generate import Request, generate
 from vtexport.runtime import Runner
+from vtexport.targets.base import VisionInput
 
 QUESTIONS = (
     "what digit is red?",
@@ -84,9 +85,9 @@ def test_kept_indices_are_the_definition_on_200_images(micro_runner: Runner) -> 
     model = llava.load(MICRO)
     images = noise_images(200)
     for start in range(0, 200, 50):
-        pixels = np.stack([micro_runner.prompter.pixels(image) for image in images[start : start + 50]])
+        pixels = np.concatenate([micro_runner.prompter.views(image).pixels for image in images[start : start + 50]])
         np.testing.assert_array_equal(
-            micro_runner.engine.vision(pixels).seen().kept, kept_by_reference(model, micro_runner, pixels)
+            micro_runner.engine.vision(VisionInput(pixels)).seen().kept, kept_by_reference(model, micro_runner, pixels)
         )
 
 
@@ -105,10 +106,10 @@ def check_against_reference(runner: Runner, model: Any, new_tokens: int) -> None
     """A ragged batch of four = four single runs = the reference fed the same kept tokens."""
     images = noise_images(4, seed=11)
     requests = [runner.request(image, text) for image, text in zip(images, QUESTIONS, strict=True)]
-    assert len({(len(r.prompt.token_ids), r.prompt.image_position) for r in requests}) == 4
+    assert len({(len(r.prompt.token_ids), r.prompt.image_positions[0]) for r in requests}) == 4
     batch = answers(runner, requests, new_tokens)
     for request, result in zip(requests, batch, strict=True):
-        pixels = request.pixels[None]
+        pixels = request.views.pixels
         (alone,) = answers(runner, [request], new_tokens)
         assert alone.token_ids == result.token_ids
         np.testing.assert_array_equal(alone.kept["vision"], result.kept["vision"])
@@ -126,13 +127,13 @@ def test_dense_is_transformers_generate(strategy: str, build_bundle: BuildBundle
     model = llava.load(folder)
     for image in noise_images(5, seed=5):
         request = runner.request(image, QUESTIONS[0])
-        ids, at = list(request.prompt.token_ids), request.prompt.image_position
+        ids, at = list(request.prompt.token_ids), request.prompt.image_positions[0]
         whole = torch.tensor([ids[:at] + [4] * runner.plan.num_visual_tokens + ids[at:]])
         with torch.inference_mode():
             out = model.generate(
                 input_ids=whole,
                 attention_mask=torch.ones_like(whole),
-                pixel_values=torch.from_numpy(request.pixels[None]),
+                pixel_values=torch.from_numpy(request.views.pixels),
                 max_new_tokens=32,
                 do_sample=False,
                 eos_token_id=None,
@@ -148,8 +149,8 @@ def test_baselines_do_what_they_say(method: str, tiny_checkpoint: Path, build_bu
     runner = Runner.open(build_bundle(tiny_checkpoint, 0.4, method))
     model = llava.load(tiny_checkpoint)
     (image,) = noise_images(1)
-    pixels = runner.prompter.pixels(image)[None]
-    out = runner.engine.vision(pixels).seen()
+    pixels = runner.prompter.views(image).pixels
+    out = runner.engine.vision(VisionInput(pixels)).seen()
     with torch.inference_mode():
         layer = model.config.vision_feature_layer
         states = model.model.vision_tower(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
@@ -224,7 +225,7 @@ def test_a_sequence_beyond_the_models_positions_is_refused(micro_runner: Runner)
 
 def test_scores_of_a_debug_build_explain_the_choice(build_bundle: BuildBundle) -> None:
     runner = Runner.open(build_bundle(debug=True))
-    pixels = np.stack([runner.prompter.pixels(image) for image in noise_images(3)])
-    out = runner.engine.vision(pixels)
+    pixels = np.concatenate([runner.prompter.views(image).pixels for image in noise_images(3)])
+    out = runner.engine.vision(VisionInput(pixels))
     for score, kept in zip(out.score, out.seen().kept, strict=True):
         assert score[kept].min() >= np.delete(score, kept).max()

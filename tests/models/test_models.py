@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def edit_config(folder: Path, section: str | None = None, **changes: object) -> 
 def test_every_number_comes_from_the_config() -> None:
     spec = read_spec(MICRO)
     v, d = spec.vision, spec.decoder
-    assert (v.image_size, v.patch_size, v.grid, v.num_patches, v.num_visual_tokens) == (96, 8, 12, 144, 144)
+    assert (v.image_size, v.patch_size, v.grid, v.num_patches, spec.num_visual_tokens) == (96, 8, 12, 144, 144)
     assert (v.num_layers, v.feature_layer, v.strategy) == (6, 5, "default")
     assert (d.num_layers, d.num_heads, d.num_kv_heads, d.head_size) == (12, 4, 2, 32)
     assert (spec.image_token_id, spec.eos_token_ids, d.tied_embeddings) == (4, (2,), False)
@@ -51,7 +52,7 @@ def test_the_7b_geometry_has_seven_billion_parameters(broken: Path) -> None:
         num_attention_heads=32, num_key_value_heads=32, head_dim=128, vocab_size=32064,
     )  # fmt: skip
     spec = read_spec(broken)
-    assert spec.vision.num_visual_tokens == 576
+    assert spec.num_visual_tokens == 576
     assert 7.04e9 < spec.num_parameters() < 7.07e9
 
 
@@ -193,17 +194,18 @@ def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch: pytest.Monke
 
 @pytest.fixture(scope="module")
 def prompter() -> Prompter:
-    return Prompter(MICRO, 4, 96)
+    return Prompter(MICRO, read_spec(MICRO))
 
 
 def test_the_image_stands_where_the_prompt_says(prompter: Prompter) -> None:
     first = prompter.prompt("what digit is red?")
     assert prompter.tokenizer.decode(first.token_ids) == "<s>USER: \nwhat digit is red? ASSISTANT:"
     inside = prompter.prompt("in this <image> what digit is red?")
-    assert inside.image_position > first.image_position
-    before = prompter.tokenizer.decode(inside.token_ids[: inside.image_position])
+    (at,) = inside.image_positions
+    assert at > first.image_positions[0]
+    before = prompter.tokenizer.decode(inside.token_ids[:at])
     assert before == "<s>USER: in this "
-    assert inside.num_after == len(inside.token_ids) - inside.image_position
+    assert inside.num_after == len(inside.token_ids) - at
 
 
 def test_prompts_agree_with_transformers_processor(prompter: Prompter) -> None:
@@ -215,15 +217,15 @@ def test_prompts_agree_with_transformers_processor(prompter: Prompter) -> None:
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=image, text=text, return_tensors="np")
     prompt = prompter.prompt("where is the 3?")
-    ids, at = list(prompt.token_ids), prompt.image_position
+    ids, at = list(prompt.token_ids), prompt.image_positions[0]
     assert inputs["input_ids"][0].tolist() == ids[:at] + [4] * 144 + ids[at:]
-    np.testing.assert_array_equal(inputs["pixel_values"][0], prompter.pixels(image))
+    np.testing.assert_array_equal(inputs["pixel_values"], prompter.views(image).pixels)
 
 
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        ("<image> and <image>", "has 2 <image> marks; give exactly one"),
+        ("<image> and <image>", "has 2 <image> marks, this model was built for 1"),
         ("", "the prompt is empty"),
         ("  <image> ", "the prompt is empty"),
     ],
@@ -237,16 +239,21 @@ def test_prompts_without_exactly_one_image_or_words_are_refused(
 
 def test_a_template_without_an_image_is_refused(broken: Path) -> None:
     (broken / "chat_template.jinja").write_text("{{ messages[0]['content'][1]['text'] }}")
-    with pytest.raises(InputError, match="0 images; exactly one is supported"):
-        Prompter(broken, 4, 40).prompt("hello")
+    with pytest.raises(InputError, match="0 images; 1 were asked for"):
+        Prompter(broken, read_spec(broken)).prompt("hello")
 
 
 def test_processors_that_are_missing_or_of_another_size_are_refused(broken: Path) -> None:
+    spec = read_spec(broken)
+    larger = replace(spec, vision=replace(spec.vision, image_size=48))
     with pytest.raises(ModelError, match="the image processor yields 40 x 40 pixels"):
-        Prompter(broken, 4, 48).pixels(noise_images(1)[0])
+        Prompter(broken, larger).views(noise_images(1)[0])
+    (broken / "processor_config.json").unlink()
+    with pytest.raises(ModelError, match="has no usable image processor"):
+        Prompter(broken, spec)
     (broken / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match="has no usable processor"):
-        Prompter(broken, 4, 40)
+    with pytest.raises(ModelError, match="has no usable tokenizer"):
+        Prompter(broken, spec)
 
 
 def test_images(tmp_path: Path) -> None:

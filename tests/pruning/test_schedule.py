@@ -159,7 +159,7 @@ def test_methods_share_no_option_that_means_two_things() -> None:
 
 def test_sparsevlm_plus_refuses_distances_it_cannot_weigh() -> None:
     from vtexport.models import read_spec
-    from vtexport.models.llava import rope_reach
+    from vtexport.models.rope import rope_reach
 
     with pytest.raises(InputError, match="weighs distances below 500 positions only, and 576 visual tokens enter"):
         plan_7b(method="sparsevlm-plus", keep=0.5, reach=500)

@@ -26,7 +26,7 @@ def greedy(model, prompt: Prompt, visual: torch.Tensor, new_tokens: int) -> list
     """`new_tokens` greedy tokens after the prompt, its image given as `visual`; no end token stops it."""
     with torch.inference_mode():
         text = model.get_input_embeddings()(torch.tensor([prompt.token_ids]))
-        at = prompt.image_position
+        at = prompt.image_positions[0]
         rows = torch.cat([text[:, :at], visual, text[:, at:]], dim=1)
         out = model.generate(
             inputs_embeds=rows,

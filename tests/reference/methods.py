@@ -166,7 +166,10 @@ class Trace:
 
 @dataclass
 class Scheme:
-    """How a method prunes: `kept` counts by layer, and who scores how."""
+    """How a method prunes: `kept` counts by layer, and who scores how.
+
+    `fixed` are by layer how many tokens a plan was made for, of which a row may have fewer, and its pool and clusters.
+    """
 
     kept: dict[int, int]
     rows: str = "raters"
@@ -176,6 +179,7 @@ class Scheme:
     recycle: tuple[float, float] | None = None
     paper: bool = False
     positions: str = "compact"
+    fixed: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
 
 class Decoder:
@@ -187,17 +191,22 @@ class Decoder:
         self.text = model.config.text_config
         self.size = getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
 
-    def generate(self, prompt: Prompt, visual: Tensor, scheme: Scheme, new_tokens: int) -> Trace:
-        """Greedy tokens after `prompt`, the image given as visual [V, C]."""
+    def generate(self, prompt: Prompt, visual: Tensor | list[Tensor], scheme: Scheme, new_tokens: int) -> Trace:
+        """Greedy tokens after `prompt`, its images given as visual [V, C] each."""
         trace = Trace()
         embed = self.model.get_input_embeddings()
         with torch.inference_mode():
             text = embed(torch.tensor(prompt.token_ids))
-            at = prompt.image_position
-            trace.raters = raters(visual, text[at:])
-            rows = torch.cat([text[:at], visual, text[at:]])
+            images = visual if isinstance(visual, list) else [visual]
+            parts, image, before = [], [], 0
+            for at, own in zip(prompt.image_positions, images, strict=True):
+                parts += [text[before:at], own]
+                image += range(at + len(image), at + len(image) + len(own))
+                before = at
+            visual = torch.cat(images)
+            trace.raters = raters(visual, text[before:])
+            rows = torch.cat([*parts, text[before:]])
             position = list(range(len(rows)))
-            image = list(range(at, at + len(visual)))
             caches: list[tuple[Tensor, Tensor, list[int]]] = []
             for number, layer in enumerate(self.language.layers):
                 query, key, value = self._project(layer, rows, position)
@@ -227,7 +236,7 @@ class Decoder:
                     caches[number] = (key, value, [*places, place])
                     attention = self._attention(query, key)
                     if not scheme.kept:
-                        trace.ranking += attention[:, 0, at : at + len(visual)].sum(dim=0)
+                        trace.ranking += attention[:, 0, image].sum(dim=0)
                     row = self._finish(layer, row, attention, value)
                 logits = self._logits(row[-1])
         return trace
@@ -244,23 +253,30 @@ class Decoder:
             heads = best(visual.sum(dim=(1, 2)).tolist(), math.floor(14 / 32 * len(visual) + 0.5))
             visual = visual[heads]
         score = visual.mean(dim=0).mean(dim=0) if scheme.given is None else scheme.given
-        kept = sorted(best(score.tolist(), scheme.kept[number])) if scheme.kept[number] else []
+        count = min(scheme.kept[number], len(image))
+        kept = sorted(best(score.tolist(), count)) if count else []
         trace.kept[number], trace.score[number] = kept, score
         places = [image[i] for i in kept]
         made, made_positions = rows[:0], []
         if scheme.recycle and len(kept) < len(image):
             size = int(scheme.recycle[0] * (len(image) - len(kept))) + 1
             count = int(scheme.recycle[1] * size) + 1
-            recycled = recycle(rows[image], score, kept, size, count, scheme.paper)
+            total, size, count = scheme.fixed.get(number, (len(image), size, count))
+            # The last token stands in for those that a row has not; it is picked last.
+            padded = image + [image[-1]] * (total - len(image))
+            score = torch.cat([score, torch.full((total - len(image),), -math.inf)])
+            recycled = recycle(rows[padded], score, kept, size, count, scheme.paper)
             trace.clusters[number] = recycled.members
-            made, made_positions = recycled.tokens, [position[image[c]] for c in recycled.centres]
-        before, after = list(range(image[0])), list(range(image[-1] + 1, len(rows)))
-        shorter = torch.cat([rows[before], rows[places], made, rows[after]])
-        own = [position[i] for i in before + places] + made_positions + [position[i] for i in after]
+            made, made_positions = recycled.tokens, [position[padded[c]] for c in recycled.centres]
+        dropped = set(image) - set(places)
+        before = [i for i in range(image[-1] + 1) if i not in dropped]
+        after = list(range(image[-1] + 1, len(rows)))
+        shorter = torch.cat([rows[before], made, rows[after]])
+        own = [position[i] for i in before] + made_positions + [position[i] for i in after]
         if scheme.positions == "compact":
             own = list(range(len(shorter)))
-        start = len(before)
-        return shorter, own, list(range(start, start + len(places) + len(made)))
+        left = [number for number, i in enumerate(before) if i in places]
+        return shorter, own, left + list(range(len(before), len(before) + len(made)))
 
     def _ones_product(self, distance: int) -> float:
         """1ᵀ R_distance 1 / √D, by turning two vectors of ones with transformers' own RoPE."""

@@ -35,14 +35,25 @@ def trace_vision(spec: ModelSpec, plans: Sequence[PruningPlan], dtype: str, debu
     """The vision graph; batch is dynamic, the visual counts are the plans'."""
     with _fake(dtype):
         module = VisionGraph(spec, plans, debug)
-        size = spec.vision.image_size
-        pixels = torch.empty(2, spec.vision.channels, size, size, dtype=torch.float32)
-        inputs: tuple[torch.Tensor, ...] = (pixels,)
-        if spec.clip is not None and module.method.reads_question:
-            inputs += (torch.zeros(2, spec.clip.length, dtype=torch.int64),)
+        kinds = {"pixel_values": torch.float32}
+        inputs = tuple(
+            torch.zeros(2, *extents, dtype=kinds.get(name, torch.int64))
+            for name, extents in vision_extents(spec).items()
+            if name in module.input_names()
+        )
         batch = Dim("batch")
-        dynamic = tuple({0: batch} for _ in inputs)
+        dynamic = _starred(({0: batch},), tuple({0: batch} for _ in inputs[1:]))
         return _trace("vision", module, inputs, module.input_names(), module.output_names(), dynamic)
+
+
+def vision_extents(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """The extents of the vision graph's possible inputs, the batch left out; in their order."""
+    v, views = spec.vision, spec.views.total
+    view = (v.channels, v.image_size, v.image_size)
+    found: dict[str, tuple[int, ...]] = {"pixel_values": view if views == 1 else (views, *view)}
+    if spec.clip is not None:
+        found["question_ids"] = (spec.clip.length,)
+    return {**found, "sequence": (spec.num_visual_tokens,), "row_start": (spec.num_visual_tokens,)}
 
 
 def trace_prefill(
@@ -52,22 +63,20 @@ def trace_prefill(
     with _fake(dtype):
         module = PrefillGraph(spec, plan, debug, ranks)
         visual = torch.empty(2, plan.vision_tokens, spec.decoder.hidden_size)
-        ids, at, length = (torch.zeros(shape, dtype=torch.int64) for shape in ((2, 7), (2,), (2,)))
+        images = spec.views.images
+        at = (2,) if images == 1 else (2, images)
+        ids, position, length = (torch.zeros(shape, dtype=torch.int64) for shape in ((2, 7), at, (2,)))
         batch, text = Dim("batch"), Dim("text")
-        inputs: tuple[torch.Tensor, ...] = (ids, at, length, visual)
-        dynamic: tuple[dict[int, Dim], ...] = ({0: batch, 1: text}, {0: batch}, {0: batch}, {0: batch})
+        others: tuple[torch.Tensor, ...] = ()
         if "ranking" in module.input_names():
             (stage,) = plan.decoder_stages.values()
-            inputs += (torch.empty(2, stage.tokens_in, dtype=torch.float32),)
-            dynamic += ({0: batch},)
-        return _trace(
-            name,
-            module,
-            inputs,
-            module.input_names(),
-            module.output_names(),
-            dynamic,
-        )
+            others += (torch.empty(2, stage.tokens_in, dtype=torch.float32),)
+        if "visual_length" in module.input_names():
+            others += (torch.zeros(2, images, dtype=torch.int64),)
+        named: tuple[Any, ...] = ({0: batch, 1: text}, *({0: batch},) * 3)
+        dynamic = _starred(named, tuple({0: batch} for _ in others))
+        inputs = (ids, position, length, visual, *others)
+        return _trace(name, module, inputs, module.input_names(), module.output_names(), dynamic)
 
 
 def trace_decode(spec: ModelSpec, dtype: str, ranks: int = 0) -> TracedGraph:
@@ -87,6 +96,11 @@ def trace_decode(spec: ModelSpec, dtype: str, ranks: int = 0) -> TracedGraph:
             inputs += (torch.zeros(2, dtype=torch.int64),)
             names, outputs, dynamic = [*names, "image_position"], [*outputs, "ranking"], (*dynamic, {0: batch})
         return _trace("decode", module, inputs, names, outputs, dynamic)
+
+
+def _starred(named: tuple[Any, ...], others: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Dynamic shapes of named arguments and of those that come starred, which are one to torch.export."""
+    return (*named, others) if others else named
 
 
 def _trace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,16 +12,20 @@ from torch import Tensor, nn
 from vtexport.graph.modules import Clip, Decoder, DecoderAttention, Projector, RotaryTables, VisionTower
 from vtexport.models.spec import ModelSpec
 from vtexport.pruning import PruningPlan, Stage, methods_of
-from vtexport.pruning.decoder import Attention, Sequence, drop, rows_that_rate
+from vtexport.pruning.decoder import Attention, Sequence, drop, rated, rows_that_rate
 from vtexport.pruning.layout import Layout
 from vtexport.pruning.ops import token_score
-from vtexport.pruning.vision import TowerState, prune
+from vtexport.pruning.vision import RowOrder, TowerState, prune
 
 
 class VisionGraph(nn.Module):
     """pixel_values [B, 3, S, S] fp32 -> visual [B, K, C], kept [B, K'] int32, with `debug` also score [B, V].
 
-    A method that reads the question has the input question_ids [B, L] int64 too, tokens of CLIP's text tower.
+    Of T views a prompt pixel_values is [B, T, 3, S, S]. A method that reads the question has the input question_ids
+    [B, L] int64 too, tokens of CLIP's text tower. A sequence laid out by rows has the input sequence [B, V] int64 and,
+    where it is pruned, row_start [B, V] int64 and the output visual_length [B, n] int64 (`vtexport.models.views.Rows`,
+    `vtexport.pruning.vision.Pruned`).
+
     `kept` is absent where no token stays as it was (dense keeps all, pool merges all). Of several plans each has its
     own visual.i and kept.i, unless none prunes here; and there is spread [B] fp32, by which one of them is chosen.
     """
@@ -29,6 +34,7 @@ class VisionGraph(nn.Module):
         super().__init__()
         self.spec, self.debug, self.chooses = spec, debug, len(plans) > 1
         self.plans = plans if plans[0].vision_stage is not None else plans[:1]
+        self.by_rows, self.prunes = plans[0].newlines > 0, plans[0].vision_stage is not None
         self.method, _ = methods_of(plans[0].method)
         self.vision = VisionTower(spec.vision)
         self.projector = Projector(
@@ -37,6 +43,8 @@ class VisionGraph(nn.Module):
             spec.projector_bias,
             spec.projector_activation,
         )
+        if self.by_rows:
+            self.image_newline = nn.Parameter(torch.empty(spec.decoder.hidden_size))
         if self.method.reads_question:
             assert spec.clip is not None, "a method that reads the question comes with a CLIP checkpoint"
             self.clip = Clip(spec.clip, spec.vision)
@@ -48,16 +56,24 @@ class VisionGraph(nn.Module):
                 part.register_buffer(name, torch.empty(array.shape, dtype=kind))
             self.pruning.add_module(str(number), part)
 
-    def forward(self, pixel_values: Tensor, question_ids: Tensor | None = None) -> tuple[Tensor, ...]:
-        pixels = pixel_values.to(self.vision.embeddings.class_embedding.dtype)
+    def forward(self, pixel_values: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.input_names()[1:], others, strict=True))
+        pixels = pixel_values if pixel_values.ndim == 4 else pixel_values.flatten(0, 1)
+        pixels = pixels.to(self.vision.embeddings.patch_embedding.weight.dtype)
         features, layers = self.vision(pixels)
         v = self.spec.vision
-        relevance = None if question_ids is None else self.clip(features[:, 1:], question_ids)
-        state = TowerState(features, layers, v.head_size**-0.5, v.grid, self.projector, relevance)
+        state = TowerState(features, layers, v.head_size**-0.5, v.grid, self.projector)
+        if "question_ids" in given:
+            relevance = self.clip(state.patches, given["question_ids"], self.spec.views.total)
+            state = replace(state, relevance=relevance)
+        rows = None
+        if self.by_rows:
+            images = self.spec.views.images
+            rows = RowOrder(given["sequence"], given.get("row_start"), self.image_newline, images)
         outputs = []
         for plan, part in zip(self.plans, self.pruning.children(), strict=True):
-            pruned = prune(self.method, plan, state, dict(part.named_buffers()))
-            outputs += [pruned.tokens] if pruned.index is None else [pruned.tokens, pruned.index]
+            pruned = prune(self.method, plan, state, dict(part.named_buffers()), rows)
+            outputs += [found for found in (pruned.tokens, pruned.index, pruned.length) if found is not None]
         if self.debug and pruned.score is not None:
             outputs.append(pruned.score)
         if self.chooses:
@@ -65,7 +81,12 @@ class VisionGraph(nn.Module):
         return tuple(outputs)
 
     def input_names(self) -> list[str]:
-        return ["pixel_values", "question_ids"] if self.method.reads_question else ["pixel_values"]
+        names = ["pixel_values"]
+        if self.method.reads_question:
+            names.append("question_ids")
+        if self.by_rows:
+            names += ["sequence", "row_start"] if self.prunes else ["sequence"]
+        return names
 
     def output_names(self) -> list[str]:
         names = []
@@ -73,8 +94,10 @@ class VisionGraph(nn.Module):
             own = f".{number}" if len(self.plans) > 1 else ""
             stage = plan.vision_stage
             names += [f"visual{own}"]
-            if stage is not None and stage.kept > plan.leading:
+            if stage is not None and stage.kept > plan.leading * plan.views:
                 names.append(f"kept{own}")
+            if stage is not None and self.by_rows:
+                names.append("visual_length")
         if self.debug and self.method.scores:
             names.append("score")
         return [*names, "spread"] if self.chooses else names
@@ -104,7 +127,9 @@ class PrefillGraph(_LanguageGraph):
     """A whole prompt at once, every row of its own length, padded on the right, pruned inside as the plan says.
 
     Inputs: input_ids [B, L] int64 without the image, image_position [B] int64 (text tokens before it), text_length [B]
-    int64, visual [B, K, C]; for a method that is given its scores also ranking [B, V] fp32.
+    int64, visual [B, K, C]; for a method that is given its scores also ranking [B, V] fp32. Of n images a prompt
+    image_position is [B, n]; there, and where rows differ in how many visual tokens they have, also visual_length [B, n]
+    int64, of each image.
 
     Outputs: logits [B, vocabulary] fp32 of each row's last token, per layer i the cache entries key, value [B, G, L + V_i, D] with V_i visual tokens as the plan says, and per
     decoder stage kept.i [B, K'] int32, indices into the visual tokens that entered it. With `debug` also the
@@ -123,13 +148,17 @@ class PrefillGraph(_LanguageGraph):
         image_position: Tensor,
         text_length: Tensor,
         visual: Tensor,
-        ranking: Tensor | None = None,
+        *others: Tensor,
     ) -> tuple[Tensor, ...]:
+        given = dict(zip(self.input_names()[4:], others, strict=True))
+        ranking = given.get("ranking")
         text = self.decoder.embed_tokens(input_ids)
         visual = visual.to(text.dtype)
-        empty = Layout(image_position, text_length, input_ids.shape[1], 0)
-        hidden = empty.with_visual(text, visual)
-        layout = Layout(image_position, text_length, input_ids.shape[1], self.plan.vision_tokens)
+        at = image_position if image_position.ndim == 2 else image_position[:, None]
+        counts = given.get("visual_length")
+        layout = Layout(at, text_length, input_ids.shape[1], self.plan.vision_tokens, counts)
+        empty = replace(layout, visual=0, counts=None if counts is None else counts * 0)
+        hidden = empty.with_visual(text, visual, layout)
         rows = Sequence(hidden, layout.places(), layout)
         raters = None if self.method is None else self.method.rating_rows(visual, text, layout)
         stages, blocks = self.plan.decoder_stages, list(self.decoder.blocks())
@@ -174,7 +203,7 @@ class PrefillGraph(_LanguageGraph):
         if self.method.raters == "given":
             assert ranking is not None
             return ranking
-        return self.method.score(self._attention(number, query, key, rows, raters), rows.layout)
+        return rated(self.method, self._attention(number, query, key, rows, raters), rows.layout, raters)
 
     def _paid(self, attention: DecoderAttention, query: Tensor, key: Tensor, layout: Layout) -> Tensor:
         """Attention [B, V] to each visual token, summed over heads and the prompt's text after the image."""
@@ -185,7 +214,7 @@ class PrefillGraph(_LanguageGraph):
             key.unflatten(2, (attention.kv_heads, size)).transpose(1, 2),
             rows,
             places,
-            layout.image_position,
+            layout.image_position[:, 0],
             layout.visual,
             attention.scale,
         )
@@ -220,7 +249,9 @@ class PrefillGraph(_LanguageGraph):
 
     def input_names(self) -> list[str]:
         names = ["input_ids", "image_position", "text_length", "visual"]
-        return [*names, "ranking"] if self.method is not None and self.method.raters == "given" else names
+        if self.method is not None and self.method.raters == "given":
+            names.append("ranking")
+        return [*names, "visual_length"] if counts_visual(self.spec) else names
 
 
 class DecodeGraph(_LanguageGraph):
@@ -262,6 +293,11 @@ class DecodeGraph(_LanguageGraph):
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             caches += [key, value]
         return self.logits(x[:, 0]), *caches, *([] if total is None else [total])
+
+
+def counts_visual(spec: ModelSpec) -> bool:
+    """Whether prefill is told how many visual tokens each image of a row has."""
+    return spec.views.images > 1 or spec.views.newlines > 0
 
 
 def cache_names(kind: str, layers: int) -> list[str]:

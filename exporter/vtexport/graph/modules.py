@@ -67,17 +67,24 @@ class VisionLayer(nn.Module):
 class VisionEmbeddings(nn.Module):
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.empty(spec.hidden_size))
+        if spec.class_token:
+            self.class_embedding = nn.Parameter(torch.empty(spec.hidden_size))
         self.patch_embedding = nn.Conv2d(
-            spec.channels, spec.hidden_size, spec.patch_size, stride=spec.patch_size, bias=False
+            spec.channels,
+            spec.hidden_size,
+            spec.patch_size,
+            stride=spec.patch_size,
+            bias=spec.kind == "siglip",
         )
-        self.position_embedding = nn.Embedding(spec.num_patches + 1, spec.hidden_size)
+        self.position_embedding = nn.Embedding(spec.num_patches + spec.class_token, spec.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, 1 + V, C], CLS first."""
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        cls = self.class_embedding.expand(patches.shape[0], 1, -1)
-        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
+        """[B, 3, S, S] -> [B, 1 + V, C], CLS first; of a tower without CLS [B, V, C]."""
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        if hasattr(self, "class_embedding"):
+            x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
+        placed: Tensor = x + self.position_embedding.weight
+        return placed
 
 
 class VisionEncoder(nn.Module):
@@ -87,24 +94,28 @@ class VisionEncoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """The CLIP tower up to the feature layer; what lies after it never runs."""
+    """A tower up to the feature layer; what lies after it never runs."""
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
         self.spec = spec
         self.embeddings = VisionEmbeddings(spec)
-        self.pre_layrnorm = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
+        if spec.kind == "clip":
+            self.pre_layrnorm = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
         self.encoder = VisionEncoder(spec)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, list[TowerLayer]]:
-        """Features [B, 1 + V, C], and every layer's attention."""
-        x = self.pre_layrnorm(self.embeddings(pixels))
+        """Features [B, 1 + V, C], and every layer's attention; of a tower without CLS [B, V, C] and none."""
+        x = self.embeddings(pixels)
+        if self.spec.kind == "clip":
+            x = self.pre_layrnorm(x)
         heads = (self.spec.num_heads, self.spec.head_size)
         layers = []
         for layer in self.encoder.layers:
             x, query, key = layer(x)
-            cls = query[:, :1].unflatten(2, heads).transpose(1, 2)
-            layers.append(TowerLayer(cls, key.unflatten(2, heads).transpose(1, 2)))
+            if self.spec.class_token:
+                cls = query[:, :1].unflatten(2, heads).transpose(1, 2)
+                layers.append(TowerLayer(cls, key.unflatten(2, heads).transpose(1, 2)))
         return x, layers
 
 
@@ -160,10 +171,12 @@ class Clip(nn.Module):
         self.text_projection = nn.Linear(spec.hidden_size, spec.projection, bias=False)
         self.visual_projection = nn.Linear(vision.hidden_size, spec.projection, bias=False)
 
-    def forward(self, patches: Tensor, ids: Tensor) -> Tensor:
-        """Cosine of every patch [B, V, C] and the question [B, L], [B, V] fp32."""
+    def forward(self, patches: Tensor, ids: Tensor, views: int) -> Tensor:
+        """Cosine of every patch [b · views, V, C] and the question [b, L], [b · views, V] fp32."""
         embedded = self.visual_projection(self.vision_model.post_layernorm(patches))
         question = self.text_projection(self.text_model(ids))
+        if views > 1:
+            question = question.repeat_interleave(views, dim=0)
         return cosine(embedded, question[:, None])[:, :, 0]
 
 
@@ -190,7 +203,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryTables(nn.Module):
-    """cos and sin [max_positions, D / 2]; `vtexport.models.llava.rope_tables` computes what they hold."""
+    """cos and sin [max_positions, D / 2]; `vtexport.models.rope.rope_tables` computes what they hold."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -207,10 +220,10 @@ class DecoderAttention(nn.Module):
         self.num_heads, self.kv_heads = spec.num_heads, spec.num_kv_heads
         self.scale = spec.head_size**-0.5
         wide, narrow = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
-        self.q_proj = nn.Linear(spec.hidden_size, wide, bias=spec.attention_bias)
-        self.k_proj = nn.Linear(spec.hidden_size, narrow, bias=spec.attention_bias)
-        self.v_proj = nn.Linear(spec.hidden_size, narrow, bias=spec.attention_bias)
-        self.o_proj = nn.Linear(wide, spec.hidden_size, bias=spec.attention_bias)
+        self.q_proj = nn.Linear(spec.hidden_size, wide, bias=spec.query_bias)
+        self.k_proj = nn.Linear(spec.hidden_size, narrow, bias=spec.query_bias)
+        self.v_proj = nn.Linear(spec.hidden_size, narrow, bias=spec.query_bias)
+        self.o_proj = nn.Linear(wide, spec.hidden_size, bias=spec.output_bias)
 
     def query(self, x: Tensor, positions: Tensor, rope: RotaryTables) -> Tensor:
         """Rotated queries [B, S, H * D]."""

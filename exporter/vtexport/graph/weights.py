@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from vtexport.errors import ModelError
 from vtexport.models.checkpoint import Checkpoint, TensorRecord
-from vtexport.models.llava import PREFIXES
+from vtexport.models.names import PREFIXES
 
 #: what had to be computed or converted; all else stays in the checkpoint's files
 WEIGHTS_FILE = "weights.safetensors"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vtexport.errors import InputError, ModelError, first_line
-from vtexport.models.prompt import IMAGE_MARK
+from vtexport.models.llava import Llava
 from vtexport.models.spec import ClipSpec, VisionSpec, read_config
 
 Array = np.ndarray[Any, Any]
@@ -81,7 +81,7 @@ class ClipTokenizer:
         Raises:
             InputError: it has more tokens than the text tower has positions.
         """
-        found = self.tokenizer(question.replace(IMAGE_MARK, " ").strip())["input_ids"]
+        found = self.tokenizer(question.replace(Llava.mark, " ").strip())["input_ids"]
         if len(found) > self._length:
             raise InputError(
                 f"the prompt has {len(found)} tokens of CLIP, whose text tower takes {self._length}; shorten it, or build "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from vtexport.errors import InputError, ModelError, first_line
+from vtexport.models.families import FAMILIES
+from vtexport.models.spec import ModelSpec
+from vtexport.models.views import Views
 
-IMAGE_MARK = "<image>"
 # What a processor is made of; copied into every bundle when present.
 PROCESSOR_FILES = (
     "processor_config.json",
@@ -29,91 +33,210 @@ PROCESSOR_FILES = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt: the text tokens, and before which of them the image stands."""
+    """A tokenized prompt: the text tokens, and before which of them each image stands."""
 
     token_ids: tuple[int, ...]
-    image_position: int
+    image_positions: tuple[int, ...]
 
     @property
     def num_after(self) -> int:
-        """Text tokens after the image."""
-        return len(self.token_ids) - self.image_position
+        """Text tokens after the last image."""
+        return len(self.token_ids) - self.image_positions[-1]
 
 
 class Prompter:
-    """Turns questions into prompts and images into pixels with the checkpoint's own processor files."""
+    """Turns questions into prompts and images into views of the tower, with the checkpoint's own processor files.
 
-    def __init__(self, folder: Path, image_token_id: int, image_size: int) -> None:
-        from transformers import AutoProcessor
+    Args:
+        folder: where they lie.
+        spec: the model.
+
+    Raises:
+        ModelError: a file is missing or broken.
+    """
+
+    def __init__(self, folder: Path, spec: ModelSpec) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer
 
         try:
-            self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            # The processor of all modalities would want torchvision for videos.
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a missing or broken file
-            first = first_line(error)
+            raise ModelError(f"{folder} has no usable tokenizer ({first_line(error)}); get its files") from error
+        try:
+            self._images: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
             raise ModelError(
-                f"{folder} has no usable processor ({first}); get tokenizer and processor files"
+                f"{folder} has no usable image processor ({first_line(error)}); get preprocessor_config.json of the "
+                "checkpoint"
             ) from error
-        if getattr(self._processor, "image_processor", None) is None:
-            raise ModelError(f"{folder} has no image processor; get preprocessor_config.json of the checkpoint")
-        self.tokenizer: Any = self._processor.tokenizer
-        self._image_token_id = image_token_id
-        self._image_size = image_size
+        self._template = _chat_template(folder, self.tokenizer)
+        self._spec, self._family = spec, FAMILIES[spec.family]
+
+    @property
+    def images(self) -> int:
+        """Images, or videos, of a prompt."""
+        return self._spec.views.images
 
     def prompt(self, question: str) -> Prompt:
-        """The chat prompt that asks `question` about one image.
+        """The chat prompt that asks `question` about its images.
 
-        The image stands where the chat template puts it, or at `<image>` if `question` says it.
+        They stand where the chat template puts them, or at the marks (`<image>`) that `question` has.
 
         Raises:
-            InputError: more than one `<image>`, an empty question, or no chat template.
+            InputError: marks for another number of images, an empty question, or no chat template.
         """
-        marks = question.count(IMAGE_MARK)
-        if marks > 1:
-            raise InputError(f"the prompt has {marks} {IMAGE_MARK} marks; give exactly one image a prompt")
-        if not question.replace(IMAGE_MARK, "").strip():
-            raise InputError("the prompt is empty; ask something about the image")
-        parts = question if marks else [{"type": "image"}, {"type": "text", "text": question}]
-        if not getattr(self._processor, "chat_template", None):
-            raise InputError("the checkpoint has no chat template; add chat_template.jinja to its folder")
-        messages = [{"role": "user", "content": parts}]
-        text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        token_ids = list(self.tokenizer(text)["input_ids"])
-        places = [i for i, token in enumerate(token_ids) if token == self._image_token_id]
-        if len(places) != 1:
+        mark, count = self._family.mark, self.images
+        marks = question.count(mark)
+        if marks not in (0, count):
             raise InputError(
-                f"the chat template turned the prompt into one with {len(places)} images; exactly one is supported"
+                f"the prompt has {marks} {mark} marks, this model was built for {count} a prompt; give as many, or none, "
+                "or build with another --images"
             )
-        del token_ids[places[0]]
-        return Prompt(tuple(token_ids), places[0])
+        if not question.replace(mark, "").strip():
+            raise InputError("the prompt is empty; ask something about the image")
+        parts: Any = [{"type": self._family.part}] * count + [{"type": "text", "text": question}]
+        if not self._template:
+            raise InputError("the checkpoint has no chat template; add chat_template.jinja to its folder")
+        messages = [{"role": "user", "content": question if marks else parts}]
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
+        )
+        found = list(self.tokenizer(text)["input_ids"])
+        places = [i for i, token in enumerate(found) if token == self._spec.image_token_id]
+        if len(places) != count:
+            raise InputError(
+                f"the chat template turned the prompt into one with {len(places)} images; {count} were asked for"
+            )
+        tokens = tuple(token for token in found if token != self._spec.image_token_id)
+        return Prompt(tokens, tuple(place - number for number, place in enumerate(places)))
 
-    def pixels(self, image: Any) -> np.ndarray[Any, Any]:
-        """`image`, a PIL image, as float32 [3, S, S].
+    def views(self, pictures: Any) -> Views:
+        """The pictures of a prompt as the vision graph takes them.
+
+        Args:
+            pictures: a PIL image, or a sequence of as many as the prompt has; of a video, its frames.
 
         Raises:
+            InputError: another number of pictures, or one that this model's views cannot hold.
             ModelError: the processor yields another size than the vision tower takes.
         """
-        values = self._processor.image_processor(images=image, return_tensors="np")["pixel_values"]
-        array = np.asarray(values[0], dtype=np.float32)
-        if array.shape[1:] != (self._image_size, self._image_size):
+        several = self.listed(pictures)
+        found, size = self._family.look(self._images, self._spec, several), self._spec.vision.image_size
+        if found.pixels.shape[2:] != (size, size):
             raise ModelError(
-                f"the image processor yields {array.shape[1]} x {array.shape[2]} pixels but the vision tower takes "
-                f"{self._image_size} x {self._image_size}; check preprocessor_config.json"
+                f"the image processor yields {found.pixels.shape[2]} x {found.pixels.shape[3]} pixels but the vision "
+                f"tower takes {size} x {size}; check preprocessor_config.json"
             )
-        return array
+        return found
 
-    def shown(self, image: Any) -> Any:
-        """`image` as the tower sees it, a PIL image: the pixels with normalisation undone."""
+    def grouped(self, pictures: Sequence[Any]) -> Any:
+        """PIL images, one a picture or one a frame, as `views` takes them."""
+        if not self._spec.views.has_frames:
+            return list(pictures)
+        each = self._spec.views.views
+        videos = [list(pictures[start : start + each]) for start in range(0, len(pictures), each)]
+        return videos[0] if self.images == 1 else videos
+
+    def listed(self, pictures: Any) -> list[Any]:
+        """`pictures` as a list, one an image of the prompt; see `views`.
+
+        Raises:
+            InputError: another number of them.
+        """
+        # Of one video the frames are a sequence themselves.
+        one = self.images == 1 and self._spec.views.has_frames
+        several = [pictures] if one or not isinstance(pictures, Sequence) else list(pictures)
+        if len(several) != self.images:
+            raise InputError(f"{len(several)} images were given, this model was built for {self.images} a prompt")
+        return several
+
+    def open_pictures(self, paths: Sequence[Path]) -> Any:
+        """The pictures of one prompt from files, as `views` takes them: an image each, or a video each.
+
+        Raises:
+            InputError: a file that is no such thing, or another number of them than a prompt has.
+        """
+        if len(paths) != self.images:
+            raise InputError(f"{len(paths)} --image given, this bundle was built for {self.images} a prompt")
+        if self._spec.views.has_frames:
+            opened: list[Any] = [open_video(path, self._spec.views.views) for path in paths]
+        else:
+            opened = [open_image(path) for path in paths]
+        return opened[0] if self.images == 1 else opened
+
+    def pairs(self, paths: Sequence[Path], questions: Sequence[str]) -> list[tuple[Any, str]]:
+        """Pictures and questions, as many files for every question as a prompt has images.
+
+        Raises:
+            InputError: as `open_pictures`.
+        """
+        if len(paths) != self.images * len(questions):
+            many = "one image" if self.images == 1 else f"{self.images} images"
+            raise InputError(
+                f"{len(paths)} --image and {len(questions)} --prompt given; give {many} for every prompt, in their order"
+            )
+        starts = range(0, len(paths), self.images)
+        return [
+            (self.open_pictures(paths[start : start + self.images]), question)
+            for start, question in zip(starts, questions, strict=True)
+        ]
+
+    def shown(self, pixels: np.ndarray[Any, Any]) -> Any:
+        """Pixels [3, S, S] of a view as a PIL image: normalisation undone."""
         from PIL import Image
 
-        processor = self._processor.image_processor
+        processor = self._images
         mean = np.asarray(processor.image_mean, dtype=np.float32)[:, None, None]
         std = np.asarray(processor.image_std, dtype=np.float32)[:, None, None]
-        plain = self.pixels(image) * std + mean if processor.do_normalize else self.pixels(image)
+        plain = pixels * std + mean if processor.do_normalize else pixels
         return Image.fromarray(np.clip(plain.transpose(1, 2, 0) * 255 + 0.5, 0, 255).astype(np.uint8))
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of `token_ids`, special tokens left out."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+
+
+def open_video(path: Path, frames: int) -> list[Any]:
+    """Frames of a video at equal distances, RGB PIL images.
+
+    Args:
+        path: an animated image (GIF, WebP, PNG), or a folder of images in the order of their names.
+        frames: how many; of equally long parts the first frame each.
+
+    Raises:
+        InputError: no such file, no video, or fewer frames.
+    """
+    from PIL import Image, ImageSequence, UnidentifiedImageError
+
+    if path.is_dir():
+        found = [open_image(file) for file in sorted(path.iterdir())]
+    elif path.is_file():
+        try:
+            with Image.open(path) as opened:
+                found = [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(
+                f"{path}: not a readable animation; give a GIF, WebP or PNG with frames, or a folder of frames (such as "
+                "ffmpeg -i clip.mp4 -vf fps=1 frames/%03d.png writes)"
+            ) from error
+    else:
+        raise InputError(f"{path}: no such video; check the path given with --image")
+    if len(found) < frames:
+        raise InputError(f"{path} has {len(found)} frames, this model takes {frames}; give a longer one")
+    return [found[number * len(found) // frames] for number in range(frames)]
+
+
+def _chat_template(folder: Path, tokenizer: Any) -> str | None:
+    """The tokenizer's, or that of the processor, which older checkpoints keep in a file of its own."""
+    legacy = folder / "chat_template.json"
+    if not tokenizer.chat_template and legacy.is_file():
+        try:
+            return str(json.loads(legacy.read_text(encoding="utf-8"))["chat_template"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{legacy} is not a chat template ({error}); get it again") from error
+    found: str | None = tokenizer.chat_template
+    return found
 
 
 def open_image(path: Path) -> Any:

@@ -32,11 +32,11 @@ def shrink(spec: ModelSpec, processor: Path, clip: Path | None, folder: Path) ->
     large enough that attention is not flat and no two scores are near.
     """
     import torch
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = LlavaConfig.from_dict(spec.config)
+    config: Any = AutoConfig.for_model(**spec.config)
     text, vision, d = config.text_config, config.vision_config, spec.decoder
     text.num_key_value_heads = min(d.num_kv_heads, _HEADS)
     text.num_attention_heads = text.num_key_value_heads * (d.num_heads // d.num_kv_heads)
@@ -45,11 +45,11 @@ def shrink(spec: ModelSpec, processor: Path, clip: Path | None, folder: Path) ->
     text.intermediate_size = 2 * text.hidden_size
     _narrow(vision)
     torch.manual_seed(0)
-    randomised(LlavaForConditionalGeneration(config)).save_pretrained(folder)
+    randomised(AutoModelForImageTextToText.from_config(config)).save_pretrained(folder)
     for name in PROCESSOR_FILES:
         if name not in ("config.json", "generation_config.json") and (processor / name).is_file():
             shutil.copyfile(processor / name, folder / name)
-    found = Small(read_spec(folder), Checkpoint.open(folder), None)
+    found = Small(read_spec(folder, spec.asked), Checkpoint.open(folder), None)
     if clip is None:
         return found
     small = _shrunken_clip(clip, vision.hidden_size, folder / "clip")

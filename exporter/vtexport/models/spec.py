@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ ITEMSIZE = {"fp32": 4, "fp16": 2}
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """A CLIP vision tower and which of its states LLaVA reads.
+    """A vision tower, `clip` or `siglip` by `kind`, and which of its states LLaVA reads.
 
+    CLIP has a CLS token before its patches and a norm before its layers, SigLIP neither, but a bias on its patches.
     `feature_layer` counts states as transformers' `hidden_states` does, never negative: 0 is the embedding,
     i the output of layer i - 1. Layers after it never run.
     """
 
+    kind: str
     image_size: int
     patch_size: int
     channels: int
@@ -39,18 +41,77 @@ class VisionSpec:
         return self.image_size // self.patch_size
 
     @property
+    def class_token(self) -> bool:
+        """Whether a CLS token stands before the patches."""
+        return self.kind == "clip"
+
+    @property
     def num_patches(self) -> int:
-        """Patches an image, the CLS token not counted."""
+        """Patches a view, the CLS token not counted."""
         return self.grid * self.grid
 
     @property
-    def num_visual_tokens(self) -> int:
-        """Visual tokens an image before pruning: the patches, and CLS first under strategy `full`."""
-        return self.num_patches + (self.strategy == "full")
+    def leading(self) -> int:
+        """Visual tokens before a view's patches: CLS under strategy `full`."""
+        return int(self.class_token and self.strategy == "full")
+
+    @property
+    def view_tokens(self) -> int:
+        """Visual tokens a view before pruning."""
+        return self.num_patches + self.leading
 
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """How a prompt's images become views of the tower, and their tokens one visual sequence.
+
+    Attributes:
+        images: images (or videos) a prompt.
+        views: views of each: 1, a base view and its tiles, or the frames of a video.
+        tiles: rows and columns of the tiles that follow the base view, or None.
+        newlines: newline tokens of each at most. With any, the sequence is laid out by rows: the base view, then the
+            tiles stitched together without their padding, a newline behind every row; its length depends on the image.
+            Without, views follow each other as they are.
+    """
+
+    images: int = 1
+    views: int = 1
+    tiles: tuple[int, int] | None = None
+    newlines: int = 0
+
+    @property
+    def total(self) -> int:
+        """Views a prompt."""
+        return self.images * self.views
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether what a prompt has are videos, not images."""
+        return self.views > 1 and self.tiles is None
+
+    @property
+    def pictures(self) -> int:
+        """Images a prompt, frames of videos counted each."""
+        return self.total if self.has_frames else self.images
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user may choose of a `ViewSpec`; None where nothing was said.
+
+    Attributes:
+        grid: rows and columns of tiles, as `2x2`.
+        images: images a prompt.
+        arrangement: `rows`, or `views` for no newlines and no unpadding where the model has them.
+    """
+
+    grid: str | None = None
+    images: int | None = None
+    arrangement: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +139,10 @@ class ClipSpec:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A Llama decoder. `rope` is config.json's RoPE dictionary as transformers reads it."""
+    """A decoder of Llama's make: Llama, Mistral, Qwen2.
+
+    `query_bias` is of the projections to query, key and value, `output_bias` of that of attention's output.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -91,13 +155,17 @@ class DecoderSpec:
     rms_norm_eps: float
     max_positions: int
     tied_embeddings: bool
-    attention_bias: bool
+    query_bias: bool
+    output_bias: bool
     mlp_bias: bool
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything vtexport needs to know of a LLaVA checkpoint besides its weights, and of a CLIP given with it."""
+    """Everything vtexport needs to know of a LLaVA checkpoint besides its weights, and of a CLIP given with it.
+
+    `asked` is what `views` was chosen by.
+    """
 
     family: str
     vision: VisionSpec
@@ -108,6 +176,13 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     config: dict[str, Any]
     clip: ClipSpec | None = None
+    views: ViewSpec = field(default_factory=ViewSpec)
+    asked: Asked = field(default_factory=Asked)
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Visual tokens a prompt before pruning, at most."""
+        return self.views.total * self.vision.view_tokens + self.views.images * self.views.newlines
 
     def num_parameters(self) -> int:
         """Weights that the engines hold: the tower up to the feature layer, projector, decoder, CLIP's text tower."""
@@ -152,19 +227,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_spec(folder: Path) -> ModelSpec:
-    """The geometry of the checkpoint in `folder`.
+def read_spec(folder: Path, asked: Asked | None = None) -> ModelSpec:
+    """The geometry of the checkpoint in `folder`, whose family config.json names.
+
+    Args:
+        folder: the checkpoint.
+        asked: what was chosen of its views.
 
     Raises:
         ModelError: the folder holds no LLaVA checkpoint, or one with a feature vtexport has not.
+        InputError: a choice that its family does not have.
     """
-    from vtexport.models import llava
+    from vtexport.models.families import FAMILIES
 
     config = read_config(folder)
     kind = config.get("model_type")
-    if kind != llava.MODEL_TYPE:
+    if kind not in FAMILIES:
         named = f"a {kind!r} model" if kind else "a config.json without model_type"
         raise ModelError(
-            f"{folder} holds {named}, not LLaVA; vtexport reads checkpoints of model_type {llava.MODEL_TYPE!r}"
+            f"{folder} holds {named}, not LLaVA; vtexport reads checkpoints of model_type {', '.join(FAMILIES)}"
         )
-    return llava.spec_from_config(folder, config)
+    return FAMILIES[kind].spec(folder, config, asked or Asked())

@@ -69,7 +69,8 @@ class Dropped:
 
     Attributes:
         sequence: the shorter rows.
-        index: [B, K'] int32 of kept tokens among those that entered the stage; None if none is kept.
+        index: [B, K'] int32 of kept tokens among those that entered the stage, -1 at the end of a row that had fewer;
+            None if none is kept.
         score: [B, V] fp32, or None.
         cluster: [B, V] int32, the merged token that each joined or -1; None without recycling.
     """
@@ -104,11 +105,14 @@ class DecoderMethod(Method):
         raise NotImplementedError
 
     def score(self, attention: Attention, layout: Layout) -> Tensor:
-        """Scores [B, V] fp32: mean over heads and rating rows of softmaxed attention, columns of visual tokens."""
+        """Scores [B, V] fp32: mean over heads and rating rows of softmaxed attention, columns of visual tokens.
+
+        `layout` has one image, the columns from its place on.
+        """
         from vtexport.pruning.ops import token_score
 
         query, key = attention.split()
-        start, count = layout.image_position, layout.visual
+        start, count = layout.image_position[:, 0], layout.visual
         return token_score(query, key, attention.rows, attention.places, start, count, attention.scale)
 
     def rating_rows(self, visual: Tensor, text: Tensor, layout: Layout) -> Tensor | None:
@@ -128,6 +132,20 @@ def rows_that_rate(method: DecoderMethod, layout: Layout, raters: Tensor | None)
         return layout.text_places(), raters
     last = layout.last_place()[:, None]
     return last, torch.ones_like(last) > 0
+
+
+def rated(method: DecoderMethod, attention: Attention, layout: Layout, raters: Tensor | None) -> Tensor:
+    """Scores [B, V] fp32 of the visual tokens of all images by `method`; -inf for those that a row has not."""
+    import torch
+
+    present = layout.present()
+    if layout.images > 1:
+        key, front = layout.images_first(attention.key)
+        positions = layout.images_first(attention.positions[..., None])[0][..., 0]
+        places, _ = rows_that_rate(method, front, raters)
+        attention, layout = replace(attention, key=key, positions=positions, places=places), front
+    score = method.score(attention, layout)
+    return score if present is None else score.masked_fill(~present, -torch.inf)
 
 
 def drop(
@@ -162,24 +180,44 @@ def drop(
         index = forced
         kept = visual.gather(1, forced.long()[..., None].expand(-1, -1, visual.shape[2]))
     own = layout.visual_of(sequence.positions[..., None])[..., 0]
-    positions, cluster = own.gather(1, index.long()), None
+    positions, cluster, counts = own.gather(1, index.long()), None, layout.counts_of(index)
     if stage.recycled:
         merged, centres, cluster = method.merge(visual, score, stage, plan)
         kept = torch.cat([kept, merged], dim=1)
         # A merged token stands for its centre, so that is the position it keeps.
         positions = torch.cat([positions, own.gather(1, centres.long())], dim=1)
-    return Dropped(_with_image(plan, sequence, kept, positions), index, score, cluster)
+    if counts is not None:
+        there = layout.has(index)
+        if stage.recycled:
+            # A row that loses nothing has nothing to merge.
+            loses = layout.has(torch.full_like(index[:, :1], stage.kept))
+            order = torch.cat([there, loses.expand(-1, stage.recycled)], dim=1)
+            counts = torch.cat([counts[:, :-1], counts[:, -1:] + stage.recycled * loses.to(counts.dtype)], dim=1)
+            kept, positions = _present_first(kept, positions, order)
+        index = torch.where(there, index, torch.full_like(index, -1))
+    return Dropped(_with_image(plan, sequence, kept, positions, counts), index, score, cluster)
 
 
-def _with_image(plan: PruningPlan, sequence: Sequence, visual: Tensor, positions: Tensor) -> Sequence:
-    layout = replace(sequence.layout, visual=visual.shape[1])
-    hidden = sequence.layout.with_visual(sequence.hidden, visual)
+def _present_first(tokens: Tensor, positions: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B, K, C] and their positions [B, K], those that are `there` in front."""
+    from vtexport.pruning.ranking import places_of, take
+
+    place = places_of(there, there.shape[1])
+    return take(tokens, place), positions.gather(1, place)
+
+
+def _with_image(
+    plan: PruningPlan, sequence: Sequence, visual: Tensor, positions: Tensor, counts: Tensor | None
+) -> Sequence:
+    layout = replace(sequence.layout, visual=visual.shape[1], counts=counts)
+    hidden = sequence.layout.with_visual(sequence.hidden, visual, layout)
     if plan.positions == "compact":
         return Sequence(hidden, layout.places(), layout)
-    own = sequence.layout.with_visual(sequence.positions[..., None], positions[..., None])[..., 0]
+    own = sequence.layout.with_visual(sequence.positions[..., None], positions[..., None], layout)[..., 0]
     return Sequence(hidden, own, layout)
 
 
 def _without_image(plan: PruningPlan, sequence: Sequence) -> Sequence:
-    hidden, positions = sequence.hidden, sequence.positions
-    return _with_image(plan, sequence, hidden[:, :0], positions[:, :0])
+    hidden, positions, counts = sequence.hidden, sequence.positions, sequence.layout.counts
+    none = None if counts is None else counts * 0
+    return _with_image(plan, sequence, hidden[:, :0], positions[:, :0], none)

@@ -14,6 +14,7 @@ class Dense(VisionMethod):
 
     name = "dense"
     summary = "no pruning: every visual token reaches the decoder"
+    skips_padding = True
 
     def stages(self, tokens: int, keep: float, leading: int, options: Mapping[str, Option]) -> tuple[Stage, ...]:
         if token_budget(tokens, keep, leading) != tokens:

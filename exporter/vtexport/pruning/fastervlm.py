@@ -17,6 +17,8 @@ class FasterVLM(VisionMethod):
 
     name = "fastervlm"
     summary = "the patches that the vision tower's CLS token attends to most (arXiv 2412.01818)"
+    reads_cls = True
+    skips_padding = True
     scores = True
 
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:

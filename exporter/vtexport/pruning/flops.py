@@ -14,7 +14,7 @@ NOMINAL_TEXT_TOKENS = 64
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one image and prompt.
+    """FLOPs of one prompt with its images.
 
     Attributes:
         vision: tower up to the feature layer, scoring, and projector on the kept tokens.
@@ -63,7 +63,7 @@ def _layer(d: DecoderSpec, rows: int, keys: int) -> int:
 
 def _vision(spec: ModelSpec, plan: PruningPlan) -> float:
     v, width = spec.vision, spec.decoder.hidden_size
-    rows = v.num_patches + 1
+    rows = v.num_patches + v.class_token
     patches = 2 * v.num_patches * v.channels * v.patch_size**2 * v.hidden_size
     weights = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
     layer = 2 * rows * weights + 2 * 2 * rows * rows * v.hidden_size
@@ -71,8 +71,9 @@ def _vision(spec: ModelSpec, plan: PruningPlan) -> float:
     projector = 2 * plan.vision_tokens * (v.hidden_size * width + width * width)
     question = 0
     if methods_of(plan.method)[0].reads_question and spec.clip is not None:
-        question = _clip(spec.clip) + 2 * v.num_patches * (v.hidden_size * spec.clip.projection + v.num_patches * width)
-    return float(patches + v.feature_layer * layer + scoring + projector + question)
+        each = 2 * v.num_patches * (v.hidden_size * spec.clip.projection + v.num_patches * width)
+        question = _clip(spec.clip) + spec.views.total * each
+    return float(spec.views.total * (patches + v.feature_layer * layer + scoring) + projector + question)
 
 
 def _clip(c: ClipSpec) -> int:

@@ -1,8 +1,8 @@
-"""Where text and image stand in the rows of a batch: every row of its own length, padded on the right."""
+"""Where text and images stand in the rows of a batch: every row of its own length, padded on the right."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,19 +11,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows of S = L + V places: text before the image, V visual tokens, text after it, padding.
+    """Rows of S = L + V places: text, with each image's visual tokens where it stands, then padding.
+
+    Visual tokens are numbered through all images of a row. Where a row has fewer than V, the rest of its places are
+    padding too.
 
     Attributes:
-        image_position: [B] int64, text tokens before the image.
+        image_position: [B, n] int64, text tokens before each image, ascending.
         text_length: [B] int64, text tokens of the prompt, at most L.
         text: L, text places of a row, padding included.
-        visual: V, the same in every row.
+        visual: V, visual places.
+        counts: [B, n] int64, visual tokens of each image; None where there is one image, of V tokens in every row.
     """
 
     image_position: Tensor
     text_length: Tensor
     text: int
     visual: int
+    counts: Tensor | None = None
+
+    @property
+    def images(self) -> int:
+        """How many images a row has, n."""
+        return self.image_position.shape[1]
 
     def places(self) -> Tensor:
         """0 … S - 1 for every row, [B, S] int64."""
@@ -31,37 +41,105 @@ class Layout:
 
     def text_places(self) -> Tensor:
         """The place of every text token, [B, L] int64."""
-        number = self._count(self.text)
-        return number + self.visual * (number >= self.image_position[:, None]).to(number.dtype)
+        return self._placed(self._count(self.text))
 
     def after_image(self) -> Tensor:
-        """Which text tokens are the prompt's and stand after the image, [B, L] bool."""
+        """Which text tokens are the prompt's and stand after the last image, [B, L] bool."""
         number = self._count(self.text)
-        return (number >= self.image_position[:, None]) & (number < self.text_length[:, None])
+        return (number >= self.image_position[:, -1:]) & (number < self.text_length[:, None])
 
     def last_place(self) -> Tensor:
         """The place of each prompt's last token, [B] int64."""
-        return self.text_length + (self.visual - 1)
+        return self.text_length + (self.visual - 1 if self.counts is None else self.counts.sum(dim=1) - 1)
+
+    def present(self) -> Tensor | None:
+        """Which of V visual tokens a row has, [B, V] bool; None where all have all."""
+        if self.counts is None:
+            return None
+        return self._count(self.visual) < self.counts.sum(dim=1, keepdim=True)
+
+    def has(self, index: Tensor) -> Tensor:
+        """Which of the visual tokens index [B, K] names a row has, [B, K] bool; where rows differ in that."""
+        assert self.counts is not None, "rows are asked where they differ"
+        return index < self.counts.sum(dim=1, keepdim=True)
+
+    def counts_of(self, index: Tensor) -> Tensor | None:
+        """How many of the visual tokens index [B, K] names are of each image, [B, n] int64; None as `counts`."""
+        if self.counts is None:
+            return None
+        import torch
+
+        within = [((index >= start) & (index < start + count)).sum(dim=1) for _, start, count in self._images()]
+        return torch.stack(within, dim=1)
 
     def rows_of(self, x: Tensor, places: Tensor) -> Tensor:
         """The rows of x [B, S, C] at places [B, R]: [B, R, C]."""
         return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
 
     def visual_of(self, x: Tensor) -> Tensor:
-        """The visual rows [B, V, C] of x [B, S, C]."""
-        return self.rows_of(x, self.image_position[:, None] + self._count(self.visual))
+        """The visual rows [B, V, C] of x [B, S, C]; its last one stands in for those that a row has not."""
+        number = self._count(self.visual)
+        if self.counts is not None:
+            number = number.minimum(self.counts.sum(dim=1, keepdim=True) - 1)
+        place = self.image_position[:, :1] + number
+        before = self.image_position[:, :1]
+        for at, start, _ in list(self._images())[1:]:
+            place = place + (at - before) * (number >= start).to(number.dtype)
+            before = at
+        return self.rows_of(x, place)
 
-    def with_visual(self, x: Tensor, visual: Tensor) -> Tensor:
-        """The rows x [B, S, C], their visual ones replaced by `visual` [B, K, C]: [B, L + K, C]."""
+    def with_visual(self, x: Tensor, visual: Tensor, after: Layout) -> Tensor:
+        """The rows x [B, S, C], their visual ones replaced by `visual` [B, K, C]: [B, L + K, C], laid out as `after`."""
         import torch
 
-        count = visual.shape[1]
-        place = self._count(self.text + count)
-        at = self.image_position[:, None]
-        # Rows differ in where the image stands, so a gather from both puts them together.
-        source = torch.where(place < at + count, place - at + x.shape[1], place - count + self.visual)
-        source = torch.where(place < at, place, source)
+        place = after._count(after.text + after.visual)
+        # Rows differ in where images stand, so a gather from both puts them together.
+        number, token, shown = place, place, None
+        for at, start, count in after._images():
+            first = at + start
+            inside = (place >= first) & (place < first + count)
+            behind = (place >= first + count).to(place.dtype)
+            number = number - count * behind
+            token = torch.where(inside, place - at, token)
+            shown = inside if shown is None else shown | inside
+        assert shown is not None, "a row has an image"
+        if after.counts is not None:
+            # Behind a row's last text token there is nothing to show: any row will do.
+            number = number.clamp(max=self.text - 1)
+        source = torch.where(shown, token + x.shape[1], self._placed(number))
         return self.rows_of(torch.cat([x, visual], dim=1), source)
+
+    def images_first(self, x: Tensor) -> tuple[Tensor, Layout]:
+        """The rows x [B, S, C] with all images, as one, before all text, and their layout.
+
+        Rows behind the last image see, under causality, what they saw.
+        """
+        import torch
+
+        total = None if self.counts is None else self.counts.sum(dim=1, keepdim=True)
+        at = torch.zeros_like(self.image_position[:, :1])
+        front = replace(self, image_position=at, counts=total)
+        bare = replace(self, image_position=at, visual=0, counts=None if total is None else torch.zeros_like(total))
+        return bare.with_visual(self.rows_of(x, self.text_places()), self.visual_of(x), front), front
+
+    def _placed(self, number: Tensor) -> Tensor:
+        """The places of text tokens number [?, R]: [B, R]."""
+        place = number
+        for at, _, count in self._images():
+            place = place + count * (number >= at).to(number.dtype)
+        return place
+
+    def _images(self) -> list[tuple[Tensor, Tensor | int, Tensor | int]]:
+        """Of every image: text tokens before it, visual tokens before it, and its own; [B, 1] each, or int."""
+        if self.counts is None:
+            return [(self.image_position[:, :1], 0, self.visual)]
+        found: list[tuple[Tensor, Tensor | int, Tensor | int]] = []
+        start = self.counts[:, :1] * 0
+        for number in range(self.images):
+            own = slice(number, number + 1)
+            found.append((self.image_position[:, own], start, self.counts[:, own]))
+            start = start + self.counts[:, own]
+        return found
 
     def _count(self, number: int) -> Tensor:
         import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -66,11 +66,14 @@ class PruningPlan:
     Attributes:
         method: name of the method, or of a vision-stage and a decoder-stage method joined by `+`.
         keep: the keep ratio that was asked for.
-        num_visual_tokens: visual tokens an image before pruning.
+        num_visual_tokens: visual tokens a prompt before pruning, at most.
         num_layers: decoder layers.
-        leading: visual tokens before the patches (CLS under strategy `full`), always kept by a vision stage.
+        leading: visual tokens before a view's patches (CLS under strategy `full`), always kept by a vision stage.
         stages: in the order in which they act; none for `dense`.
         options: the method's own options, resolved.
+        views: views a prompt, each pruned by itself in the vision stage.
+        newlines: newline tokens a prompt at most (`vtexport.models.spec.ViewSpec`); with any, a prompt has as many visual
+            tokens as its images' sizes make, and counts are of the most.
     """
 
     method: str
@@ -80,6 +83,8 @@ class PruningPlan:
     leading: int = 0
     stages: tuple[Stage, ...] = ()
     options: Mapping[str, Option] = field(default_factory=dict)
+    views: int = 1
+    newlines: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
@@ -110,8 +115,19 @@ class PruningPlan:
 
     @property
     def patch_budget(self) -> int:
-        """Tokens that a vision-stage method chooses or makes, the leading ones not counted."""
-        return self.vision_tokens - self.leading
+        """Tokens that a vision-stage method chooses or makes of each view, the leading ones not counted."""
+        return (self.vision_tokens - self.newlines) // self.views - self.leading
+
+    def entering(self, filled: Sequence[int]) -> list[list[int]]:
+        """Visual tokens that enter each decoder layer, by layer and row, where rows have `filled` of `vision_tokens`."""
+        tokens, found = list(filled), []
+        for layer in range(self.num_layers):
+            found.append(tokens)
+            stage = self.decoder_stages.get(layer)
+            if stage is not None:
+                # A row that loses nothing has nothing merged either.
+                tokens = [stage.carried if count > stage.kept else count for count in tokens]
+        return found
 
     @property
     def positions(self) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vtexport.errors import InputError
 from vtexport.pruning.adaptive import Policy, solve_policy
 from vtexport.pruning.dense import Dense
-from vtexport.pruning.plan import Option, PruningPlan, check_keep
+from vtexport.pruning.plan import VISION, Option, PruningPlan, Stage, check_keep, round_half_up
 from vtexport.pruning.rank import Calibration
 from vtexport.pruning.registry import methods_of
 from vtexport.pruning.schedule import Budget
+from vtexport.pruning.vision import VisionMethod
 
 if TYPE_CHECKING:
     from vtexport.models.spec import ModelSpec
@@ -33,20 +35,24 @@ def make_plan(
     calibration: Calibration | None = None,
     reach: int | None = None,
     tower_layers: int | None = None,
+    views: int = 1,
+    newlines: int = 0,
 ) -> PruningPlan:
     """The plan of `method` for an image of `tokens` visual tokens and a decoder of `layers` layers.
 
     Args:
         method: a key of `METHODS`, or a vision-stage and a decoder-stage method as `a+b`.
-        tokens: visual tokens an image before pruning, leading ones included.
+        tokens: visual tokens a prompt before pruning, leading ones and newlines included.
         layers: decoder layers.
         keep: mean visual tokens over the decoder's layers as a share of `tokens`, in (0, 1]; None where the options
             decide it (a released schedule, an exit layer).
-        leading: tokens before the patches that always stay (CLS under strategy `full`).
+        leading: tokens before a view's patches that always stay (CLS under strategy `full`).
         options: the method's own options; those not given have its defaults.
         calibration: measured ranks of this model, for methods whose schedule rests on them.
         reach: the greatest distance that sparsevlm-plus's RoPE weight bears, for that method.
         tower_layers: layers of the vision tower up to the feature layer, for methods that read several.
+        views: views a prompt.
+        newlines: newline tokens a prompt at most.
 
     Raises:
         InputError: unknown method or option, or a keep ratio out of range or out of reach.
@@ -57,11 +63,12 @@ def make_plan(
         check_keep(keep)
     if tower_layers is not None:
         vision.resolve(resolved, tower_layers)
+    shape = _Shape(tokens, leading, views, newlines)
     if decoder is None:
         if keep is None:
             raise InputError("--keep is missing; give the share of visual tokens to keep, such as --keep 0.25")
-        stages = vision.stages(tokens, keep, leading, resolved)
-        return PruningPlan(method, keep, tokens, layers, leading, stages, resolved)
+        stages = _vision_stages(vision, shape, keep, resolved)
+        return PruningPlan(method, keep, tokens, layers, leading, stages, resolved, views, newlines)
     stages, entering = (), tokens
     if not isinstance(vision, Dense):
         if keep is None:
@@ -70,7 +77,7 @@ def make_plan(
         share = float(resolved.setdefault(VISION_KEEP, round(math.sqrt(keep), 4)))
         if not keep <= share <= 1:
             raise InputError(f"--vision-keep {share:g} is out of range; give a share from --keep ({keep:g}) to 1")
-        stages = vision.stages(tokens, share, leading, resolved)
+        stages = _vision_stages(vision, shape, share, resolved)
         entering = stages[-1].carried
     if decoder.decides_keep(resolved):
         if keep is not None:
@@ -90,26 +97,83 @@ def make_plan(
         reach=reach,
     )
     stages += decoder.stages(budget, resolved)
-    plan = PruningPlan(method, 0.0 if keep is None else keep, tokens, layers, leading, stages, resolved)
-    if keep is not None:
-        return plan
-    ratio = round(plan.mean_visual_tokens / tokens, 4)
-    return PruningPlan(method, ratio, tokens, layers, leading, stages, resolved)
+    plan = PruningPlan(method, keep or 0.0, tokens, layers, leading, stages, resolved, views, newlines)
+    return plan if keep is not None else replace(plan, keep=round(plan.mean_visual_tokens / tokens, 4))
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a vision stage prunes: see `make_plan`."""
+
+    tokens: int
+    leading: int
+    views: int
+    newlines: int
+
+
+def _vision_stages(
+    method: VisionMethod, shape: _Shape, keep: float, options: Mapping[str, Option]
+) -> tuple[Stage, ...]:
+    """The stage of `method`: every view gets an equal share of the budget, once newlines have theirs.
+
+    Raises:
+        InputError: nothing is left for the views.
+    """
+    if shape.views == 1 and not shape.newlines:
+        return method.stages(shape.tokens, keep, shape.leading, options)
+    each = (shape.tokens - shape.newlines) // shape.views
+    share = (round_half_up(keep * shape.tokens) - shape.newlines) // shape.views
+    if share < shape.leading + 1:
+        least = (shape.newlines + shape.views * (shape.leading + 1)) / shape.tokens
+        raise InputError(
+            f"--keep {keep:g} leaves no token for each of {shape.views} views of {each}; the least for this model is about "
+            f"{least:.2g}"
+        )
+    return tuple(
+        Stage(VISION, shape.tokens, shape.views * one.kept + shape.newlines, shape.views * one.recycled)
+        for one in method.stages(each, share / each, shape.leading, options)
+    )
 
 
 def planner(spec: ModelSpec) -> Callable[..., PruningPlan]:
-    """`make_plan` with all that a model's geometry decides; method, keep and options are left to give."""
-    from vtexport.models.llava import rope_reach
+    """`make_plan` with all that a model's geometry decides; method, keep and options are left to give.
 
-    v = spec.vision
-    return partial(
+    It raises InputError for a method that this model's tower or sequence does not allow.
+    """
+    from vtexport.models.rope import rope_reach
+
+    make = partial(
         make_plan,
-        tokens=v.num_visual_tokens,
+        tokens=spec.num_visual_tokens,
         layers=spec.decoder.num_layers,
-        leading=v.num_visual_tokens - v.num_patches,
+        leading=spec.vision.leading,
         reach=rope_reach(spec),
-        tower_layers=v.feature_layer,
+        tower_layers=spec.vision.feature_layer,
+        views=spec.views.total,
+        newlines=spec.views.images * spec.views.newlines,
     )
+
+    def plan(method: str, **given: Any) -> PruningPlan:
+        _check_model(spec, method)
+        return make(method, **given)
+
+    return plan
+
+
+def _check_model(spec: ModelSpec, method: str) -> None:
+    vision, decoder = methods_of(method)
+    if vision.reads_cls and not spec.vision.class_token:
+        raise InputError(
+            f"method {vision.name} reads the vision tower's CLS token, and {spec.vision.kind} has none; use sparsevlm, "
+            "divprune, or another that reads none"
+        )
+    if spec.views.newlines and not vision.skips_padding:
+        raise InputError(
+            f"method {vision.name} cannot tell an image's padding from its content; add --arrangement views, which leaves "
+            "out the model's newlines and unpadding, or use another method"
+        )
+    if decoder is not None and decoder.raters == "given" and (spec.views.newlines or spec.views.images > 1):
+        raise InputError(f"method {decoder.name} ranks the tokens of one image of one size; use another method")
 
 
 def adaptive_plans(
@@ -153,7 +217,7 @@ def adaptive_plans(
 
 def dense_plan(plan: PruningPlan) -> PruningPlan:
     """The dense plan of the model that `plan` is for."""
-    return make_plan(Dense.name, tokens=plan.num_visual_tokens, layers=plan.num_layers, keep=1.0, leading=plan.leading)
+    return replace(plan, method=Dense.name, keep=1.0, stages=(), options={})
 
 
 def _resolve(method: str, given: Mapping[str, Option]) -> dict[str, Option]:

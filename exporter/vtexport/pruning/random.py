@@ -19,6 +19,7 @@ class Random(VisionMethod):
 
     name = "random"
     summary = "a seeded random choice of patches, the same for every image (baseline)"
+    skips_padding = True
     options: ClassVar[Mapping[str, Option]] = {"seed": 0}
 
     def constants(self, plan: PruningPlan, grid: int) -> dict[str, np.ndarray[Any, Any]]:

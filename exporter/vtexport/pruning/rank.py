@@ -20,7 +20,7 @@ class Calibration:
     """Measurements of the dense model over image and prompt pairs, a value a decoder layer where not said otherwise.
 
     Attributes:
-        model: fingerprint of the checkpoint (`vtexport.models.llava.fingerprint`).
+        model: fingerprint of the checkpoint (`vtexport.models.names.fingerprint`).
         num_visual_tokens: V.
         pairs: number of pairs measured.
         ranks: mean numerical rank of the raters x visual attention (head mean), singular values at least

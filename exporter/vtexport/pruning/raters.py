@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def text_raters(visual: Tensor, text: Tensor, after_image: Tensor) -> Tensor:
+def text_raters(visual: Tensor, text: Tensor, after_image: Tensor, present: Tensor | None = None) -> Tensor:
     """The text tokens after the image that the image speaks to most.
 
     m = softmax over text of visual · textᵀ, mean over visual tokens; a rater's m is strictly greater than the mean
@@ -19,6 +19,7 @@ def text_raters(visual: Tensor, text: Tensor, after_image: Tensor) -> Tensor:
         visual: [B, V, C], the decoder's input embeddings of visual tokens.
         text: [B, L, C], those of text tokens.
         after_image: [B, L] bool, text tokens that may rate; padding and text before the image may not.
+        present: [B, V] bool, which visual tokens there are; None for all.
 
     Returns:
         [B, L] bool.
@@ -28,8 +29,11 @@ def text_raters(visual: Tensor, text: Tensor, after_image: Tensor) -> Tensor:
     logits = visual.float() @ text.float().transpose(1, 2)
     logits = logits.masked_fill(~after_image[:, None], -torch.inf)
     # A row without any text after the image would be NaN; it has no rater, and scores of zero.
-    # A sum, not a mean: torch exports a mean's axis as a computation, which TensorRT does not fold.
-    weight = torch.softmax(logits, dim=-1).nan_to_num(0.0).sum(dim=1) / visual.shape[1]
+    # A sum, not a mean (which is compared with its own mean alone): torch exports a mean's axis as a computation, which TensorRT does not fold.
+    shares = torch.softmax(logits, dim=-1).nan_to_num(0.0)
+    if present is not None:
+        shares = shares * present[..., None].to(shares.dtype)
+    weight = shares.sum(dim=1) / visual.shape[1]
     count = after_image.sum(dim=1, keepdim=True).clamp(min=1)
     above = after_image & (weight > weight.sum(dim=1, keepdim=True) / count)
     none = above.float().sum(dim=1, keepdim=True) == 0

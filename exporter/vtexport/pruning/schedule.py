@@ -30,7 +30,7 @@ class Budget:
         ranks: calibrated rank of each decoder layer, or None (`vtexport.pruning.rank`).
         auto_layers: pruning layers that the calibration proposes, or None.
         exit_layer: the layer after which the calibration found no visual token to matter, or None.
-        reach: the greatest distance that sparsevlm-plus's RoPE weight bears (`vtexport.models.llava.rope_reach`), or
+        reach: the greatest distance that sparsevlm-plus's RoPE weight bears (`vtexport.models.rope.rope_reach`), or
             None where it is not known.
     """
 

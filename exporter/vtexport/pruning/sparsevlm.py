@@ -73,7 +73,7 @@ class SparseVLM(DecoderMethod):
     def rating_rows(self, visual: Tensor, text: Tensor, layout: Layout) -> Tensor:
         from vtexport.pruning.raters import text_raters
 
-        return text_raters(visual, text, layout.after_image())
+        return text_raters(visual, text, layout.after_image(), layout.present())
 
     def merge(self, hidden: Tensor, score: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
         from vtexport.pruning.ops import token_recycle

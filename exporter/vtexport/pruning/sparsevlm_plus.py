@@ -55,6 +55,8 @@ class SparseVLMPlus(SparseVLM):
         return None
 
     def score(self, attention: Attention, layout: Layout) -> Tensor:
+        import torch
+
         from vtexport.pruning.ops import token_score_heads
 
         query, key = attention.split()
@@ -64,13 +66,17 @@ class SparseVLMPlus(SparseVLM):
         columns = layout.visual_of(attention.positions[..., None])[..., 0]
         # Rows before the image rate nothing; their distance must only stay inside the table.
         distance = (rows[:, :, None] - columns[:, None]).clamp(min=0)
+        divisor, present = weight[distance], layout.present()
+        if present is not None:
+            # A token that a row has not is paid nothing, so that it has no say in which heads count.
+            divisor = divisor.masked_fill(~present[:, None], torch.inf)
         return token_score_heads(
             query,
             key,
             attention.rows,
             attention.places,
-            layout.image_position,
-            weight[distance],
+            layout.image_position[:, 0],
+            divisor,
             layout.visual,
             attention.scale,
             round_half_up(_HEADS / _OF * attention.heads),

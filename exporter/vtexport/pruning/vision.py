@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -27,14 +27,18 @@ class TowerLayer:
 class TowerState:
     """What the vision tower offers a method.
 
+    Rows are views: a batch of b prompts of T views each has B = b · T.
+
     Attributes:
-        features: output of the layer that yields the selected features, CLS first [B, 1 + V, C].
-        layers: attention of every layer up to that one, which is the last.
+        features: output of the layer that yields the selected features, CLS first [B, 1 + V, C]; of a tower without
+            CLS [B, V, C].
+        layers: attention of every layer up to that one, which is the last; none of a tower without CLS.
         scale: the factor on query · key before softmax.
         grid: patches a side; V = grid².
         project: the projector, token by token: [..., C] -> [..., width of the decoder].
         relevance: for a method that reads the question, the cosine of every patch and the question in CLIP's shared
             space, [B, V] fp32.
+        padding: [B, V] bool, patches that show nothing of the image; None where all do.
     """
 
     features: Tensor
@@ -43,14 +47,15 @@ class TowerState:
     grid: int
     project: Callable[[Tensor], Tensor]
     relevance: Tensor | None = None
+    padding: Tensor | None = None
 
     @property
     def patches(self) -> Tensor:
         """The features without CLS [B, V, C]."""
-        return self.features[:, 1:]
+        return self.features[:, self.features.shape[1] - self.grid * self.grid :]
 
     def cls_score(self, layer: int = -1) -> Tensor:
-        """Row of CLS in the attention of `layer`, mean over heads, columns of the patches [B, V] fp32.
+        """Row of CLS in the attention of `layer`, mean over heads, columns of the patches [B, V] fp32; -inf for padding.
 
         Softmax runs over all 1 + V keys, CLS's own included.
         """
@@ -61,7 +66,8 @@ class TowerState:
         query, key = self.layers[layer].query, self.layers[layer].key
         batch, keys = key.shape[0], key.shape[2]
         one = torch.ones(batch, 1, dtype=torch.int64, device=key.device)
-        return token_score(query, key, one > 0, one * (keys - 1), one[:, 0], self.grid * self.grid, self.scale)
+        score = token_score(query, key, one > 0, one * (keys - 1), one[:, 0], self.grid * self.grid, self.scale)
+        return score if self.padding is None else score.masked_fill(self.padding, -torch.inf)
 
     def spread(self) -> Tensor:
         """How many patches share CLS's attention in the layer that yields the features, [B] fp32."""
@@ -79,12 +85,32 @@ class Pruned:
         index: [B, K'] int32, ascending, of the tokens that stay as they were; None if all are merged.
         score: [B, V] if the method rates tokens.
         projected: whether `tokens` are the decoder's already.
+        length: [B, n] int64, how many of the K tokens are each image's, where that is not the same for all; the rest,
+            at the end, are none, and -1 in `index`.
     """
 
     tokens: Tensor
     index: Tensor | None
     score: Tensor | None = None
     projected: bool = False
+    length: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """`vtexport.models.views.Rows` of a batch, as tensors, and the newline.
+
+    Attributes:
+        sequence: [b, V] int64.
+        row_start: [b, V] int64; not read where nothing is pruned.
+        newline: [width of the decoder].
+        images: n, images a prompt.
+    """
+
+    sequence: Tensor
+    row_start: Tensor | None
+    newline: Tensor
+    images: int
 
 
 class VisionMethod(Method):
@@ -94,6 +120,10 @@ class VisionMethod(Method):
     ranked: ClassVar[bool] = True
     #: whether it needs the question, embedded by CLIP's text tower
     reads_question: ClassVar[bool] = False
+    #: whether it needs the vision tower's CLS token
+    reads_cls: ClassVar[bool] = False
+    #: whether it leaves out patches that are padding, as a sequence laid out by rows asks for
+    skips_padding: ClassVar[bool] = False
 
     def resolve(self, options: dict[str, Option], tower_layers: int) -> None:
         """Fill in, or refuse with an InputError, options that depend on the tower's layers up to the feature layer."""
@@ -111,17 +141,34 @@ class VisionMethod(Method):
         raise NotImplementedError
 
 
-def prune(method: VisionMethod, plan: PruningPlan, state: TowerState, constants: Mapping[str, Tensor]) -> Pruned:
+def prune(
+    method: VisionMethod,
+    plan: PruningPlan,
+    state: TowerState,
+    constants: Mapping[str, Tensor],
+    rows: RowOrder | None = None,
+) -> Pruned:
     """Apply the vision stage of `plan` to a tower's state; `constants` are `method.constants` as tensors.
 
+    Every view is pruned by itself. Leading tokens (CLS under strategy `full`) stay in front of their view's and are never
+    rated.
+
     Returns:
-        projected tokens [B, K, width of the decoder] and, into the unpruned sequence of visual tokens, the index of
-        those that stay as they were. Leading tokens (CLS under strategy `full`) stay in front and are never rated.
+        projected tokens [b, K, width of the decoder], a prompt's views one after the other or as `rows` say, and, into its
+        unpruned sequence, the index of those that stay as they were.
     """
+    if rows is not None:
+        return _by_rows(method, plan, replace(state, padding=_padding(state, rows)), constants, rows)
+    if plan.vision_stage is None:
+        features = state.features if plan.leading else state.patches
+        return Pruned(_joined(state.project(features), plan.views), None, projected=True)
+    return _one_after_the_other(_of_views(method, plan, state, constants), plan, state)
+
+
+def _of_views(method: VisionMethod, plan: PruningPlan, state: TowerState, constants: Mapping[str, Tensor]) -> Pruned:
+    """Every view's own tokens, projected, leading ones in front."""
     import torch
 
-    if plan.vision_stage is None:
-        return Pruned(state.project(state.features if plan.leading else state.patches), None, projected=True)
     pruned = method.select(state, plan, constants)
     # The projector works token by token: after pruning it yields the same and costs less.
     tokens = pruned.tokens if pruned.projected else state.project(pruned.tokens)
@@ -131,3 +178,89 @@ def prune(method: VisionMethod, plan: PruningPlan, state: TowerState, constants:
         if index is not None:
             index = torch.cat([torch.zeros_like(index[:, :1]), index + 1], dim=1)
     return Pruned(tokens, index, pruned.score, projected=True)
+
+
+def _one_after_the_other(pruned: Pruned, plan: PruningPlan, state: TowerState) -> Pruned:
+    """The tokens of a prompt's views behind each other."""
+    import torch
+
+    views = plan.views
+    if views == 1:
+        return pruned
+    index, score = pruned.index, pruned.score
+    if index is not None:
+        first = (plan.num_visual_tokens // views) * torch.arange(views, device=index.device, dtype=index.dtype)
+        index = (index.unflatten(0, (-1, views)) + first[:, None]).flatten(1)
+    if score is not None:
+        score = score.unflatten(0, (-1, views)).flatten(1)
+    return Pruned(_joined(pruned.tokens, views), index, score, projected=True)
+
+
+def _joined(tokens: Tensor, views: int) -> Tensor:
+    """[b · T, K, C] -> [b, T · K, C]."""
+    return tokens if views == 1 else tokens.unflatten(0, (-1, views)).flatten(1, 2)
+
+
+def _padding(state: TowerState, rows: RowOrder) -> Tensor:
+    """Which patches stand nowhere in the sequence, [B, V] bool."""
+    import torch
+
+    batch, patches = rows.sequence.shape[0], state.grid * state.grid
+    views = state.features.shape[0] // batch
+    # TensorRT scatters at most as many values as there are places for them.
+    places = max(views * patches + rows.images + 1, rows.sequence.shape[1])
+    shown = torch.zeros(batch, places, device=rows.sequence.device)
+    # Places that hold nothing name the same entry many times, with the same value.
+    shown = shown.scatter(1, rows.sequence, torch.ones_like(rows.sequence, dtype=torch.float32))
+    absent: Tensor = (shown[:, : views * patches] == 0).unflatten(1, (views, patches)).flatten(0, 1)
+    return absent
+
+
+def _by_rows(
+    method: VisionMethod, plan: PruningPlan, state: TowerState, constants: Mapping[str, Tensor], rows: RowOrder
+) -> Pruned:
+    """The tokens of a prompt in the order of its rows; of a pruned one, a newline stays where a token of its row does."""
+    import torch
+
+    from vtexport.pruning.ranking import marked, places_of
+
+    patches, views = state.grid * state.grid, plan.views
+    own, number, length, score = views * patches, plan.vision_tokens, None, None
+    sequence, place = rows.sequence, None
+    if plan.vision_stage is not None:
+        assert rows.row_start is not None, "a pruned sequence says where its rows start"
+        pruned = method.select(state, plan, constants)
+        assert pruned.index is not None, "a method that skips padding keeps tokens as they are"
+        score = pruned.score
+        kept = marked(pruned.index, patches) & ~_required(state.padding)
+        kept = _joined(kept[..., None].float(), views)[..., 0]
+        kept = torch.cat([kept, torch.zeros_like(kept[:, : rows.images + 1])], dim=1)
+        # What a row keeps up to each place, less what was kept before its start: of a patch itself, of a newline its row.
+        upto = kept.gather(1, sequence).cumsum(dim=1)
+        before = torch.cat([torch.zeros_like(upto[:, :1]), upto], dim=1).gather(1, rows.row_start)
+        stays = upto - before > 0
+        place = places_of(stays, number)
+        sequence, image = sequence.gather(1, place), _image_of(sequence, plan, rows, patches)
+        length = torch.stack([(stays & (image == i)).sum(dim=1) for i in range(rows.images)], dim=1)
+        present = torch.arange(number, device=place.device) < length.sum(dim=1, keepdim=True)
+        place = torch.where(present, place, -1).to(torch.int32)
+    joined = _joined(state.patches, views)
+    is_patch = (sequence < own)[..., None]
+    source = sequence.clamp(max=own - 1)[..., None].expand(-1, -1, joined.shape[2])
+    tokens = torch.where(is_patch, state.project(joined.gather(1, source)), rows.newline)
+    if score is not None and views > 1:
+        score = score.unflatten(0, (-1, views)).flatten(1)
+    return Pruned(tokens, place, score, projected=True, length=length)
+
+
+def _required(padding: Tensor | None) -> Tensor:
+    assert padding is not None, "rows say what is padding"
+    return padding
+
+
+def _image_of(sequence: Tensor, plan: PruningPlan, rows: RowOrder, patches: int) -> Tensor:
+    """The image whose token stands at each place of a sequence by rows, [b, V]; n where there is none."""
+    import torch
+
+    own, each = plan.views * patches, plan.views // rows.images * patches
+    return torch.where(sequence < own, sequence // each, sequence - own)

@@ -23,6 +23,7 @@ class VisionZip(VisionMethod):
 
     name = "visionzip"
     summary = "the patches CLS attends to most, and a few merged from the rest (VisionZip, CVPR 2025)"
+    reads_cls = True
     scores = True
     options: ClassVar[Mapping[str, Option]] = {"contextual": 0.15625}
 

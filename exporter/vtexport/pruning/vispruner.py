@@ -26,6 +26,7 @@ class VisPruner(VisionMethod):
 
     name = "vispruner"
     summary = "half by CLS attention, half by dissimilarity (VisPruner, ICCV 2025)"
+    reads_cls = True
     ranked = False
     scores = True
     options: ClassVar[Mapping[str, Option]] = {"important": 0.5}

@@ -21,6 +21,8 @@ class VTCCls(VisionMethod):
 
     name = "vtc-cls"
     summary = "as fastervlm, CLS attention summed over the later half of the tower (arXiv 2412.05819)"
+    reads_cls = True
+    skips_padding = True
     scores = True
     options: ClassVar[Mapping[str, Option]] = {"tower_from": -1}
 

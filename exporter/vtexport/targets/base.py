@@ -57,6 +57,11 @@ class VisionOutput:
         return self.arrays.get("score")
 
     @property
+    def visual_length(self) -> Array | None:
+        """How many of K visual tokens are each image's, [B, n]; None where that is not the image's own size's doing."""
+        return self.arrays.get("visual_length")
+
+    @property
     def spread(self) -> Array:
         """How many patches share CLS's attention, [B] fp32; of a build with several plans."""
         return self.arrays["spread"]
@@ -66,16 +71,42 @@ class VisionOutput:
         return VisionOutput({name: array[rows] for name, array in self.arrays.items()})
 
 
+class _Input:
+    """A graph's inputs, those None that it has not."""
+
+    def feeds(self) -> dict[str, Array]:
+        """The graph's inputs by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
+
 @dataclass(frozen=True)
-class PrefillInput:
+class VisionInput(_Input):
+    """What the vision graph takes (`vtexport.graph.graphs.VisionGraph`).
+
+    Attributes:
+        pixel_values: [B, 3, S, S] fp32, of several views a prompt [B, T, 3, S, S].
+        question_ids: [B, L] int64, for a method that reads the question.
+        sequence: [B, V] int64, for a sequence laid out by rows.
+        row_start: [B, V] int64, for one that is pruned.
+    """
+
+    pixel_values: Array
+    question_ids: Array | None = None
+    sequence: Array | None = None
+    row_start: Array | None = None
+
+
+@dataclass(frozen=True)
+class PrefillInput(_Input):
     """What prefill takes.
 
     Attributes:
-        input_ids: [B, L] int64, the prompts without their image, padded on the right.
-        image_position: [B] int64, text tokens before the image.
+        input_ids: [B, L] int64, the prompts without their images, padded on the right.
+        image_position: [B] int64, text tokens before the image; of n images a prompt [B, n].
         text_length: [B] int64, text tokens of each prompt.
         visual: [B, K, C], what the vision graph gave.
         ranking: [B, V] fp32, for a method that is given its scores.
+        visual_length: [B, n] int64, visual tokens of each image, where rows differ in that or have several.
     """
 
     input_ids: Array
@@ -83,10 +114,7 @@ class PrefillInput:
     text_length: Array
     visual: Array
     ranking: Array | None = None
-
-    def feeds(self) -> dict[str, Array]:
-        """The graph's inputs by name."""
-        return {name: array for name, array in vars(self).items() if array is not None}
+    visual_length: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -124,8 +152,8 @@ class Engine(Protocol):
         """Load all graphs now rather than at their first call, so that no call's time includes it."""
         ...
 
-    def vision(self, pixels: Array, question_ids: Array | None = None) -> VisionOutput:
-        """The vision graph on pixels [B, 3, S, S] fp32 and, if the method reads it, the question [B, L] int64."""
+    def vision(self, inputs: VisionInput) -> VisionOutput:
+        """The vision graph."""
         ...
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
@@ -220,12 +248,6 @@ class Target(Protocol):
             TargetError: it was compiled for another version or device than there is here.
         """
         ...
-
-
-def vision_feeds(pixels: Array, question_ids: Array | None) -> dict[str, Array]:
-    """The vision graph's inputs by name."""
-    given = {"pixel_values": pixels, "question_ids": question_ids}
-    return {name: array for name, array in given.items() if array is not None}
 
 
 def prefill_names(plans: int) -> list[str]:

@@ -19,9 +19,9 @@ from vtexport.targets.base import (
     LayerTimes,
     PrefillInput,
     PrefillOutput,
+    VisionInput,
     VisionOutput,
     prefill_name,
-    vision_feeds,
 )
 
 
@@ -88,10 +88,10 @@ class OrtEngine:
             finally:
                 self._traces, self._sessions = None, plain
 
-    def vision(self, pixels: Array, question_ids: Array | None = None) -> VisionOutput:
+    def vision(self, inputs: VisionInput) -> VisionOutput:
         session = self.session("vision")
         names = [output.name for output in session.get_outputs()]
-        found = dict(zip(names, session.run(names, vision_feeds(pixels, question_ids)), strict=True))
+        found = dict(zip(names, session.run(names, inputs.feeds()), strict=True))
         return VisionOutput(found)
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:

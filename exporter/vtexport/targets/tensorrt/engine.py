@@ -21,9 +21,9 @@ from vtexport.targets.base import (
     LayerTimes,
     PrefillInput,
     PrefillOutput,
+    VisionInput,
     VisionOutput,
     prefill_name,
-    vision_feeds,
 )
 from vtexport.targets.tensorrt.bindings import Bindings
 
@@ -156,8 +156,8 @@ class TensorRTEngine:
     def device_times(self) -> dict[str, float]:
         return {name: self._graphs[name].milliseconds for name in self._ran if name in self._graphs}
 
-    def vision(self, pixels: Array, question_ids: Array | None = None) -> VisionOutput:
-        found = self._graph("vision").run(_on_gpu(vision_feeds(pixels, question_ids)))
+    def vision(self, inputs: VisionInput) -> VisionOutput:
+        found = self._graph("vision").run(_on_gpu(inputs.feeds()))
         return VisionOutput({name: tensor.cpu().numpy() for name, tensor in found.items()})
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:

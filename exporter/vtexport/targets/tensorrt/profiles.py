@@ -11,7 +11,7 @@ def profile_shapes(job: CompileJob, name: str) -> dict[str, tuple[Any, Any, Any]
     """Smallest, usual and largest shape of every input of graph `name`; text and batch by the job's options."""
     names = {value.name for value in job.models[name].graph.inputs}
     batch, text = int(job.options["max_batch"]), int(job.options["max_text"])
-    d, v = job.spec.decoder, job.spec.vision
+    d = job.spec.decoder
     usual_text = min(48, text)
 
     def shapes(*axes: tuple[int, int, int]) -> tuple[Any, Any, Any]:
@@ -23,21 +23,23 @@ def profile_shapes(job: CompileJob, name: str) -> dict[str, tuple[Any, Any, Any]
 
     rows = (1, 1, batch)
     if name == "vision":
-        size = fixed(v.image_size)
-        inputs = {"pixel_values": shapes(rows, fixed(v.channels), size, size)}
-        if "question_ids" in names and job.spec.clip is not None:
-            inputs["question_ids"] = shapes(rows, fixed(job.spec.clip.length))
-        return inputs
+        from vtexport.graph.export import vision_extents
+
+        extents = vision_extents(job.spec)
+        return {port: shapes(rows, *map(fixed, own)) for port, own in extents.items() if port in names}
     if name != "decode":
+        images = job.spec.views.images
         plan = job.plans[prefill_names(len(job.plans)).index(name)]
         inputs = {
             "input_ids": shapes(rows, (1, usual_text, text)),
-            "image_position": shapes(rows),
+            "image_position": shapes(rows) if images == 1 else shapes(rows, fixed(images)),
             "text_length": shapes(rows),
             "visual": shapes(rows, fixed(plan.vision_tokens), fixed(d.hidden_size)),
         }
         if "ranking" in names:
             inputs["ranking"] = shapes(rows, fixed(plan.vision_tokens))
+        if "visual_length" in names:
+            inputs["visual_length"] = shapes(rows, fixed(images))
         return inputs
     from vtexport.graph.graphs import cache_names
 

@@ -1,0 +1,76 @@
+"""Images of any resolution: a base view and the tiles of the grid that fits an image best, chosen at build."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vtexport.errors import InputError, ModelError
+from vtexport.models.family import Family, images_asked, pixels_of
+from vtexport.models.spec import Asked, ModelSpec, ViewSpec, VisionSpec
+from vtexport.models.views import Size, Views, rows_of
+
+_ARRANGEMENTS = ("rows", "views")
+
+
+class Anyres(Family):
+    """A family whose images are cut into tiles; a bundle holds one grid of them."""
+
+    def views(self, path: Path, parsed: Any, vision: VisionSpec, asked: Asked) -> ViewSpec:
+        if vision.leading:
+            raise ModelError(f"{path}: vision_feature_select_strategy 'full' puts CLS between tiles; use 'default'")
+        if asked.arrangement not in (None, *_ARRANGEMENTS):
+            raise InputError(f"--arrangement {asked.arrangement} is unknown; choose one of {', '.join(_ARRANGEMENTS)}")
+        images = images_asked(asked)
+        tiles = self.tiles(parsed, vision, asked, images)
+        newlines = 0 if asked.arrangement == "views" else 1 if tiles is None else tiles[0] * vision.grid
+        return ViewSpec(images, 1 if tiles is None else 1 + tiles[0] * tiles[1], tiles, newlines)
+
+    def tiles(self, parsed: Any, vision: VisionSpec, asked: Asked, images: int) -> Size | None:
+        """Rows and columns of tiles of each image of a prompt with so many of them; None for its base view alone."""
+        known = [_tiles(resolution, vision.image_size) for resolution in parsed.image_grid_pinpoints]
+        names = ", ".join(f"{rows}x{columns}" for rows, columns in known)
+        if asked.grid is None:
+            raise InputError(
+                f"--grid is missing: a {self.model_type} model cuts images into rows x columns of tiles, and a bundle is "
+                f"built for one grid; give one of {names}"
+            )
+        found = re.fullmatch(r"(\d+)x(\d+)", asked.grid)
+        if found is None or (int(found[1]), int(found[2])) not in known:
+            raise InputError(f"--grid {asked.grid} is no grid of this model; give one of {names}")
+        return int(found[1]), int(found[2])
+
+    def look(self, processor: Any, spec: ModelSpec, pictures: Sequence[Any]) -> Views:
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        for size in sizes:
+            _check_grid(spec, size)
+        processed = self.process(processor, pictures)
+        pixels = pixels_of(processed)
+        pixels = pixels[:, : spec.views.views].reshape(-1, *pixels.shape[2:])
+        return Views(pixels, rows_of(spec, sizes) if spec.views.newlines else None)
+
+    def process(self, processor: Any, pictures: Sequence[Any]) -> Any:
+        """What the image processor makes of the pictures of one prompt."""
+        return processor(images=list(pictures), return_tensors="np")
+
+
+def _tiles(resolution: Sequence[int], image_size: int) -> Size:
+    return resolution[0] // image_size, resolution[1] // image_size
+
+
+def _check_grid(spec: ModelSpec, size: Size) -> None:
+    """Refuse an image that another grid than the bundle's fits best."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    if spec.views.tiles is None:
+        return
+    best = select_best_resolution(size, [tuple(point) for point in spec.config["image_grid_pinpoints"]])
+    rows, columns = _tiles(best, spec.vision.image_size)
+    if (rows, columns) != spec.views.tiles:
+        own = "x".join(map(str, spec.views.tiles))
+        raise InputError(
+            f"an image of {size[1]} x {size[0]} pixels is cut into {rows}x{columns} tiles, and this bundle was built for "
+            f"{own}; build one with --grid {rows}x{columns}, or crop the image"
+        )

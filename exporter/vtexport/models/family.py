@@ -1,0 +1,184 @@
+"""What a model family is, and what all of them share: how config.json is read and weights are named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from vtexport.errors import InputError, ModelError
+from vtexport.models.spec import Asked, DecoderSpec, ModelSpec, ViewSpec, VisionSpec
+from vtexport.models.views import Views
+
+#: RoPE types whose table is the same for every sequence length
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+_TOWERS = {"clip_vision_model": "clip", "clip": "clip", "siglip_vision_model": "siglip"}
+_DECODERS = ("llama", "mistral", "qwen2")
+
+
+class Family:
+    """To add one: a subclass in a file of its own, listed in `vtexport.models.families.FAMILIES`."""
+
+    #: config.json's model_type
+    model_type: ClassVar[str]
+    #: what stands for an image in a prompt, and what a chat template calls such a part
+    mark: ClassVar[str] = "<image>"
+    part: ClassVar[str] = "image"
+    #: the name of the vision tower's module
+    tower: ClassVar[str] = "vision_tower"
+
+    def spec(self, folder: Path, config: dict[str, Any], asked: Asked) -> ModelSpec:
+        """The geometry, read through transformers' own configuration classes, which know every default.
+
+        Raises:
+            ModelError: a feature of the checkpoint is one that the graphs do not have.
+            InputError: `asked` for what the family does not have.
+        """
+        from transformers import AutoConfig
+
+        path = folder / "config.json"
+        try:
+            parsed: Any = AutoConfig.for_model(**config)
+        except Exception as error:  # transformers raises whatever its validators raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ModelError(f"{path} is not a valid {self.model_type} config ({reason}); get it again") from error
+        vision = _vision(path, parsed)
+        return ModelSpec(
+            family=self.model_type,
+            vision=vision,
+            decoder=_decoder(path, parsed),
+            projector_bias=bool(parsed.multimodal_projector_bias),
+            projector_activation=parsed.projector_hidden_act,
+            image_token_id=self.token_id(parsed),
+            eos_token_ids=_eos_ids(folder, parsed.text_config.eos_token_id),
+            config=config,
+            views=self.views(path, parsed, vision, asked),
+            asked=asked,
+        )
+
+    def token_id(self, parsed: Any) -> int:
+        """The id of `mark`."""
+        return int(parsed.image_token_id)
+
+    def views(self, path: Path, parsed: Any, vision: VisionSpec, asked: Asked) -> ViewSpec:
+        """What becomes of a prompt's images; see `Asked`."""
+        self.refuse(asked, "grid", "arrangement")
+        return ViewSpec(images=images_asked(asked))
+
+    def refuse(self, asked: Asked, *names: str) -> None:
+        """Raise InputError for choices that this family does not have."""
+        for name in names:
+            if getattr(asked, name) is not None:
+                raise InputError(f"--{name} has no effect with a {self.model_type} model; leave it out")
+
+    def look(self, processor: Any, spec: ModelSpec, pictures: Sequence[Any]) -> Views:
+        """`pictures`, one an image of the prompt, as views of the tower.
+
+        Raises:
+            InputError: a picture that the bundle's views cannot hold.
+        """
+        return Views(pixels_of(processor(images=list(pictures), return_tensors="np")))
+
+
+def pixels_of(processed: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """The pixels that an image processor gave out, float32 [..., 3, S, S]."""
+    # Video-LLaVA's processor named them otherwise before transformers 5.20.
+    found = processed.get("pixel_values_images", processed.get("pixel_values"))
+    return np.asarray(found, dtype=np.float32)
+
+
+def images_asked(asked: Asked) -> int:
+    """How many images a prompt has.
+
+    Raises:
+        InputError: fewer than one.
+    """
+    images = 1 if asked.images is None else asked.images
+    if images < 1:
+        raise InputError(f"--images {images} is out of range; give 1 or more")
+    return images
+
+
+def _vision(path: Path, parsed: Any) -> VisionSpec:
+    vision = parsed.vision_config
+    if vision.model_type not in _TOWERS:
+        raise ModelError(f"{path}: the vision tower is {vision.model_type!r}; only CLIP and SigLIP are supported")
+    kind = _TOWERS[vision.model_type]
+    layer = parsed.vision_feature_layer
+    if not isinstance(layer, int):
+        raise ModelError(f"{path}: vision_feature_layer is {layer!r}; only a single layer is supported")
+    feature_layer = layer if layer >= 0 else vision.num_hidden_layers + 1 + layer
+    if not 0 < feature_layer <= vision.num_hidden_layers:
+        raise ModelError(f"{path}: vision_feature_layer {layer} is outside the tower; check the config")
+    strategy = parsed.vision_feature_select_strategy
+    if strategy not in ("default", "full"):
+        raise ModelError(f"{path}: vision_feature_select_strategy is {strategy!r}; use 'default' or 'full'")
+    if kind == "siglip" and strategy != "full":
+        raise ModelError(f"{path}: vision_feature_select_strategy {strategy!r} drops a patch of SigLIP; use 'full'")
+    if kind == "clip" and vision.image_size % vision.patch_size:
+        raise ModelError(f"{path}: image_size {vision.image_size} is not a multiple of patch_size; check the config")
+    return VisionSpec(
+        kind=kind,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        channels=vision.num_channels,
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_layers=vision.num_hidden_layers,
+        num_heads=vision.num_attention_heads,
+        activation=vision.hidden_act,
+        layer_norm_eps=vision.layer_norm_eps,
+        feature_layer=feature_layer,
+        strategy=strategy,
+    )
+
+
+def _decoder(path: Path, parsed: Any) -> DecoderSpec:
+    text = parsed.text_config
+    if text.model_type not in _DECODERS:
+        raise ModelError(
+            f"{path}: the language model is {text.model_type!r}; only {', '.join(_DECODERS)} are supported"
+        )
+    kind = (text.rope_parameters or {}).get("rope_type", "default")
+    if kind not in SUPPORTED_ROPE:
+        raise ModelError(
+            f"{path}: RoPE of type {kind!r} changes with the sequence length, which a compiled table cannot; supported are "
+            f"{', '.join(SUPPORTED_ROPE)}"
+        )
+    biased = bool(getattr(text, "attention_bias", False))
+    # Within its window a sliding-window decoder is a plain one, so that is as far as positions go.
+    window = getattr(text, "sliding_window", None)
+    return DecoderSpec(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_layers=text.num_hidden_layers,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        activation=text.hidden_act,
+        rms_norm_eps=text.rms_norm_eps,
+        max_positions=min(text.max_position_embeddings, window or text.max_position_embeddings),
+        # transformers ties LLaVA's head by either flag.
+        tied_embeddings=bool(parsed.tie_word_embeddings or text.tie_word_embeddings),
+        query_bias=biased or text.model_type == "qwen2",
+        output_bias=biased,
+        mlp_bias=bool(getattr(text, "mlp_bias", False)),
+    )
+
+
+def _eos_ids(folder: Path, from_config: int | list[int] | None) -> tuple[int, ...]:
+    """End tokens: generation_config.json's, which generate() obeys, else the language model's."""
+    path = folder / "generation_config.json"
+    found = from_config
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", found)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"{path} is not readable JSON ({error}); download it again") from error
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list) else (found,)

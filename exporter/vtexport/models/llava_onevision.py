@@ -1,0 +1,44 @@
+"""The family `llava_onevision`: SigLIP and Qwen2, any resolution for one image, base views for several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from vtexport.errors import InputError
+from vtexport.models.anyres import Anyres
+from vtexport.models.spec import Asked, VisionSpec
+from vtexport.models.views import Size
+
+# Beyond this the model shrinks the stitched features to another size for every image.
+_INTERPOLATES = 1.1
+
+
+class LlavaOnevision(Anyres):
+    """One image is tiled; of several each is one view, with a newline behind it."""
+
+    model_type = "llava_onevision"
+
+    def tiles(self, parsed: Any, vision: VisionSpec, asked: Asked, images: int) -> Size | None:
+        if images > 1:
+            self.refuse_with_images(asked)
+            return None
+        found = super().tiles(parsed, vision, asked, images)
+        assert found is not None, "one image is tiled"
+        most = int(str(parsed.vision_aspect_ratio).rpartition("_")[2])
+        if math.sqrt(found[0] * found[1] / most) > _INTERPOLATES:
+            raise InputError(
+                f"--grid {asked.grid} is more than the {most} tiles that this model keeps as they are; beyond, it "
+                "interpolates features to a size of each image's own, which a compiled graph cannot; give a smaller grid"
+            )
+        return found
+
+    def refuse_with_images(self, asked: Asked) -> None:
+        """Raise InputError for a grid beside several images."""
+        if asked.grid is not None:
+            raise InputError("--grid has no effect with --images: this model tiles one image only; leave it out")
+
+    def process(self, processor: Any, pictures: Sequence[Any]) -> Any:
+        # Nested, or the processor takes every image for a prompt of its own.
+        return processor(images=[list(pictures)], return_tensors="np")

@@ -1,0 +1,49 @@
+"""The family `video_llava`: eight frames of a video, each a view of the tower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtexport.errors import InputError
+from vtexport.models.family import Family, images_asked, pixels_of
+from vtexport.models.spec import Asked, ModelSpec, ViewSpec, VisionSpec
+from vtexport.models.views import Views
+
+#: frames that Video-LLaVA was trained on
+FRAMES = 8
+
+
+class VideoLlava(Family):
+    """CLIP on each frame, CLS among the visual tokens whatever the strategy says: that is for images alone."""
+
+    model_type = "video_llava"
+    mark = "<video>"
+    part = "video"
+    tower = "video_tower"
+
+    def spec(self, folder: Path, config: dict[str, Any], asked: Asked) -> ModelSpec:
+        found = super().spec(folder, config, asked)
+        return replace(found, vision=replace(found.vision, strategy="full"))
+
+    def token_id(self, parsed: Any) -> int:
+        return int(parsed.video_token_id)
+
+    def views(self, path: Path, parsed: Any, vision: VisionSpec, asked: Asked) -> ViewSpec:
+        self.refuse(asked, "grid", "arrangement")
+        return ViewSpec(images=images_asked(asked), views=FRAMES)
+
+    def look(self, processor: Any, spec: ModelSpec, pictures: Sequence[Any]) -> Views:
+        frames = []
+        for video in pictures:
+            if not isinstance(video, Sequence) or len(video) != spec.views.views:
+                count = len(video) if isinstance(video, Sequence) else 1
+                raise InputError(
+                    f"a video of {count} frames was given, this model takes {spec.views.views}; give so many"
+                )
+            frames += [pixels_of(processor(images=[frame], return_tensors="np"))[0] for frame in video]
+        return Views(np.stack(frames))
