@@ -53,6 +53,7 @@ class Job:
     method: str
     keep: float
     options: tuple[tuple[str, str | int], ...] = ()
+    quantize: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,15 @@ def measure(job: Job, limit: int) -> Point | None:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        options = BuildOptions("micro-llava", job.keep, job.method, method_options=dict(job.options), verify=False)
+        target = {"quantize": job.quantize} if job.quantize else {}
+        options = BuildOptions(
+            "micro-llava",
+            job.keep,
+            job.method,
+            method_options=dict(job.options),
+            target_options=target,
+            verify=False,
+        )
         try:
             bundle = build(options, Path(scratch) / "bundle")
         except InputError:

@@ -25,6 +25,7 @@ from vtexport.pruning.adaptive import AdaptiveTable, Policy
 from vtexport.pruning.rank import Calibration
 from vtexport.runtime import Runner
 from vtexport.targets.base import VisionInput
+from vtexport.targets.tensorrt_llm import prompts
 
 METHODS = ("sparsevlm", "fastervlm", "fastervlm+sparsevlm")
 KEEPS = (0.5, 0.25)
@@ -82,6 +83,9 @@ def test_each_image_gets_what_a_bundle_of_its_keep_ratio_gives(
     own = {} if method == "fastervlm" else {"ranks": tiny_calibration}
     fixed = {keep: Runner.open(build(keep=keep, **own)).ask(pairs, 8) for keep in (0.7, 0.5)}
     assert {answer.keep for answer in answers} == {0.7, 0.5}
+    if method == "fastervlm":
+        counts = [len(one["multi_modal_embeddings"]["image"][0]) for one in prompts(runner, pairs)]
+        assert counts == [answer.visual_tokens["mean"] for answer in answers]
     for row, answer in enumerate(answers):
         assert answer.spread == pytest.approx(spreads[row], abs=1e-3)
         expected = fixed[answer.keep][row]

@@ -320,7 +320,10 @@ def test_bad_questions(vtexport, micro_bundle: Path, photo: Path, tmp_path: Path
         (["--image", photo], "--prompt is missing"),
         (["--prompt", "what?"], "0 --image and 1 --prompt given"),
         (["--image", photo, "--image", photo, "--prompt", "what?"], "2 --image and 1 --prompt given"),
-        (["--image", photo, "--prompt", "<image> <image> what?"], "2 <image> marks; give exactly one"),
+        (
+            ["--image", photo, "--prompt", "<image> <image> what?"],
+            "2 <image> marks, this model was built for 1 a prompt",
+        ),
         (["--image", photo, "--prompt", " "], "the prompt is empty"),
         (["--image", "nowhere.png", "--prompt", "what?"], "no such image"),
         (["--image", "text.png", "--prompt", "what?"], "not a readable image"),
@@ -347,7 +350,7 @@ def test_bad_bundles(vtexport, bundle_copy: Path, photo: Path, tmp_path: Path) -
         ["eval", bundle_copy],
         ["inspect", bundle_copy],
     ):
-        check_refused(vtexport(*command), "has schema version 1, this vtexport reads version 4", tmp_path, ["copy"])
+        check_refused(vtexport(*command), "has schema version 1, this vtexport reads version 5", tmp_path, ["copy"])
     check_refused(vtexport("inspect", tmp_path), "has no manifest.json", tmp_path, ["copy"])
 
 

@@ -36,6 +36,7 @@ from vtexport.targets.base import ENGINE_FOLDER, Compiled, CompileJob, Target, g
 
 if TYPE_CHECKING:
     from vtexport.graph.export import TracedGraph
+    from vtexport.graph.weights import Lazy
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,10 @@ def make_engines(
     source: Source, recipe: Recipe, target: Target, options: Mapping[str, str | int], folder: Path, progress: Progress
 ) -> Made:
     """Trace, write weights and compile into `folder / ENGINE_FOLDER`; what only compiling needed is still there."""
-    graphs = _trace(source.spec, recipe, progress)
-    _write_weights(graphs, folder, source, recipe.plans, progress)
+    graphs = _trace(source.spec, recipe, target.vision_only, progress)
     ports = {graph.name: _ports(graph) for graph in graphs}
+    made = target.rewrite([graph.model for graph in graphs], options)
+    _write_weights(graphs, folder, source, recipe.plans, made, progress)
     compiled = target.compile(
         CompileJob(
             folder=folder,
@@ -110,7 +112,9 @@ def assemble(
         made = make_engines(source, recipe, target, options, building, progress)
         _copy_processor(source, building)
         hashes = stack.enter_context(Hashes(building))
-        verification = check_engines(source, recipe, target, made.compiled, building, progress) if verify else None
+        verification = (
+            check_engines(source, recipe, target, options, made.compiled, building, progress) if verify else None
+        )
         target.finish(building, made.compiled)
         progress.stage("hash files")
         manifest = Manifest(
@@ -146,9 +150,12 @@ def _needed_bytes(source: Source, recipe: Recipe, target: Target, out: Path) -> 
     return int(1.1 * ((0 if linked else weights) + inside)) + (16 << 20)
 
 
-def _trace(spec: ModelSpec, recipe: Recipe, progress: Progress) -> list[TracedGraph]:
+def _trace(spec: ModelSpec, recipe: Recipe, vision_only: bool, progress: Progress) -> list[TracedGraph]:
     from vtexport.graph.export import trace_decode, trace_prefill, trace_vision
 
+    if vision_only:
+        progress.stage("trace vision")
+        return [trace_vision(spec, recipe.plans, recipe.dtype, recipe.debug)]
     number = len(recipe.plans)
     progress.stage(f"trace {', '.join(graph_names(number))}", number + 2)
     graphs = [trace_vision(spec, recipe.plans, recipe.dtype, recipe.debug)]
@@ -163,13 +170,18 @@ def _trace(spec: ModelSpec, recipe: Recipe, progress: Progress) -> list[TracedGr
 
 
 def _write_weights(
-    graphs: Sequence[TracedGraph], folder: Path, source: Source, plans: Sequence[PruningPlan], progress: Progress
+    graphs: Sequence[TracedGraph],
+    folder: Path,
+    source: Source,
+    plans: Sequence[PruningPlan],
+    made: Mapping[str, Lazy],
+    progress: Progress,
 ) -> None:
     from vtexport.graph.weights import Weights
     from vtexport.models.rope import rope_tables
 
     cos, sin = rope_tables(source.spec)
-    computed = {"rope.cos": cos.numpy(), "rope.sin": sin.numpy()}
+    computed = {"rope.cos": cos.numpy(), "rope.sin": sin.numpy(), **made}
     for number, plan in enumerate(plans):
         constants = methods_of(plan.method)[0].constants(plan, source.spec.vision.grid)
         computed |= {f"pruning.{number}.{name}": array for name, array in constants.items()}

@@ -90,6 +90,7 @@ def build(options: BuildOptions, out: Path, *, force: bool = False, progress: Pr
         spec = replace(spec, clip=read_clip(clip, spec.vision))
         checkpoint = checkpoint.joined("clip.", Checkpoint.open(clip))
     recipe = _recipe(options, spec, calibration, checkpoint.stored)
+    target.check_plans(spec, recipe.plans, {**target.options, **options.target_options})
     source = Source(options.model, folder, folder, checkpoint, spec, clip)
     return assemble(source, recipe, target, options.target_options, out, shown, options.verify)
 
@@ -112,6 +113,7 @@ def dry_run(options: BuildOptions) -> Estimate:
         spec = replace(spec, clip=read_clip(clip, spec.vision))
     stored = config_dtype(spec) if checkpoint is None else checkpoint.stored
     recipe = _recipe(options, spec, calibration, stored)
+    target.check_plans(spec, recipe.plans, {**target.options, **options.target_options})
     return Estimate(spec, recipe, target.name, converts=AS_STORED[recipe.dtype] != stored)
 
 

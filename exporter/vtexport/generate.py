@@ -157,10 +157,10 @@ def generate(
         ranking,
         own if at.shape[1] > 1 or plan.newlines else None,
     )
-    began = time.perf_counter()
+    filling = time.perf_counter()
     prefilled = engine.prefill(prompts, max_new_tokens, bucket)
     logits, cache = prefilled.logits, prefilled.cache
-    done = time.perf_counter()
+    filled_at = time.perf_counter()
 
     results = [_result(row, vision, prefilled, bucket) for row in range(len(requests))]
     history: list[list[Array]] = [[] for _ in requests]
@@ -193,7 +193,7 @@ def generate(
     if keep_logits:
         for result, rows in zip(results, history, strict=True):
             result.logits = np.stack(rows)
-    timings = Timings(1000 * (looked - start), 1000 * (done - began), tuple(steps), cache.nbytes)
+    timings = Timings(1000 * (looked - start), 1000 * (filled_at - filling), tuple(steps), cache.nbytes)
     return results, timings
 
 

@@ -31,6 +31,7 @@ _VIEW_FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option("--arrangement", help="Any-resolution models: rows (newlines, unpadded) or views.  [default: rows]"),
 )
 _TARGET_FLAGS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--quantize", help="ONNX Runtime: the decoder's weights as int8 or int4."),
     click.option("--sm", help="GPU architectures of target tensorrt-rtx.  [default: 86,89,120]"),
     click.option("--max-batch", type=int, help="Largest batch of a TensorRT target.  [default: 4]"),
     click.option(
@@ -46,6 +47,7 @@ _TARGET_FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--version-compatible", is_flag=True, default=None, help="TensorRT: let later versions load the plans."
     ),
+    click.option("--flow", help="TensorRT-LLM: pytorch or engine (its layout up to 1.2).  [default: pytorch]"),
     click.option("--hardware-compatible", help="TensorRT: none, same-sm, or ampere+.  [default: none]"),
     click.option(
         "--timing-cache", type=click.Path(), help="TensorRT: a file of its measurements, read and written back."
@@ -71,6 +73,7 @@ METHODS = (
 #: those that say what becomes of a prompt's images
 VIEWS = ("grid", "images", "arrangement")
 TARGETS = (
+    "quantize",
     "sm",
     "max_batch",
     "max_text",
@@ -79,6 +82,7 @@ TARGETS = (
     "version_compatible",
     "hardware_compatible",
     "timing_cache",
+    "flow",
 )
 
 

@@ -72,7 +72,13 @@ class LayerAttention:
 class ReferenceModel:
     """transformers' model of the checkpoint's family, in fp32 with eager attention, one row at a time."""
 
-    def __init__(self, folder: Path, spec: ModelSpec, clip: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: ModelSpec,
+        clip: Path | None = None,
+        rounding: Callable[[Array], Array] | None = None,
+    ) -> None:
         import torch
         from transformers import AutoModelForImageTextToText, CLIPModel
         from transformers.utils import logging
@@ -82,6 +88,11 @@ class ReferenceModel:
             folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
         ).eval()
         self.spec = spec
+        if rounding is not None:
+            for layer in self.model.model.language_model.layers:
+                for module in layer.modules():
+                    if isinstance(module, torch.nn.Linear):
+                        module.weight.data = torch.from_numpy(rounding(module.weight.data.numpy()))
         self.clip: Any = None
         if clip is not None:
             self.clip = CLIPModel.from_pretrained(

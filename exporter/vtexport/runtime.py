@@ -13,7 +13,7 @@ import numpy as np
 
 from vtexport.bundle import Bundle
 from vtexport.errors import InputError, TargetError
-from vtexport.generate import Request, Result, Timings, generate, look
+from vtexport.generate import Request, Result, Timings, generate, look, visual_lengths
 from vtexport.models.clip import FOLDER as CLIP_FOLDER
 from vtexport.models.clip import ClipTokenizer
 from vtexport.models.prompt import Prompter
@@ -74,6 +74,15 @@ class Answer:
         for stage in data["stages"]:
             stage["in"] = stage.pop("tokens_in")
         return data
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A prompt whose images have been seen: its text with a mark for each, the question in it, their tokens [K, C]."""
+
+    text: str
+    question: str
+    images: list[Array]
 
 
 class Runner:
@@ -144,13 +153,45 @@ class Runner:
         ids = None if self.questions is None else self.questions.ids(question)
         return Request(self.prompter.prompt(question), self.prompter.views(image), question_ids=ids)
 
+    def embed(self, pairs: Sequence[tuple[Any, str]]) -> list[Embedded]:
+        """The vision stage alone: prompts and their images' tokens, for a language model that runs elsewhere.
+
+        Raises:
+            InputError: the bundle prunes inside the decoder.
+        """
+        if self.plan.decoder_stages:
+            raise InputError(
+                f"{self.bundle.folder} prunes inside the decoder (method {self.plan.method}), so its visual tokens alone are "
+                "not what it answers from; build with a vision-stage method such as fastervlm"
+            )
+        requests = [self.request(image, question) for image, question in pairs]
+        vision = look(self.engine, self.plan, requests)
+        chosen = [0] * len(requests) if self.policy is None else self.policy.choose(vision.spread)
+        found = []
+        for row, (request, (_, question)) in enumerate(zip(requests, pairs, strict=True)):
+            bucket = int(chosen[row])
+            lengths = visual_lengths(self.plans[bucket], vision, requests)[row]
+            visual, ends = vision.seen(bucket).visual[row], np.cumsum(lengths)
+            images = [visual[end - count : end] for end, count in zip(ends, lengths, strict=True)]
+            found.append(Embedded(request.prompt.text, question, images))
+        return found
+
     def ask(
         self,
         pairs: Sequence[tuple[Any, str]],
         max_new_tokens: int = 64,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
-        """Answer (image, question) pairs as one batch; see `vtexport.generate.generate`."""
+        """Answer (image, question) pairs as one batch; see `vtexport.generate.generate`.
+
+        Raises:
+            InputError: the bundle holds no language model.
+        """
+        if "decode" not in self.bundle.manifest.graphs:
+            raise InputError(
+                f"{self.bundle.folder} holds a vision engine alone, for {self.bundle.manifest.target.name}; see README, "
+                "Deploying LLaVA-1.5-7B"
+            )
         self.engine.load()
         start = time.perf_counter()
         requests = [self.request(image, question) for image, question in pairs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 
 
 def check_engines(
-    source: Source, recipe: Recipe, target: Target, compiled: Compiled, folder: Path, progress: Progress
+    source: Source,
+    recipe: Recipe,
+    target: Target,
+    options: Mapping[str, str | int],
+    compiled: Compiled,
+    folder: Path,
+    progress: Progress,
 ) -> VerificationEntry:
     """Check what was compiled into `folder`; see `vtexport.verify` for what is compared.
 
@@ -35,8 +42,11 @@ def check_engines(
     if memory_needed(source.spec, recipe.dtype) <= available_memory():
         progress.stage("verify against transformers", steps)
         engine, ran = _verifiable(target, compiled, folder)
-        model = Checked(source.folder, source.spec, source.clip)
-        return verify_engine(engine, ran, model, recipe.plans, recipe.dtype, progress.advance)
+        rounding = target.rounding(options)
+        model = Checked(source.folder, source.spec, source.clip, rounding)
+        return verify_engine(
+            engine, ran, model, recipe.plans, recipe.dtype, progress.advance, vision_only=target.vision_only
+        )
     from vtexport.models.shrink import shrink
     from vtexport.targets.onnxruntime.target import OnnxRuntimeTarget
 
@@ -50,9 +60,10 @@ def check_engines(
         tried = replace(recipe, dtype="fp32")
         engines, runtime = Path(scratch) / "bundle", OnnxRuntimeTarget()
         engines.mkdir()
-        made = make_engines(small, tried, runtime, {}, engines, Silent())
+        same = {**runtime.options, **({"quantize": options["quantize"]} if "quantize" in options else {})}
+        made = make_engines(small, tried, runtime, same, engines, Silent())
         progress.stage("verify the small model against transformers", steps)
-        model = Checked(small.folder, small.spec, small.clip)
+        model = Checked(small.folder, small.spec, small.clip, runtime.rounding(same))
         engine = runtime.open(engines, made.compiled, 0)
         ran = f"a random model of the same layers, {small.spec.decoder.hidden_size} wide, on {runtime.name}"
         return verify_engine(engine, ran, model, tried.plans, tried.dtype, progress.advance)

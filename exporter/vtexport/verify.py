@@ -17,7 +17,7 @@ from vtexport.models.clip import ClipTokenizer
 from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan, methods_of
 from vtexport.pruning.plan import VISION
-from vtexport.reference import Array, ReferenceModel
+from vtexport.reference import Array, ReferenceModel, ReferenceVision
 from vtexport.targets.base import Engine, VisionOutput
 
 SAMPLES = 4
@@ -70,11 +70,15 @@ def sample_views(prompter: Prompter, spec: ModelSpec) -> list[Views]:
 
 @dataclass(frozen=True)
 class Checked:
-    """The checkpoint that an engine is held to: its folder, its geometry, and the folder of a CLIP given with it."""
+    """The checkpoint that an engine is held to: its folder, its geometry, and the folder of a CLIP given with it.
+
+    `rounding` is what the engine's weights, in its dtype, were rounded by; the reference then has the same.
+    """
 
     folder: Path
     spec: ModelSpec
     clip: Path | None = None
+    rounding: Callable[[Array], Array] | None = None
 
 
 def verify_engine(
@@ -84,6 +88,8 @@ def verify_engine(
     plans: Sequence[PruningPlan],
     dtype: str,
     advance: Callable[[], None],
+    *,
+    vision_only: bool = False,
 ) -> VerificationEntry:
     """Run `engine` and the reference on the samples, as one ragged batch and row by row, under every plan.
 
@@ -98,6 +104,7 @@ def verify_engine(
         plans: the plans compiled into the engine.
         dtype: "fp32" or "fp16".
         advance: called once a sample and plan.
+        vision_only: there is a vision graph alone; its tokens are then held to the reference's as logits are.
 
     Raises:
         VerificationError: the engine does not do what the reference does.
@@ -109,22 +116,28 @@ def verify_engine(
     if model.clip is not None and spec.clip is not None:
         clip = ClipTokenizer(model.clip, spec.clip.length)
         questions = np.stack([clip.ids(text) for text in _PROMPTS])
+    rounding = None
+    if model.rounding is not None:
+        kind = {"fp32": np.float32, "fp16": np.float16}[dtype]
+        given = model.rounding
+        rounding = lambda weight: given(weight.astype(kind)).astype(np.float32)  # noqa: E731 - one use, beside its parts
     asked = [None] * SAMPLES if questions is None else list(questions)
     prompts = [prompter.prompt(text) for text in _PROMPTS]
     requests = [Request(*parts) for parts in zip(prompts, views, [None] * SAMPLES, asked, strict=True)]
     samples = _Samples(
-        reference=ReferenceModel(model.folder, spec, model.clip),
+        reference=ReferenceModel(model.folder, spec, model.clip, rounding),
         requests=requests,
         vision=look(engine, plans[0], requests),
         max_positions=spec.decoder.max_positions,
         dtype=dtype,
     )
-    found = [_check_plan(engine, bucket, plan, samples, advance) for bucket, plan in enumerate(plans)]
+    check = _check_vision if vision_only else _check_plan
+    found = [check(engine, bucket, plan, samples, advance) for bucket, plan in enumerate(plans)]
     return VerificationEntry(
         ran=ran,
         against="transformers, fp32, eager attention",
         samples=SAMPLES,
-        tokens=NEW_TOKENS,
+        tokens=0 if vision_only else NEW_TOKENS,
         same_kept=all(one.same_kept for one in found),
         same_tokens=all(one.same_tokens for one in found),
         max_logit_error=max(one.worst for one in found),
@@ -152,12 +165,58 @@ class _Found:
     same_tokens: bool = True
 
 
+def _check_vision(
+    _engine: Engine, bucket: int, plan: PruningPlan, samples: _Samples, advance: Callable[[], None]
+) -> _Found:
+    """Hold the vision stage of plan number `bucket` to the reference; see `verify_engine`."""
+    found, own = _Found(), samples.vision.seen(bucket)
+    lengths = visual_lengths(plan, samples.vision, samples.requests)
+    for row, request in enumerate(samples.requests):
+        question = None if request.question_ids is None else request.question_ids[None]
+        seen = samples.reference.vision(request.views, plan, question)
+        kept = None if own.kept is None else own.kept[row][own.kept[row] >= 0]
+        swapped = _same_kept(kept, seen, plan, samples.dtype, found)
+        # Tokens that fp16 exchanged are others, not wrong ones.
+        if not swapped:
+            wanted, number = np.asarray(seen.visual[0]), int(lengths[row].sum())
+            _check_error(own.visual[row, :number], wanted[:number], samples.dtype, "visual tokens", found)
+        advance()
+    return found
+
+
+def _check_error(got: Array, wanted: Array, dtype: str, what: str, found: _Found) -> None:
+    """Note the largest difference as a share of the largest value, and refuse one beyond the tolerance."""
+    error = float(np.abs(wanted - got).max() / max(1.0, np.abs(wanted).max()))
+    found.worst = max(found.worst, error)
+    if not error <= _TOLERANCE[dtype]:
+        raise VerificationError(
+            f"the engine's {what} differ from the reference's by {error:.2g} of their range "
+            f"(allowed {_TOLERANCE[dtype]:g}); please report this model"
+        )
+
+
+def _same_kept(mine: Array | None, seen: ReferenceVision, plan: PruningPlan, dtype: str, found: _Found) -> bool:
+    """Whether the vision stage kept other tokens than the reference, which only fp16 may; noted in `found`."""
+    if mine is None:
+        return False
+    assert seen.kept is not None
+    theirs, method = seen.kept[0], methods_of(plan.method)[0]
+    if np.array_equal(mine, theirs):
+        return False
+    found.same_kept = False
+    # Of several views, tokens are numbered otherwise than patches, by which scores are.
+    plain = seen.score is not None and method.ranked and plan.views == 1 and not plan.newlines
+    score = seen.score[0] if plain and seen.score is not None else None
+    _check_swaps(mine - plan.leading, theirs - plan.leading, score, dtype)
+    return True
+
+
 def _check_plan(
     engine: Engine, bucket: int, plan: PruningPlan, samples: _Samples, advance: Callable[[], None]
 ) -> _Found:
     """Hold plan number `bucket` of `engine` to the reference; see `verify_engine`."""
     reference, requests, dtype = samples.reference, samples.requests, samples.dtype
-    vision_method, decoder = methods_of(plan.method)
+    _, decoder = methods_of(plan.method)
     rankings: list[Array | None] = [None] * len(requests)
     if decoder is not None and decoder.raters == "given":
         (stage,) = plan.decoder_stages.values()
@@ -180,17 +239,9 @@ def _check_plan(
         question = None if request.question_ids is None else request.question_ids[None]
         seen = reference.vision(request.views, plan, question)
         visual, length = seen.visual, seen.length
-        if own.kept is not None:
-            assert seen.kept is not None
-            mine, theirs = answer.kept[VISION], seen.kept[0]
-            if not np.array_equal(mine, theirs):
-                found.same_kept = False
-                # Of several views, tokens are numbered otherwise than patches, by which scores are.
-                plain = seen.score is not None and vision_method.ranked and plan.views == 1 and not plan.newlines
-                score = seen.score[0] if plain and seen.score is not None else None
-                _check_swaps(mine - plan.leading, theirs - plan.leading, score, dtype)
-                length = tuple(map(int, lengths[row]))
-                visual = own.visual[row : row + 1].astype(np.float32)
+        if _same_kept(answer.kept.get(VISION), seen, plan, dtype, found):
+            length = tuple(map(int, lengths[row]))
+            visual = own.visual[row : row + 1].astype(np.float32)
         answered = partial(reference.answer, request.prompt, visual, answer.token_ids[:-1], plan)
         expected = answered(ranking=rankings[row], length=length)
         differ = [where for where, kept in expected.kept.items() if not np.array_equal(answer.kept[where], kept)]
@@ -201,13 +252,8 @@ def _check_plan(
             _check_swaps(answer.kept[first], expected.kept[first], expected.score[first], dtype)
             expected = answered(forced=answer.kept, ranking=rankings[row], length=length)
         logits = expected.logits
-        error = float(np.abs(logits - answer.logits).max() / max(1.0, np.abs(logits).max()))
-        found.worst = max(found.worst, error)
-        if not error <= _TOLERANCE[dtype]:
-            raise VerificationError(
-                f"the engine's logits differ from the reference's by {error:.2g} of their range "
-                f"(allowed {_TOLERANCE[dtype]:g}); please report this model"
-            )
+        assert answer.logits is not None, "logits were asked for"
+        _check_error(answer.logits, logits, dtype, "logits", found)
         margin = logits.max(axis=1) - np.take_along_axis(logits, np.array(answer.token_ids)[:, None], 1)[:, 0]
         found.same_tokens &= bool((margin == 0).all())
         if (margin > 2 * _TOLERANCE[dtype] * max(1.0, np.abs(logits).max())).any():

@@ -283,6 +283,20 @@ def test_pruning_inside_the_decoder_is_its_reference(
             check(runner, result, trace)
 
 
+@pytest.mark.parametrize("method", ["visionzip", "vispruner", "divprune", "pool", "random", "vtc-cls"])
+def test_every_method_prunes_a_view_as_it_would_alone(method: str, made, build_bundle: BuildBundle) -> None:
+    folder, _ = made("llava")
+    three, one = (
+        Runner.open(build_bundle(folder, 0.4, method, views=Asked(images=count), verify=False)) for count in (3, 1)
+    )
+    pictures = noise_images(3, (60, 50), seed=8)
+    (together,) = three.embed([(pictures, QUESTION)])
+    for picture, tokens in zip(pictures, together.images, strict=True):
+        (alone,) = one.embed([(picture, QUESTION)])
+        np.testing.assert_allclose(tokens, alone.images[0], atol=1e-5)
+        assert three.plan.patch_budget == one.plan.patch_budget == len(tokens)
+
+
 @pytest.mark.parametrize("name", ["video", "llava-three-images"])
 def test_views_one_after_the_other_are_pruned_each(name: str, made, build_bundle: BuildBundle) -> None:
     case = CASES[name]

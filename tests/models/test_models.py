@@ -65,8 +65,9 @@ def test_the_7b_geometry_has_seven_billion_parameters(broken: Path) -> None:
         (None, {"vision_feature_layer": 0}, "outside the tower"),
         (None, {"vision_feature_layer": 9}, "outside the tower"),
         (None, {"vision_feature_select_strategy": "half"}, "half"),
-        ("text_config", {"model_type": "mistral"}, "the language model is 'mistral'"),
-        ("vision_config", {"model_type": "siglip_vision_model"}, "the vision tower is"),
+        ("text_config", {"model_type": "gemma"}, "the language model is 'gemma'"),
+        ("vision_config", {"model_type": "dinov2"}, "the vision tower is 'dinov2'"),
+        ("vision_config", {"model_type": "siglip_vision_model"}, "drops a patch of SigLIP"),
         ("vision_config", {"patch_size": 7}, "not a multiple of patch_size"),
         ("text_config", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "RoPE of type 'dynamic'"),
     ],
@@ -275,4 +276,6 @@ def test_images(tmp_path: Path) -> None:
 
 def test_what_is_shown_is_what_the_tower_sees(prompter: Prompter) -> None:
     image = noise_images(1, size=(96, 96))[0]
-    np.testing.assert_allclose(np.asarray(prompter.shown(image), int), np.asarray(image, int), atol=1)
+    np.testing.assert_allclose(
+        np.asarray(prompter.shown(prompter.views(image).pixels[0]), int), np.asarray(image, int), atol=1
+    )

@@ -29,18 +29,6 @@ rtx: ModuleType = pytest.importorskip("tensorrt_rtx_bindings", reason="the extra
 PACKAGE = Path(target.__file__).parent
 
 
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT for RTX in place of TensorRT, and a GPU to ask about."""
-    from vtexport.targets.tensorrt.bindings import bindings
-
-    monkeypatch.setitem(sys.modules, "tensorrt", rtx)
-    monkeypatch.setattr(rtx, "__version__", "11.4.0.106")
-    for module in (full, target):
-        monkeypatch.setattr(module, "this_gpu", lambda: target.Device("NVIDIA Test", 89))
-    bindings.cache_clear()
-
-
 def options(**given: str | int) -> dict[str, str | int]:
     return {**TensorRTTarget.options, **given}
 

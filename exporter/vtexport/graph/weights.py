@@ -25,9 +25,35 @@ _TYPES: dict[ir.DataType, tuple[str, type[np.generic]]] = {
     ir.DataType.FLOAT: ("F32", np.float32),
     ir.DataType.FLOAT16: ("F16", np.float16),
     ir.DataType.INT32: ("I32", np.int32),
+    ir.DataType.UINT8: ("U8", np.uint8),
 }
+# A file of the checkpoint of which a bundle needs less than this is not linked; what is needed of it is copied.
+_WORTH_LINKING = 0.5
 
 Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """An initialiser that is made of another tensor when it is written.
+
+    Attributes:
+        source: the name of that tensor, as a graph's initialiser.
+        dtype: what it is converted to first.
+        make: the array, of the converted one.
+    """
+
+    source: str
+    dtype: ir.DataType
+    make: Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A `Lazy` whose source was found."""
+
+    record: TensorRecord
+    lazy: Lazy
 
 
 @dataclass(frozen=True)
@@ -37,7 +63,7 @@ class _Slot:
     name: str
     dtype: ir.DataType
     shape: tuple[int, ...]
-    source: TensorRecord | Array
+    source: TensorRecord | Array | _Made
 
     @property
     def length(self) -> int:
@@ -56,26 +82,37 @@ class Weights:
     Args:
         models: the graphs.
         checkpoint: source of the weights.
-        computed: arrays by initialiser name: RoPE tables, constants of a method.
+        computed: arrays by initialiser name: RoPE tables, constants of a method; or how they are made of weights.
 
     Raises:
         ModelError: a tensor is missing or has another shape.
     """
 
-    def __init__(self, models: Sequence[ir.Model], checkpoint: Checkpoint, computed: Mapping[str, Array]) -> None:
+    def __init__(
+        self, models: Sequence[ir.Model], checkpoint: Checkpoint, computed: Mapping[str, Array | Lazy]
+    ) -> None:
         self._models, self._folder = models, checkpoint.folder
         wanted: dict[str, ir.Value] = {}
         for model in models:
             wanted.update(model.graph.initializers)
         self._slots = [self._slot(name, value, checkpoint, computed) for name, value in wanted.items()]
+        self._linked = _worth_linking(self._slots)
+        self._last: tuple[TensorRecord, Array] | None = None
 
-    def _slot(self, name: str, value: ir.Value, checkpoint: Checkpoint, computed: Mapping[str, Array]) -> _Slot:
+    def _reference(self, slot: _Slot) -> TensorRecord | None:
+        """The checkpoint's tensor, if `slot` is to point at it."""
+        record = slot.record
+        return record if record is not None and record.path in self._linked else None
+
+    def _slot(self, name: str, value: ir.Value, checkpoint: Checkpoint, computed: Mapping[str, Array | Lazy]) -> _Slot:
         tensor = value.const_value
         assert tensor is not None, f"initialiser {name} without shape"
         shape = tuple(int(extent) for extent in tensor.shape.numpy())
         # A bundle that is built from again has what was computed, too.
         known = name in computed and name not in checkpoint.tensors
         source = computed[name] if known else _find(checkpoint, name)
+        if isinstance(source, Lazy):
+            return _Slot(name, tensor.dtype, shape, _Made(_find(checkpoint, source.source), source))
         if tuple(source.shape) != shape:
             raise ModelError(
                 f"{checkpoint.folder}: tensor {name} has shape {tuple(source.shape)} but config.json asks for {shape}; "
@@ -86,12 +123,12 @@ class Weights:
     @property
     def bytes_written(self) -> int:
         """What `write` puts into a file of its own."""
-        return sum(slot.length for slot in self._slots if slot.record is None)
+        return sum(slot.length for slot in self._slots if self._reference(slot) is None)
 
     @property
     def bytes_referenced(self) -> int:
         """What stays as the checkpoint has it."""
-        return sum(slot.length for slot in self._slots if slot.record is not None)
+        return sum(slot.length for slot in self._slots if self._reference(slot) is not None)
 
     def write(self, folder: Path, advance: Callable[[int], None]) -> None:
         """Put the weights into `folder`, and let every graph, which will lie there too, point at them.
@@ -108,10 +145,10 @@ class Weights:
         """
         places: dict[str, tuple[str, int]] = {}
         linked: dict[Path, str] = {}
-        own = [slot for slot in self._slots if slot.record is None]
+        own = [slot for slot in self._slots if self._reference(slot) is None]
         reserved = {WEIGHTS_FILE} if own else set()
         for slot in self._slots:
-            record = slot.record
+            record = self._reference(slot)
             if record is not None:
                 if record.path not in linked:
                     linked[record.path] = _link(record.path, folder, reserved)
@@ -120,7 +157,7 @@ class Weights:
             with (folder / WEIGHTS_FILE).open("wb") as file:
                 offset = _write_header(file, own)
                 for slot in own:
-                    file.write(_converted(slot, self._folder))
+                    file.write(self._bytes(slot))
                     places[slot.name] = WEIGHTS_FILE, offset
                     offset += slot.length
                     advance(slot.length)
@@ -137,6 +174,29 @@ class Weights:
                     name=name,
                     base_dir=folder,
                 )
+
+    def _bytes(self, slot: _Slot) -> bytes:
+        """The values of `slot` as the file has them."""
+        source = slot.source
+        if not isinstance(source, _Made):
+            found = _converted(source, slot.dtype, slot.name, self._folder)
+        else:
+            # Tensors that are made of one weight come one after the other.
+            if self._last is None or self._last[0] != source.record:
+                converted = _converted(source.record, source.lazy.dtype, source.lazy.source, self._folder)
+                self._last = source.record, converted
+            found = source.lazy.make(self._last[1])
+            assert found.shape == slot.shape, f"{slot.name} is made of another shape than its graph says"
+        return found.astype(_TYPES[slot.dtype][1], copy=False).tobytes()
+
+
+def _worth_linking(slots: Sequence[_Slot]) -> set[Path]:
+    """The checkpoint's files of which enough is needed as it is."""
+    needed: dict[Path, int] = {}
+    for slot in slots:
+        if slot.record is not None:
+            needed[slot.record.path] = needed.get(slot.record.path, 0) + slot.length
+    return {path for path, length in needed.items() if length >= _WORTH_LINKING * path.stat().st_size}
 
 
 def _link(path: Path, folder: Path, reserved: set[str]) -> str:
@@ -175,19 +235,23 @@ def _find(checkpoint: Checkpoint, name: str) -> TensorRecord:
     raise AssertionError(f"no source for initialiser {name}")
 
 
-def _converted(slot: _Slot, folder: Path) -> bytes:
+def _converted(source: TensorRecord | Array, dtype: ir.DataType, name: str, folder: Path) -> Array:
+    """A tensor in the type that a graph wants.
+
+    Raises:
+        ModelError: it overflows fp16.
+    """
     import torch
     from safetensors import safe_open
 
-    source = slot.source
     if isinstance(source, TensorRecord):
         with safe_open(source.path, framework="pt") as file:
             tensor = file.get_tensor(source.name)
     else:
         tensor = torch.from_numpy(np.ascontiguousarray(source))
-    kind = torch.from_numpy(np.empty(0, _TYPES[slot.dtype][1])).dtype
+    kind = torch.from_numpy(np.empty(0, _TYPES[dtype][1])).dtype
     converted = tensor.to(kind)
     if kind == torch.float16 and not torch.isfinite(converted).all():
-        raise ModelError(f"{folder}: tensor {slot.name} does not fit into fp16; build with --dtype fp32")
-    data: bytes = converted.contiguous().numpy().tobytes()
-    return data
+        raise ModelError(f"{folder}: tensor {name} does not fit into fp16; build with --dtype fp32")
+    values: Array = converted.contiguous().numpy()
+    return values

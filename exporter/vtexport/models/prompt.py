@@ -33,10 +33,11 @@ PROCESSOR_FILES = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt: the text tokens, and before which of them each image stands."""
+    """A tokenized prompt: the text tokens, before which of them each image stands, and the text with its image marks."""
 
     token_ids: tuple[int, ...]
     image_positions: tuple[int, ...]
+    text: str = ""
 
     @property
     def num_after(self) -> int:
@@ -109,7 +110,7 @@ class Prompter:
                 f"the chat template turned the prompt into one with {len(places)} images; {count} were asked for"
             )
         tokens = tuple(token for token in found if token != self._spec.image_token_id)
-        return Prompt(tokens, tuple(place - number for number, place in enumerate(places)))
+        return Prompt(tokens, tuple(place - number for number, place in enumerate(places)), str(text))
 
     def views(self, pictures: Any) -> Views:
         """The pictures of a prompt as the vision graph takes them.

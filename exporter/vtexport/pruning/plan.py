@@ -118,6 +118,11 @@ class PruningPlan:
         """Tokens that a vision-stage method chooses or makes of each view, the leading ones not counted."""
         return (self.vision_tokens - self.newlines) // self.views - self.leading
 
+    @property
+    def merged_budget(self) -> int:
+        """How many of those a vision-stage method makes by merging."""
+        return 0 if self.vision_stage is None else self.vision_stage.recycled // self.views
+
     def entering(self, filled: Sequence[int]) -> list[list[int]]:
         """Visual tokens that enter each decoder layer, by layer and row, where rows have `filled` of `vision_tokens`."""
         tokens, found = list(filled), []

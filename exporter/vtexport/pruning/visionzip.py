@@ -43,8 +43,7 @@ class VisionZip(VisionMethod):
         from vtexport.pruning.ops import token_select
         from vtexport.pruning.ranking import cosine, first_best, marked, places_of, take
 
-        assert plan.vision_stage is not None
-        patches, contextual = state.patches, plan.vision_stage.recycled
+        patches, contextual = state.patches, plan.merged_budget
         dominant = plan.patch_budget - contextual
         score = state.cls_score()
         tokens, index = token_select(patches, score, dominant)

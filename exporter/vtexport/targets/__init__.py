@@ -7,9 +7,10 @@ from vtexport.targets.base import Target
 from vtexport.targets.onnxruntime.target import OnnxRuntimeTarget
 from vtexport.targets.tensorrt.full import TensorRTTarget
 from vtexport.targets.tensorrt.rtx import TensorRTRTXTarget
+from vtexport.targets.tensorrt_llm.target import TensorRTLLMTarget
 
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (OnnxRuntimeTarget(), TensorRTRTXTarget(), TensorRTTarget())
+    target.name: target for target in (OnnxRuntimeTarget(), TensorRTRTXTarget(), TensorRTTarget(), TensorRTLLMTarget())
 }
 DEFAULT_TARGET = OnnxRuntimeTarget.name
 

@@ -12,6 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from vtexport.graph.weights import Lazy
     from vtexport.models.spec import ModelSpec
     from vtexport.pruning import PruningPlan
 
@@ -222,6 +223,8 @@ class Target(Protocol):
     dtypes: ClassVar[tuple[str, ...]]
     #: whether its engines hold their weights, rather than point at them
     weights_inside: ClassVar[bool]
+    #: whether the language model is left to another program, so that there is a vision graph alone
+    vision_only: ClassVar[bool]
     #: names and defaults of the options that the target takes
     options: ClassVar[Mapping[str, str | int]]
 
@@ -231,6 +234,18 @@ class Target(Protocol):
 
     def check_options(self, options: Mapping[str, str | int]) -> None:
         """Raise InputError for an option's value that cannot be."""
+        ...
+
+    def check_plans(self, spec: ModelSpec, plans: Sequence[PruningPlan], options: Mapping[str, str | int]) -> None:
+        """Raise InputError for plans of a model that the target has no place for."""
+        ...
+
+    def rewrite(self, models: Sequence[ir.Model], options: Mapping[str, str | int]) -> Mapping[str, Lazy]:
+        """Change traced graphs before their weights are written; how new initialisers are made of weights, by name."""
+        ...
+
+    def rounding(self, options: Mapping[str, str | int]) -> Callable[[Array], Array] | None:
+        """What `rewrite` makes of the values of a weight [N, K] of the decoder's layers; None if it leaves them alone."""
         ...
 
     def compile(self, job: CompileJob) -> Compiled:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Engine
+from vtexport.errors import InputError
+from vtexport.targets.base import ENGINE_FOLDER, Array, Availability, Compiled, CompileJob, Engine
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from vtexport.graph.weights import Lazy
+    from vtexport.models.spec import ModelSpec
+    from vtexport.pruning import PruningPlan
 
 
 class OnnxRuntimeTarget:
@@ -16,8 +25,9 @@ class OnnxRuntimeTarget:
     name: ClassVar[str] = "onnxruntime"
     summary: ClassVar[str] = "ONNX Runtime on the CPU"
     weights_inside: ClassVar[bool] = False
+    vision_only: ClassVar[bool] = False
     dtypes: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
-    options: ClassVar[Mapping[str, str | int]] = {}
+    options: ClassVar[Mapping[str, str | int]] = {"quantize": ""}
 
     def can_build(self) -> Availability:
         return self.can_run()
@@ -30,7 +40,23 @@ class OnnxRuntimeTarget:
         return Availability(True, f"onnxruntime {version('onnxruntime')}")
 
     def check_options(self, options: Mapping[str, str | int]) -> None:
-        """This target has no options."""
+        from vtexport.targets.onnxruntime.quantize import BITS
+
+        if options["quantize"] not in ("", *BITS):
+            raise InputError(f"--quantize {options['quantize']} is unknown; choose one of {', '.join(BITS)}")
+
+    def check_plans(self, spec: ModelSpec, plans: Sequence[PruningPlan], options: Mapping[str, str | int]) -> None:
+        """Every plan is welcome."""
+
+    def rewrite(self, models: Sequence[ir.Model], options: Mapping[str, str | int]) -> Mapping[str, Lazy]:
+        from vtexport.targets.onnxruntime.quantize import BITS, quantize
+
+        return quantize(models, BITS[str(options["quantize"])]) if options["quantize"] else {}
+
+    def rounding(self, options: Mapping[str, str | int]) -> Callable[[Array], Array] | None:
+        from vtexport.targets.onnxruntime.quantize import BITS, rounded
+
+        return partial(rounded, bits=BITS[str(options["quantize"])]) if options["quantize"] else None
 
     def compile(self, job: CompileJob) -> Compiled:
         import onnx_ir as ir

@@ -107,6 +107,10 @@ class _Graph:
         self.timed(self.enqueue)
         return results
 
+    def kind(self, name: str) -> Any:
+        """The torch dtype of an input or output."""
+        return self._kinds[name]
+
     def enqueue(self) -> None:
         """Run once more, on the shapes and addresses set last."""
         if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
@@ -157,12 +161,12 @@ class TensorRTEngine:
         return {name: self._graphs[name].milliseconds for name in self._ran if name in self._graphs}
 
     def vision(self, inputs: VisionInput) -> VisionOutput:
-        found = self._graph("vision").run(_on_gpu(inputs.feeds()))
+        found = self._graph("vision").run(on_gpu(inputs.feeds()))
         return VisionOutput({name: tensor.cpu().numpy() for name, tensor in found.items()})
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
         graph = self._graph(prefill_name(self._paths, bucket))
-        found = graph.run(_on_gpu(inputs.feeds()))
+        found = graph.run(on_gpu(inputs.feeds()))
         front, back, stages = {}, {}, {}
         for name, tensor in found.items():
             if not name.startswith("present."):
@@ -177,7 +181,7 @@ class TensorRTEngine:
         shapes = {"input_ids": (rows, 1), "length": (layers, rows), "position": (layers, rows)}
         fixed = {name: torch.zeros(shape, dtype=torch.int64, device="cuda") for name, shape in shapes.items()}
         if "ranking" in stages:
-            fixed |= _on_gpu({"image_position": inputs.image_position})
+            fixed |= on_gpu({"image_position": inputs.image_position})
         return PrefillOutput(logits, CudaCache(front, back, fixed), stages)
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
@@ -237,7 +241,8 @@ class TensorRTEngine:
                 graph.context = graph.engine.create_execution_context()
 
 
-def _on_gpu(arrays: Mapping[str, Array]) -> dict[str, Any]:
+def on_gpu(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    """`arrays` as tensors on the current GPU."""
     return {name: torch.from_numpy(np.ascontiguousarray(array)).cuda() for name, array in arrays.items()}
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vtexport.errors import InputError, TargetError
-from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Engine
+from vtexport.targets.base import ENGINE_FOLDER, Array, Availability, Compiled, CompileJob, Engine
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from vtexport.graph.weights import Lazy
+    from vtexport.models.spec import ModelSpec
+    from vtexport.pruning import PruningPlan
     from vtexport.targets.tensorrt.bindings import Bindings
     from vtexport.targets.tensorrt.builder import Settings
+    from vtexport.targets.tensorrt.engine import TensorRTEngine
 
+#: input -> its smallest, usual and largest shape
+Shapes = Mapping[str, tuple[Any, Any, Any]]
 #: options of every TensorRT target
 OPTIONS: Mapping[str, str | int] = {"max_batch": 4, "max_text": 512, "strip_weights": 0}
 
@@ -44,6 +50,7 @@ class AnyTensorRT(ABC):
 
     name: ClassVar[str]
     weights_inside: ClassVar[bool] = True
+    vision_only: ClassVar[bool] = False
     dtypes: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
     #: the module of its Python bindings
     package: ClassVar[str]
@@ -62,6 +69,33 @@ class AnyTensorRT(ABC):
     @abstractmethod
     def check_gpu(self, gpu: Device, compiled: Compiled) -> str | None:
         """Why `gpu` cannot run what was compiled, None if it can."""
+
+    def parsed(self, model: ir.Model, shapes: Shapes, job: CompileJob) -> tuple[ir.Model, Shapes]:
+        """What TensorRT is given to parse, and its profile, where that is not the bundle's own graph."""
+        return model, shapes
+
+    def plan_file(self, name: str, options: Mapping[str, str | int]) -> str:
+        """Where the plan of graph `name` goes, from the bundle's folder."""
+        return f"{ENGINE_FOLDER}/{name}.plan"
+
+    def engine(self, compiled: Compiled) -> type[TensorRTEngine]:
+        """What runs the plans."""
+        from vtexport.targets.tensorrt.engine import TensorRTEngine
+
+        return TensorRTEngine
+
+    def check_plans(  # noqa: B027 - one of three has something to refuse
+        self, spec: ModelSpec, plans: Sequence[PruningPlan], options: Mapping[str, str | int]
+    ) -> None:
+        """Every plan is welcome."""
+
+    def rewrite(self, models: Sequence[ir.Model], options: Mapping[str, str | int]) -> Mapping[str, Lazy]:
+        """Leave the graphs as they were traced."""
+        return {}
+
+    def rounding(self, options: Mapping[str, str | int]) -> Callable[[Array], Array] | None:
+        """Weights keep their values."""
+        return None
 
     def facts(self, options: Mapping[str, str | int]) -> dict[str, str | int]:
         """What the manifest says of a build with these options."""
@@ -108,8 +142,12 @@ class AnyTensorRT(ABC):
             source = job.folder / ENGINE_FOLDER / f"{name}.onnx"
             self.prepare(model, job.options)
             ir.save(model, source)
-            files[name] = f"{ENGINE_FOLDER}/{name}.plan"
-            build = Build(name, profile_shapes(job, name), settings, job.report, job.advance, job.warn)
+            parsed, shapes = self.parsed(model, profile_shapes(job, name), job)
+            if parsed is not model:
+                source = source.with_name(f"{name}-parsed.onnx")
+                ir.save(parsed, source)
+            files[name] = self.plan_file(name, job.options)
+            build = Build(name, shapes, settings, job.report, job.advance, job.warn)
             (job.folder / files[name]).write_bytes(build_plan(bindings, source, build))
         return Compiled(files, {self.name: bindings.version}, self.facts(job.options))
 
@@ -117,11 +155,14 @@ class AnyTensorRT(ABC):
         if compiled.facts["weights"] == "stripped":
             return
         plans = {folder / file for file in compiled.files.values()}
-        for source in set((folder / ENGINE_FOLDER).iterdir()) - plans:
+        engines = folder / ENGINE_FOLDER
+        for source in set(engines.iterdir()) - plans:
             source.unlink()
+        if not list(engines.iterdir()):
+            engines.rmdir()
 
     def open(self, folder: Path, compiled: Compiled, threads: int) -> Engine:
-        from vtexport.targets.tensorrt.engine import Opening, TensorRTEngine
+        from vtexport.targets.tensorrt.engine import Opening
 
         bindings, gpu = self.bindings(), this_gpu()
         built_with, here = compiled.versions[self.name], bindings.version
@@ -139,7 +180,7 @@ class AnyTensorRT(ABC):
             # A plan that later versions load carries code of its own for them to run.
             host_code=bool(compiled.facts.get("version_compatible")),
         )
-        return TensorRTEngine(bindings, {name: folder / file for name, file in compiled.files.items()}, how)
+        return self.engine(compiled)(bindings, {name: folder / file for name, file in compiled.files.items()}, how)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -1,0 +1,91 @@
+"""The folder that TensorRT-LLM's engine flow (up to 1.2) opens, and the names that it expects in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vtexport.targets.base import CompileJob, VisionInput, VisionOutput
+from vtexport.targets.tensorrt.engine import TensorRTEngine, on_gpu
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: what its vision runner calls the engine's input and output, and where it looks for it
+INPUT, OUTPUT = "input", "encoder_output"
+ENGINE, CONFIG, SCRIPT = "vision/model.engine", "vision/config.json", "llm/build.sh"
+_PRECISION = {"fp16": "float16", "fp32": "float32"}
+
+
+def renamed(model: ir.Model, dtype: str) -> ir.Model:
+    """A copy of a vision graph whose pixels come in the engine's dtype, under the names above."""
+    import onnx_ir as ir
+
+    made = model.clone()
+    graph = made.graph
+    pixels, kind = graph.inputs[0], {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}[dtype]
+    given = ir.Value(name=INPUT, shape=pixels.shape, type=ir.TensorType(kind))
+    cast = ir.Node("", "Cast", [given], [ir.AttrInt64("to", int(ir.DataType.FLOAT))])
+    cast.outputs[0].shape, cast.outputs[0].type = pixels.shape, pixels.type
+    cast.outputs[0].name = pixels.name
+    pixels.replace_all_uses_with(cast.outputs[0])
+    graph.inputs[0] = given
+    graph.insert_before(graph.node(0), cast)
+    graph.outputs[0].name = OUTPUT
+    return made
+
+
+def write_layout(job: CompileJob) -> None:
+    """Write what stands beside the engine: its config.json, and the script that builds the language model."""
+    (plan,), hidden = job.plans, job.spec.decoder.hidden_size
+    batch, text = int(job.options["max_batch"]), int(job.options["max_text"])
+    config = {
+        "builder_config": {
+            "model_type": job.spec.family,
+            "precision": _PRECISION[job.dtype],
+            "max_batch_size": batch,
+            "output_shape": [-1, plan.vision_tokens, hidden],
+        }
+    }
+    (job.folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    script = job.folder / SCRIPT
+    script.parent.mkdir()
+    script.write_text(_SCRIPT.format(**build_flags(plan.vision_tokens, batch, text, _PRECISION[job.dtype])))
+    script.chmod(0o755)
+
+
+def build_flags(tokens: int, batch: int, text: int, precision: str) -> dict[str, int | str]:
+    """What trtllm-build must be told for `tokens` visual tokens an image; one image a prompt."""
+    return {
+        "precision": precision,
+        "batch": batch,
+        "length": tokens + text,
+        # Exactly as many rows of the prompt table as images can fill.
+        "multimodal": batch * tokens,
+    }
+
+
+_SCRIPT = """\
+#!/usr/bin/env bash
+# Builds the language model beside this bundle's vision engine, with TensorRT-LLM up to 1.2.
+# Usage: build.sh LLAVA_CHECKPOINT TENSORRT_LLM_REPOSITORY
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+python3 "$2/examples/models/core/llama/convert_checkpoint.py" --model_dir "$1" --output_dir "$here/checkpoint" --dtype {precision}
+trtllm-build --checkpoint_dir "$here/checkpoint" --output_dir "$here" --gemm_plugin {precision} --use_fused_mlp=enable \\
+  --max_batch_size {batch} --max_input_len {length} --max_seq_len {length} --max_multimodal_len {multimodal}
+"""
+
+
+class EngineFlowVision(TensorRTEngine):
+    """The vision engine of that layout, by its own names."""
+
+    def vision(self, inputs: VisionInput) -> VisionOutput:
+        graph = self._graph("vision")
+        pixels = inputs.pixel_values.astype(np.dtype(str(graph.kind(INPUT)).removeprefix("torch.")))
+        found: Mapping[str, object] = graph.run(on_gpu({INPUT: pixels}))
+        arrays = {name: tensor.cpu().numpy() for name, tensor in found.items()}  # type: ignore[attr-defined]
+        return VisionOutput({"visual" if name == OUTPUT else name: array for name, array in arrays.items()})

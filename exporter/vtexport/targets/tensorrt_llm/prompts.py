@@ -1,0 +1,74 @@
+"""What TensorRT-LLM's PyTorch backend takes for images that were seen and pruned already."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from vtexport.targets.base import Array
+
+
+class Embedded(Protocol):
+    """A prompt: its text, an image mark for each image, and each image's tokens [K, C]."""
+
+    text: str
+    question: str
+    images: Sequence[Array]
+
+
+class Embedder(Protocol):
+    """What answers with embeddings: `vtexport.runtime.Runner`."""
+
+    def embed(self, pairs: Sequence[tuple[Any, str]]) -> Sequence[Embedded]: ...
+
+
+def prompts(runner: Embedder, pairs: Sequence[tuple[Any, str]], dtype: Any = None) -> list[dict[str, Any]]:
+    """Inputs for `tensorrt_llm.LLM.generate`.
+
+    Args:
+        runner: an opened bundle without pruning inside the decoder.
+        pairs: images (see `vtexport.models.prompt.Prompter.views`) and questions.
+        dtype: a torch dtype, that of the language model; None for the engine's.
+
+    Returns:
+        For each pair `{"prompt": text, "multi_modal_embeddings": {"image": [tensor [K, C], …]}}`: TensorRT-LLM expands each
+        image mark to as many tokens as its tensor has rows.
+
+    Raises:
+        InputError: the bundle prunes inside the decoder, or a pair that `Runner.ask` would refuse.
+    """
+    return [
+        {"prompt": one.text, "multi_modal_embeddings": {"image": _tensors(one, dtype)}} for one in runner.embed(pairs)
+    ]
+
+
+def messages(runner: Embedder, pairs: Sequence[tuple[Any, str]], dtype: Any = None) -> list[list[dict[str, Any]]]:
+    """Messages for `trtllm-serve`'s chat completions; arguments and errors as of `prompts`.
+
+    Returns:
+        For each pair the messages of a conversation: a part of type `image_embeds` an image, a tensor as `torch.save`
+        writes it in base64, and the question.
+    """
+    found = []
+    for one in runner.embed(pairs):
+        parts: list[dict[str, Any]] = [
+            {"type": "image_embeds", "image_embeds": {"data": _encoded(tensor)}} for tensor in _tensors(one, dtype)
+        ]
+        found.append([{"role": "user", "content": [*parts, {"type": "text", "text": one.question}]}])
+    return found
+
+
+def _tensors(one: Embedded, dtype: Any) -> list[Any]:
+    import torch
+
+    return [torch.from_numpy(image).to(dtype or torch.from_numpy(image).dtype) for image in one.images]
+
+
+def _encoded(tensor: Any) -> str:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
