@@ -54,6 +54,7 @@ class Job:
     keep: float
     options: tuple[tuple[str, str | int], ...] = ()
     quantize: str = ""
+    model: str = "micro-llava"
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,23 @@ def measure(job: Job, limit: int) -> Point | None:
     from vtexport.errors import InputError
     from vtexport.evaluate import evaluate
     from vtexport.models import read_spec
-    from vtexport.pruning import dense_plan
+    from vtexport.models.resolve import recipe_ranks
+    from vtexport.pruning import dense_plan, methods_of
     from vtexport.pruning.flops import plan_flops
     from vtexport.runtime import Runner
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         target = {"quantize": job.quantize} if job.quantize else {}
+        calibration = recipe_ranks("micro-llava") if job.model != "micro-llava" else None
         options = BuildOptions(
-            "micro-llava",
+            job.model,
             job.keep,
             job.method,
+            dtype="fp32",
             method_options=dict(job.options),
             target_options=target,
+            ranks=calibration if methods_of(job.method)[1] is not None else None,
             verify=False,
         )
         try:

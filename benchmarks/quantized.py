@@ -2,26 +2,47 @@
 
     python benchmarks/quantized.py [--limit N] [--workers 2] [--json FILE]
 
-Prints a Markdown table of exact match on held-out questions; the last line is one JSON object.
+Prints a Markdown table of exact match on held-out questions; the last line is one JSON object. ONNX Runtime's columns are
+its own bundles. TensorRT's, whose plans need a GPU to run, are plain bundles of a checkpoint whose weights are what its
+dequantised ones are worth: the rounding is theirs, the arithmetic fp32.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 from accuracy import Job, measure
 from rich.progress import track
+from safetensors.numpy import load_file, save_file
 
 from vtexport.console import stderr
 from vtexport.micro.heldout import NUM_QUESTIONS
-from vtexport.targets.onnxruntime.quantize import BITS
+from vtexport.models import resolve_model
+from vtexport.targets.onnxruntime.quantize import SCHEMES as ONNXRUNTIME
+from vtexport.targets.quantize import Scheme
+from vtexport.targets.tensorrt.quantize import SCHEMES as TENSORRT
 
 SIDES = (("dense", 1.0), ("sparsevlm", 0.44), ("sparsevlm", 0.33), ("fastervlm", 0.25), ("fastervlm", 0.15))
+
+
+def rounded_checkpoint(folder: Path, scheme: Scheme) -> Path:
+    """micro-llava in `folder`, its decoder's linear layers rounded by `scheme`."""
+    shutil.copytree(resolve_model("micro-llava"), folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if "language_model" in name and ".layers." in name and tensor.ndim == 2:
+            tensors[name] = scheme.rounded(tensor.astype(np.float32))
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
 
 
 def main() -> None:
@@ -30,19 +51,27 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    kinds = ("", *BITS)
-    todo = [Job(method, keep, quantize=kind) for method, keep in SIDES for kind in kinds]
-    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        results = pool.map(measure, todo, [arguments.limit] * len(todo))
-        points = dict(zip(todo, track(results, "build and ask", total=len(todo), console=stderr), strict=True))
-    print("| | mean tokens | fp32 | " + " | ".join(BITS) + " |")
-    print("| --- " * (2 + len(kinds)) + "|")
+    with tempfile.TemporaryDirectory() as scratch:
+        columns = {"fp32": Job("", 0)}
+        columns |= {f"{kind}, ONNX Runtime": Job("", 0, quantize=kind) for kind in ONNXRUNTIME}
+        for kind, scheme in TENSORRT.items():
+            folder = rounded_checkpoint(Path(scratch) / kind, scheme)
+            columns[f"{kind}, TensorRT"] = Job("", 0, model=str(folder))
+        todo = [replace(job, method=method, keep=keep) for method, keep in SIDES for job in columns.values()]
+        with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+            results = pool.map(measure, todo, [arguments.limit] * len(todo))
+            points = dict(zip(todo, track(results, "build and ask", total=len(todo), console=stderr), strict=True))
+    print("| | mean tokens | " + " | ".join(columns) + " |")
+    print("| --- " * (2 + len(columns)) + "|")
+    every = []
     for method, keep in SIDES:
-        row = [points[Job(method, keep, quantize=kind)] for kind in kinds]
-        cells = " | ".join("" if point is None else f"{point.accuracy:.1%}" for point in row)
-        tokens = row[0].tokens if row[0] is not None else 0.0
+        row = {name: points[replace(job, method=method, keep=keep)] for name, job in columns.items()}
+        cells = " | ".join("" if point is None else f"{point.accuracy:.1%}" for point in row.values())
+        tokens = next(point.tokens for point in row.values() if point is not None)
         print(f"| {method}, keep {keep:g} | {tokens:.1f} | {cells} |")
-    every = [{**asdict(job), **(asdict(point) if point else {})} for job, point in points.items()]
+        every += [
+            {"method": method, "keep": keep, "weights": name, **asdict(point)} for name, point in row.items() if point
+        ]
     result = {"questions": arguments.limit, "points": every}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

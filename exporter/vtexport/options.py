@@ -31,7 +31,7 @@ _VIEW_FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option("--arrangement", help="Any-resolution models: rows (newlines, unpadded) or views.  [default: rows]"),
 )
 _TARGET_FLAGS: tuple[Callable[[Any], Any], ...] = (
-    click.option("--quantize", help="ONNX Runtime: the decoder's weights as int8 or int4."),
+    click.option("--quantize", help="The decoder's weights as int8 or int4; on TensorRT also fp8."),
     click.option("--sm", help="GPU architectures of target tensorrt-rtx.  [default: 86,89,120]"),
     click.option("--max-batch", type=int, help="Largest batch of a TensorRT target.  [default: 4]"),
     click.option(

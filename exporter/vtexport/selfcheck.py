@@ -48,6 +48,7 @@ def check_engines(
             engine, ran, model, recipe.plans, recipe.dtype, progress.advance, vision_only=target.vision_only
         )
     from vtexport.models.shrink import shrink
+    from vtexport.targets.onnxruntime.quantize import SCHEMES
     from vtexport.targets.onnxruntime.target import OnnxRuntimeTarget
 
     progress.stage("check the structure of every graph")
@@ -60,7 +61,9 @@ def check_engines(
         tried = replace(recipe, dtype="fp32")
         engines, runtime = Path(scratch) / "bundle", OnnxRuntimeTarget()
         engines.mkdir()
-        same = {**runtime.options, **({"quantize": options["quantize"]} if "quantize" in options else {})}
+        # In as many bits, by the runtime that the check runs on; in fp8, which it has no kernel for, as they are.
+        bits = options.get("quantize", "")
+        same = {"quantize": bits if bits in SCHEMES else ""}
         made = make_engines(small, tried, runtime, same, engines, Silent())
         progress.stage("verify the small model against transformers", steps)
         model = Checked(small.folder, small.spec, small.clip, runtime.rounding(same))

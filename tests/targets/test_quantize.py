@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -19,40 +18,66 @@ from vtexport.build import build_dense_twin
 from vtexport.bundle import Bundle
 from vtexport.micro import heldout
 from vtexport.runtime import Runner
-from vtexport.targets.onnxruntime.quantize import BITS, BLOCK, encode, rounded
+from vtexport.targets.onnxruntime.quantize import BLOCK, SCHEMES, NBits
+from vtexport.targets.quantize import Scheme
+from vtexport.targets.tensorrt import quantize as tensorrt
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 100), bits=st.sampled_from([8, 4]), seed=st.integers(0, 99))
+def test_the_kernel_multiplies_by_the_rounded_weight(rows: int, columns: int, bits: int, seed: int) -> None:
+    weight, scheme = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32), NBits(bits)
+    check_product(scheme, weight)
+    # No value is farther off than half a step of its block.
+    _, scales, _ = scheme.encode(weight)
+    step = np.repeat(np.abs(scales), BLOCK, axis=1)[:, :columns]
+    assert (np.abs(scheme.rounded(weight) - weight) <= 0.51 * step + 1e-6).all()
 
 
 @settings(max_examples=20, deadline=None)
 @given(
     rows=st.integers(1, 9),
-    columns=st.integers(1, 100),
-    bits=st.sampled_from(sorted(BITS.values())),
+    columns=st.integers(1, 3).map(lambda blocks: blocks * tensorrt.BLOCK),
+    kind=st.sampled_from(sorted(tensorrt.SCHEMES)),
     seed=st.integers(0, 99),
 )
-def test_the_kernel_multiplies_by_the_rounded_weight(rows: int, columns: int, bits: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    weight = rng.normal(size=(rows, columns)).astype(np.float32)
-    x = rng.normal(size=(3, columns)).astype(np.float32)
-    encoded = encode(weight, bits)
-    session = onnxruntime.InferenceSession(one_product(encoded, rows, columns, bits).SerializeToString())
-    (got,) = session.run(None, {"x": x})
-    np.testing.assert_allclose(got, x @ rounded(weight, bits).T, rtol=1e-4, atol=1e-4)
-    # No value is farther off than half a step of its block.
-    step = np.repeat(np.abs(encoded.scales), BLOCK, axis=1)[:, :columns]
-    assert (np.abs(rounded(weight, bits) - weight) <= 0.51 * step + 1e-6).all()
+def test_what_tensorrt_dequantises_is_the_rounded_weight(rows: int, columns: int, kind: str, seed: int) -> None:
+    weight, scheme = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32), tensorrt.SCHEMES[kind]
+    check_product(scheme, weight)
+    # A block's scale puts its largest number at -8; one as large of the other sign is a whole step from 7.
+    largest = np.abs(weight).max()
+    allowed = {"int8": 0.51 / 127, "fp8": 1 / 16, "int4": 1.01 / 8}[kind] * largest
+    assert np.abs(scheme.rounded(weight) - weight).max() <= allowed
 
 
-def one_product(encoded, rows: int, columns: int, bits: int) -> onnx.ModelProto:
-    parts = [onnx.numpy_helper.from_array(getattr(encoded, name), name) for name in vars(encoded)]
-    sizes = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK}
-    node = onnx.helper.make_node("MatMulNBits", ["x", *vars(encoded)], ["y"], domain="com.microsoft", **sizes)
-    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [3, None]) for name in "xy")
-    graph = onnx.helper.make_graph([node], "one", [x], [y], parts)
-    domains = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("com.microsoft", 1)]
-    return onnx.helper.make_model(graph, opset_imports=domains, ir_version=10)
+def test_an_output_of_zeros_stays_zero() -> None:
+    for scheme in (*SCHEMES.values(), *tensorrt.SCHEMES.values()):
+        assert (scheme.rounded(np.zeros((2, 128), np.float16)) == 0).all()
 
 
-@pytest.mark.parametrize("bits", sorted(BITS))
+def check_product(scheme: Scheme, weight: np.ndarray) -> None:
+    """Run a graph of one product on ONNX Runtime, its weight quantised as a build would."""
+    x = np.random.default_rng(1).normal(size=(3, weight.shape[1])).astype(np.float32)
+    given_x = ir.Value(name="x", shape=ir.Shape(x.shape), type=ir.TensorType(ir.DataType.FLOAT))
+    parts = []
+    kinds = scheme.tensors(*weight.shape, ir.DataType.FLOAT)
+    for name, array, (kind, shape) in zip(scheme.parts, scheme.encode(weight), kinds, strict=True):
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind))
+        packed = ir.PackedTensor(array, kind, shape=ir.Shape(shape), name=name) if kind == ir.DataType.INT4 else None
+        value.const_value = packed or ir.Tensor(array, dtype=kind, name=name)
+        parts.append(value)
+    nodes = scheme.product(given_x, parts, *weight.shape)
+    out = nodes[-1].outputs[0]
+    out.name, out.type = "y", given_x.type
+    graph = ir.Graph([given_x], [out], nodes=nodes, initializers=parts, opset_imports={"": 18, **scheme.opset()})
+    model = ir.to_proto(ir.Model(graph, ir_version=10))
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    (got,) = onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, {"x": x})
+    np.testing.assert_allclose(got, x @ scheme.rounded(weight).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", sorted(SCHEMES))
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_an_engine_is_the_rounded_model_and_smaller(bits: str, dtype: str, build_bundle: BuildBundle) -> None:
     plain = Bundle.open(build_bundle(MICRO, 0.25, "fastervlm", dtype=dtype, verify=False))
@@ -116,10 +141,38 @@ def heldout_image() -> Image.Image:
     return Image.fromarray(next(heldout.examples()).image)
 
 
+@pytest.mark.parametrize("kind", sorted(tensorrt.SCHEMES))
+def test_what_tensorrt_for_rtx_builds_from_is_the_rounded_model(kind: str, build_bundle: BuildBundle) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="the extra tensorrt-rtx is not installed")
+    made = {"sm": "89", "max_batch": 1, "quantize": kind}
+    found = Bundle.open(build_bundle(MICRO, 0.25, "fastervlm", target="tensorrt-rtx", target_options=made))
+    assert found.manifest.verification.same_kept
+    assert found.manifest.verification.same_tokens
+    assert found.manifest.verification.max_logit_error < 1e-4
+
+
+def test_tensorrt_for_rtx_builds_it_smaller(build_bundle: BuildBundle, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="the extra tensorrt-rtx is not installed")
+    # Widths that weigh more than a plan's code does.
+    text = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 64}
+    folder = random_checkpoint(tmp_path, 5, text=text)
+    sizes = {}
+    for kind in ("", *tensorrt.SCHEMES):
+        made = {"sm": "89", "max_batch": 1, "quantize": kind}
+        bundle = build_bundle(
+            folder, 0.4, "fastervlm", target="tensorrt-rtx", dtype="fp16", target_options=made, verify=False
+        )
+        sizes[kind] = (bundle / "engine/decode.plan").stat().st_size
+    assert max(sizes["int8"], sizes["fp8"]) < 0.75 * sizes[""]
+    assert sizes["int4"] < 0.6 * sizes[""]
+
+
 def test_what_cannot_be_is_refused(vtexport, tmp_path: Path) -> None:
     command = ("build", "--model", "micro-llava", "--keep", "0.4", "--method", "fastervlm", "--out", "b")
     check_refused(
-        vtexport(*command, "--quantize", "int3"), "--quantize int3 is unknown; choose one of int8, int4", tmp_path
+        vtexport(*command, "--quantize", "int3"),
+        "--quantize int3 is not for target onnxruntime; choose one of int8, int4",
+        tmp_path,
     )
-    outcome = vtexport(*command, "--quantize", "int8", "--target", "tensorrt-rtx")
-    check_refused(outcome, "--quantize has no effect with target tensorrt-rtx", tmp_path)
+    outcome = vtexport(*command, "--quantize", "nf4", "--target", "tensorrt-rtx")
+    check_refused(outcome, "--quantize nf4 is not for target tensorrt-rtx; choose one of int8, fp8, int4", tmp_path)

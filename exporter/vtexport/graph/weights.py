@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -25,7 +26,11 @@ _TYPES: dict[ir.DataType, tuple[str, type[np.generic]]] = {
     ir.DataType.FLOAT: ("F32", np.float32),
     ir.DataType.FLOAT16: ("F16", np.float16),
     ir.DataType.INT32: ("I32", np.int32),
+    ir.DataType.INT8: ("I8", np.int8),
     ir.DataType.UINT8: ("U8", np.uint8),
+    ir.DataType.FLOAT8E4M3FN: ("F8_E4M3", ml_dtypes.float8_e4m3fn),
+    # Two in a byte, which safetensors has no type for.
+    ir.DataType.INT4: ("U8", np.uint8),
 }
 # A file of the checkpoint of which a bundle needs less than this is not linked; what is needed of it is copied.
 _WORTH_LINKING = 0.5
@@ -67,7 +72,12 @@ class _Slot:
 
     @property
     def length(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(_TYPES[self.dtype][1]).itemsize
+        return int(np.prod(self.stored, dtype=np.int64)) * np.dtype(_TYPES[self.dtype][1]).itemsize
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape of its values in a file."""
+        return (-(-int(np.prod(self.shape)) // 2),) if self.dtype == ir.DataType.INT4 else self.shape
 
     @property
     def record(self) -> TensorRecord | None:
@@ -186,7 +196,7 @@ class Weights:
                 converted = _converted(source.record, source.lazy.dtype, source.lazy.source, self._folder)
                 self._last = source.record, converted
             found = source.lazy.make(self._last[1])
-            assert found.shape == slot.shape, f"{slot.name} is made of another shape than its graph says"
+            assert found.shape == slot.stored, f"{slot.name} is made of another shape than its graph says"
         return found.astype(_TYPES[slot.dtype][1], copy=False).tobytes()
 
 
@@ -218,7 +228,7 @@ def _write_header(file: Any, slots: Sequence[_Slot]) -> int:
     header, offset = {}, 0
     for slot in slots:
         span = [offset, offset + slot.length]
-        header[slot.name] = {"dtype": _TYPES[slot.dtype][0], "shape": list(slot.shape), "data_offsets": span}
+        header[slot.name] = {"dtype": _TYPES[slot.dtype][0], "shape": list(slot.stored), "data_offsets": span}
         offset += slot.length
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)

@@ -61,6 +61,8 @@ class OrtEngine:
             options = ort.SessionOptions()
             options.intra_op_num_threads = self._threads
             options.log_severity_level = 3
+            # Of 4-bit weights that stand in a graph of TensorRT's, which is checked here: it would round activations too.
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
             if self._traces is not None:
                 options.enable_profiling = True
                 options.profile_file_prefix = str(self._traces / name)

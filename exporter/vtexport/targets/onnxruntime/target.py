@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -40,23 +39,25 @@ class OnnxRuntimeTarget:
         return Availability(True, f"onnxruntime {version('onnxruntime')}")
 
     def check_options(self, options: Mapping[str, str | int]) -> None:
-        from vtexport.targets.onnxruntime.quantize import BITS
+        from vtexport.targets.onnxruntime.quantize import SCHEMES
 
-        if options["quantize"] not in ("", *BITS):
-            raise InputError(f"--quantize {options['quantize']} is unknown; choose one of {', '.join(BITS)}")
+        if options["quantize"] not in ("", *SCHEMES):
+            known = ", ".join(SCHEMES)
+            raise InputError(f"--quantize {options['quantize']} is not for target {self.name}; choose one of {known}")
 
     def check_plans(self, spec: ModelSpec, plans: Sequence[PruningPlan], options: Mapping[str, str | int]) -> None:
         """Every plan is welcome."""
 
     def rewrite(self, models: Sequence[ir.Model], options: Mapping[str, str | int]) -> Mapping[str, Lazy]:
-        from vtexport.targets.onnxruntime.quantize import BITS, quantize
+        from vtexport.targets.onnxruntime.quantize import SCHEMES
+        from vtexport.targets.quantize import quantize
 
-        return quantize(models, BITS[str(options["quantize"])]) if options["quantize"] else {}
+        return quantize(models, SCHEMES[str(options["quantize"])]) if options["quantize"] else {}
 
     def rounding(self, options: Mapping[str, str | int]) -> Callable[[Array], Array] | None:
-        from vtexport.targets.onnxruntime.quantize import BITS, rounded
+        from vtexport.targets.onnxruntime.quantize import SCHEMES
 
-        return partial(rounded, bits=BITS[str(options["quantize"])]) if options["quantize"] else None
+        return SCHEMES[str(options["quantize"])].rounded if options["quantize"] else None
 
     def compile(self, job: CompileJob) -> Compiled:
         import onnx_ir as ir

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 #: input -> its smallest, usual and largest shape
 Shapes = Mapping[str, tuple[Any, Any, Any]]
 #: options of every TensorRT target
-OPTIONS: Mapping[str, str | int] = {"max_batch": 4, "max_text": 512, "strip_weights": 0}
+OPTIONS: Mapping[str, str | int] = {"max_batch": 4, "max_text": 512, "strip_weights": 0, "quantize": ""}
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,15 @@ class AnyTensorRT(ABC):
         """Every plan is welcome."""
 
     def rewrite(self, models: Sequence[ir.Model], options: Mapping[str, str | int]) -> Mapping[str, Lazy]:
-        """Leave the graphs as they were traced."""
-        return {}
+        from vtexport.targets.quantize import quantize
+        from vtexport.targets.tensorrt.quantize import SCHEMES
+
+        return quantize(models, SCHEMES[str(options["quantize"])]) if options.get("quantize") else {}
 
     def rounding(self, options: Mapping[str, str | int]) -> Callable[[Array], Array] | None:
-        """Weights keep their values."""
-        return None
+        from vtexport.targets.tensorrt.quantize import SCHEMES
+
+        return SCHEMES[str(options["quantize"])].rounded if options.get("quantize") else None
 
     def facts(self, options: Mapping[str, str | int]) -> dict[str, str | int]:
         """What the manifest says of a build with these options."""
@@ -124,10 +127,17 @@ class AnyTensorRT(ABC):
         return Availability(True, f"{available.reason} on {gpu.name}")
 
     def check_options(self, options: Mapping[str, str | int]) -> None:
+        from vtexport.targets.tensorrt.quantize import SCHEMES
+
         self.settings(options)
         for name in ("max_batch", "max_text"):
             if int(options[name]) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {options[name]} is too small; give at least 1")
+        kind = options.get("quantize", "")
+        if kind and kind not in SCHEMES:
+            raise InputError(f"--quantize {kind} is not for target {self.name}; choose one of {', '.join(SCHEMES)}")
+        if kind and options["strip_weights"]:
+            raise InputError("--strip-weights cannot go with --quantize; leave one of them out")
 
     def compile(self, job: CompileJob) -> Compiled:
         import onnx_ir as ir

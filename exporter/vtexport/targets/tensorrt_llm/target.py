@@ -31,7 +31,11 @@ class TensorRTLLMTarget(TensorRTTarget):
     name: ClassVar[str] = "tensorrt-llm"
     summary: ClassVar[str] = "TensorRT-LLM: a pruned vision engine before its own language model"
     vision_only: ClassVar[bool] = True
-    options: ClassVar[Mapping[str, str | int]] = {**TensorRTTarget.options, "flow": "pytorch"}
+    # The language model, and how its weights are held, is TensorRT-LLM's.
+    options: ClassVar[Mapping[str, str | int]] = {
+        **{name: value for name, value in TensorRTTarget.options.items() if name != "quantize"},
+        "flow": "pytorch",
+    }
 
     def check_options(self, options: Mapping[str, str | int]) -> None:
         if options["flow"] not in _FLOWS:

@@ -1,0 +1,128 @@
+"""Weight-only quantisation of the decoder's linear layers, in whatever form a runtime has kernels for.
+
+Activations, the vision tower, embeddings and the head stay as they are, so that a vision stage keeps the same tokens.
+Weights are quantised one by one as they are written.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from vtexport.graph.weights import Lazy
+from vtexport.targets.base import Array
+
+_LAYER = re.compile(r"decoder\.layers\.\d+\..*\.weight")
+
+
+class Scheme(ABC):
+    """A way to hold a weight [N, K] in fewer bits: the tensors it becomes, and the nodes that multiply by them."""
+
+    #: the names of those tensors
+    parts: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def tensors(self, rows: int, columns: int, dtype: ir.DataType) -> Sequence[tuple[ir.DataType, tuple[int, ...]]]:
+        """Types and shapes of `parts`, for a weight [rows, columns] of that dtype."""
+
+    @abstractmethod
+    def encode(self, weight: Array) -> Sequence[Array]:
+        """`parts` of a weight [N, K], fp32 or fp16, as they lie in a file."""
+
+    @abstractmethod
+    def rounded(self, weight: Array) -> Array:
+        """The numbers that the runtime multiplies by, [N, K] in the weight's dtype."""
+
+    @abstractmethod
+    def product(self, x: ir.Value, parts: Sequence[ir.Value], rows: int, columns: int) -> Sequence[ir.Node]:
+        """Nodes that yield x · weightᵀ, the last one as its output."""
+
+    def opset(self) -> Mapping[str, int]:
+        """Domains and versions that `product` needs."""
+        return {}
+
+
+def quantize(models: Sequence[ir.Model], scheme: Scheme) -> dict[str, Lazy]:
+    """Replace the products with the decoder's weights by those of `scheme`, in all `models`.
+
+    Returns:
+        by the names of the new initialisers, how each is made of the weight that it replaces.
+    """
+    sources: dict[str, Lazy] = {}
+    encoder = _Encoder(scheme)
+    for model in models:
+        for node in list(model.graph):
+            name = _weight_of(node)
+            if name is not None:
+                sources |= _replace(model.graph, node, name, encoder)
+        for domain, version in scheme.opset().items():
+            scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+            for scope in scopes:
+                if domain in scope.opset_imports or scope is model.graph:
+                    scope.opset_imports[domain] = version
+    return sources
+
+
+class _Encoder:
+    """Encodes a weight once for the tensors that it becomes, which are written one after the other."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self._last: tuple[Array, Sequence[Array]] | None = None
+
+    def __call__(self, number: int, weight: Array) -> Array:
+        if self._last is None or self._last[0] is not weight:
+            self._last = weight, self.scheme.encode(weight)
+        return self._last[1][number]
+
+
+def _weight_of(node: ir.Node) -> str | None:
+    """The weight that a product is with, if it is one of the decoder's layers'."""
+    if node.op_type != "MatMul" or node.inputs[1] is None:
+        return None
+    transpose = node.inputs[1].producer()
+    if transpose is None or transpose.op_type != "Transpose" or transpose.inputs[0] is None:
+        return None
+    name = transpose.inputs[0].name
+    return name if name is not None and _LAYER.fullmatch(name) else None
+
+
+def _replace(graph: ir.Graph, node: ir.Node, name: str, encoder: _Encoder) -> dict[str, Lazy]:
+    x, transposed = node.inputs
+    assert x is not None, "a product has two factors"
+    assert transposed is not None, "a product has two factors"
+    transpose = transposed.producer()
+    assert transpose is not None, "a weight comes transposed"
+    weight = transpose.inputs[0]
+    assert weight is not None, "what is transposed is a weight"
+    assert weight.shape is not None, "weights have shapes"
+    assert weight.dtype is not None, "weights have dtypes"
+    rows, columns = (int(extent) for extent in weight.shape.numpy())
+    scheme, parts, found = encoder.scheme, [], {}
+    for number, (kind, extents) in enumerate(scheme.tensors(rows, columns, weight.dtype)):
+        made = f"{name}.{scheme.parts[number]}"
+        value = ir.Value(name=made, shape=ir.Shape(extents), type=ir.TensorType(kind))
+        value.const_value = ir.LazyTensor(_never, dtype=kind, shape=ir.Shape(extents), name=made)
+        graph.register_initializer(value)
+        parts.append(value)
+        found[made] = Lazy(name, weight.dtype, partial(encoder, number))
+    nodes = scheme.product(x, parts, rows, columns)
+    old, new = node.outputs[0], nodes[-1].outputs[0]
+    new.name, new.shape, new.type = old.name, old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.insert_before(node, nodes)
+    graph.remove(node, safe=True)
+    if not transposed.uses():
+        graph.remove(transpose, safe=True)
+    if not weight.uses():
+        del graph.initializers[name]
+    return found
+
+
+def _never() -> Any:
+    raise AssertionError("a traced weight has no values before it is written")
