@@ -167,6 +167,13 @@ def test_tensorrt_for_rtx_builds_it_smaller(build_bundle: BuildBundle, tmp_path:
     assert sizes["int4"] < 0.6 * sizes[""]
 
 
+def test_a_build_says_no_more_than_without(vtexport) -> None:
+    command = ("build", "--model", "micro-llava", "--method", "dense", "--out", "b", "--quantize", "int4")
+    outcome = vtexport(*command)
+    assert outcome.code == 0
+    assert "INFO" not in outcome.err + outcome.out
+
+
 def test_what_cannot_be_is_refused(vtexport, tmp_path: Path) -> None:
     command = ("build", "--model", "micro-llava", "--keep", "0.4", "--method", "fastervlm", "--out", "b")
     check_refused(

@@ -209,7 +209,7 @@ def _padding(state: TowerState, rows: RowOrder) -> Tensor:
     views = state.features.shape[0] // batch
     # TensorRT scatters at most as many values as there are places for them.
     places = max(views * patches + rows.images + 1, rows.sequence.shape[1])
-    shown = torch.zeros(batch, places, device=rows.sequence.device)
+    shown = torch.zeros(batch, places, dtype=torch.float32, device=rows.sequence.device)
     # Places that hold nothing name the same entry many times, with the same value.
     shown = shown.scatter(1, rows.sequence, torch.ones_like(rows.sequence, dtype=torch.float32))
     absent: Tensor = (shown[:, : views * patches] == 0).unflatten(1, (views, patches)).flatten(0, 1)

@@ -124,5 +124,21 @@ def _replace(graph: ir.Graph, node: ir.Node, name: str, encoder: _Encoder) -> di
     return found
 
 
+def block_quantizer(**config: Any) -> Any:
+    """ONNX Runtime's quantizer of weights in blocks, by its `DefaultWeightOnlyQuantConfig`."""
+    import logging
+
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        DefaultWeightOnlyQuantizer,
+    )
+
+    # Importing it sets up logging for the whole process.
+    root.handlers[:], root.level = handlers, level
+    return DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(**config))
+
+
 def _never() -> Any:
     raise AssertionError("a traced weight has no values before it is written")

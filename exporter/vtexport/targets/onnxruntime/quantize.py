@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vtexport.targets.base import Array
-from vtexport.targets.quantize import Scheme
+from vtexport.targets.quantize import Scheme, block_quantizer
 
 #: input channels that share a scale and a zero point
 BLOCK = 32
@@ -32,12 +32,7 @@ class NBits(Scheme):
         ]
 
     def encode(self, weight: Array) -> Sequence[Array]:
-        from onnxruntime.quantization.matmul_nbits_quantizer import (
-            DefaultWeightOnlyQuantConfig,
-            DefaultWeightOnlyQuantizer,
-        )
-
-        quantizer = DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(block_size=BLOCK, bits=self.bits))
+        quantizer = block_quantizer(block_size=BLOCK, bits=self.bits)
         packed, scales, zero_points = quantizer.qbits_block_quant(np.ascontiguousarray(weight.T))
         return [packed, scales.reshape(len(weight), -1), zero_points.reshape(len(weight), -1)]
 

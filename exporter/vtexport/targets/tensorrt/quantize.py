@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vtexport.targets.base import Array
-from vtexport.targets.quantize import Scheme
+from vtexport.targets.quantize import Scheme, block_quantizer
 
 #: input channels that share a scale in 4 bits, a size that TensorRT has kernels for
 BLOCK = 64
@@ -65,13 +65,9 @@ class Blocks(_Dequantized):
 
     def encode(self, weight: Array) -> Sequence[Array]:
         from onnxruntime.quantization import QuantFormat
-        from onnxruntime.quantization.matmul_nbits_quantizer import (
-            DefaultWeightOnlyQuantConfig,
-            DefaultWeightOnlyQuantizer,
-        )
 
-        config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, bits=4, is_symmetric=True, quant_format=QuantFormat.QDQ)
-        packed, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(weight.T))
+        quantizer = block_quantizer(block_size=BLOCK, bits=4, is_symmetric=True, quant_format=QuantFormat.QDQ)
+        packed, scales, _ = quantizer.qbits_block_quant(np.ascontiguousarray(weight.T))
         return [packed, scales]
 
     def rounded(self, weight: Array) -> Array:
