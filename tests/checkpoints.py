@@ -83,7 +83,7 @@ def random_checkpoint(
 
 _TILES = 40
 _PINPOINTS = [[_TILES, 2 * _TILES], [2 * _TILES, _TILES], [2 * _TILES, 2 * _TILES], [3 * _TILES, _TILES]]
-_LLAMA3 = {
+LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
     "factor": 8.0,
@@ -96,7 +96,7 @@ FAMILIES: dict[str, tuple[type, type, type, dict[str, Any]]] = {
     "llava": (LlavaConfig, CLIPVisionConfig, LlamaConfig, {}),
     "llava_next-vicuna": (LlavaNextConfig, CLIPVisionConfig, LlamaConfig, {"num_key_value_heads": 4}),
     "llava_next-mistral": (LlavaNextConfig, CLIPVisionConfig, MistralConfig, {"sliding_window": 300}),
-    "llava_next-llama3": (LlavaNextConfig, CLIPVisionConfig, LlamaConfig, {"rope_parameters": _LLAMA3}),
+    "llava_next-llama3": (LlavaNextConfig, CLIPVisionConfig, LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
     "video_llava": (VideoLlavaConfig, CLIPVisionConfig, LlamaConfig, {}),
     "llava_onevision": (LlavaOnevisionConfig, SiglipVisionConfig, Qwen2Config, {"tie_word_embeddings": True}),
 }

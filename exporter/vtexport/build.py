@@ -25,7 +25,7 @@ from vtexport.pruning.rank import Calibration
 from vtexport.targets import DEFAULT_TARGET, get_target
 from vtexport.targets.base import ENGINE_FOLDER, Target
 
-DTYPES = ("fp32", "fp16")
+DTYPES = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class BuildOptions:
             calibration; None for `DEFAULT_TARGET_ACCURACY`.
         method: a key of `vtexport.pruning.METHODS`, or a vision-stage and a decoder-stage method as `a+b`.
         target: a key of `vtexport.targets.TARGETS`.
-        dtype: "fp32" or "fp16"; None for the recipe's, else the checkpoint's own (bf16 becomes fp16).
+        dtype: one of `DTYPES` that the target has; None for the recipe's, else the checkpoint's own (bf16 becomes fp16).
         method_options: the method's own options.
         target_options: the target's own options.
         ranks: a calibration file; None takes the recipe's, if it carries one.
@@ -223,3 +223,5 @@ def _check_options(options: BuildOptions, target: Target) -> None:
     if not available.works:
         raise TargetError(f"target {target.name} cannot build here: {available.reason}")
     target.check_options({**target.options, **options.target_options})
+    if options.dtype == "bf16" and options.target_options.get("quantize"):
+        raise InputError("--quantize rounds weights in fp16 or fp32, not bf16; give another --dtype")

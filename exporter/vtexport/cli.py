@@ -42,7 +42,11 @@ def cli() -> None:
 @click.option("--target-accuracy", type=float, help="Answers that --keep auto must leave as they are.  [default: 0.97]")
 @click.option("--method", help="Pruning method of `vtexport list`, or two as VISION+DECODER.  [default: sparsevlm]")
 @click.option("--target", help="Runtime to build for.  [default: onnxruntime]")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="[default: the recipe's, or the checkpoint's own]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="[default: the recipe's, or the checkpoint's own, bf16 as fp16]",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-METHOD-KEEP]")
 @click.option("--force", is_flag=True, help="Replace a bundle that stands at --out.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built and what it takes; needs config.json only.")

@@ -8,6 +8,7 @@ from vtexport.assemble import Recipe
 from vtexport.models import ModelSpec
 from vtexport.models.spec import ITEMSIZE
 from vtexport.selfcheck import available_memory, memory_needed
+from vtexport.targets import get_target
 
 # Measured at LLaVA-1.5-7B and 13B: bytes of ONNX a layer, and what tracing takes besides the weights.
 _GRAPH_BYTES = {"vision": 55_000, "decoder": 40_000}
@@ -42,7 +43,8 @@ class Estimate:
     @property
     def checked_in_full(self) -> bool:
         """Whether the self-check would run the model itself on this machine."""
-        return memory_needed(self.spec, self.recipe.dtype) <= available_memory()
+        runs = self.recipe.dtype != "bf16" or get_target(self.target).can_run().works
+        return runs and memory_needed(self.spec, self.recipe.dtype) <= available_memory()
 
     @property
     def peak_memory(self) -> int:

@@ -84,6 +84,7 @@ class _Lane:
 
     def __init__(self, folder: Path, label: str, batch: int, bucket: float | None = None) -> None:
         self.runner = Runner.open(folder)
+        self.runner.need_language_model()
         if self.runner.needs_ranking:
             raise InputError(f"{folder} waits for another bundle's ranking; profile the two bundles one by one")
         self.folder = folder

@@ -113,9 +113,18 @@ def build_summary(bundle: Bundle) -> RenderableType:
         ("target", f"{target.name}, {target.dtype}"),
         ("size", ", ".join(f"{name} {_megabytes(size)}" for name, size in _sizes(bundle).items())),
         ("verified", _verification(bundle)),
-        ("next", f'vtexport run {bundle.folder} --image FILE --prompt "what is in the image?"'),
+        ("next", _next(bundle)),
     ]
     return _facts([("bundle", str(bundle.folder)), *rows])
+
+
+def _next(bundle: Bundle) -> str:
+    """What to do with a bundle."""
+    model = bundle.manifest.model
+    if "decode" not in bundle.manifest.graphs:
+        return "give it to TensorRT-LLM: README, Deploying LLaVA-1.5-7B"
+    images = " ".join(["--image FILE"] * model.views.images)
+    return f'vtexport run {bundle.folder} {images} --prompt "what is in the image?"'
 
 
 def _sizes(bundle: Bundle) -> dict[str, int]:

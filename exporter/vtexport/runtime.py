@@ -153,6 +153,18 @@ class Runner:
         ids = None if self.questions is None else self.questions.ids(question)
         return Request(self.prompter.prompt(question), self.prompter.views(image), question_ids=ids)
 
+    def need_language_model(self) -> None:
+        """Refuse to answer with a vision engine alone.
+
+        Raises:
+            InputError: that is all the bundle holds.
+        """
+        if "decode" not in self.bundle.manifest.graphs:
+            raise InputError(
+                f"{self.bundle.folder} holds a vision engine alone, for {self.bundle.manifest.target.name}; see README, "
+                "Deploying LLaVA-1.5-7B"
+            )
+
     def embed(self, pairs: Sequence[tuple[Any, str]]) -> list[Embedded]:
         """The vision stage alone: prompts and their images' tokens, for a language model that runs elsewhere.
 
@@ -187,11 +199,7 @@ class Runner:
         Raises:
             InputError: the bundle holds no language model.
         """
-        if "decode" not in self.bundle.manifest.graphs:
-            raise InputError(
-                f"{self.bundle.folder} holds a vision engine alone, for {self.bundle.manifest.target.name}; see README, "
-                "Deploying LLaVA-1.5-7B"
-            )
+        self.need_language_model()
         self.engine.load()
         start = time.perf_counter()
         requests = [self.request(image, question) for image, question in pairs]

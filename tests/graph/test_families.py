@@ -20,6 +20,7 @@ from tests.conftest import BuildBundle, noise_images
 from tests.reference import methods
 from vtexport.generate import Request, Result, generate
 from vtexport.models.spec import Asked
+from vtexport.pruning.rank import Calibration
 from vtexport.runtime import Runner
 
 NEW_TOKENS = 32
@@ -449,6 +450,31 @@ def test_several_views_are_profiled(name: str, made, build_bundle: BuildBundle) 
     found = profile(bundle, runs=1, new_tokens=2)
     assert found.this.mean_visual_tokens == Runner.open(bundle).plan.mean_visual_tokens
     assert found.this.stages["vision"].median > 0
+
+
+def test_several_images_are_calibrated_together(made, build_bundle: BuildBundle, vtexport, tmp_path: Path) -> None:
+    folder, _ = made("llava_next-mistral")
+    files = []
+    for number, image in enumerate(noise_images(4, (40, 80), seed=3)):
+        image.save(tmp_path / f"{number}.png")
+        files.append(f"{number}.png")
+    lines = [{"image": pair, "prompt": QUESTION} for pair in (files[:2], files[2:])]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    views = ("--grid", "2x1", "--images", "2")
+    outcome = vtexport("calibrate", "--model", folder, "--data", "pairs.jsonl", "-o", "ranks.toml", *views)
+    assert outcome.code == 0, outcome.err
+    found = Calibration.load(tmp_path / "ranks.toml")
+    assert (found.pairs, found.num_visual_tokens) == (2, 2 * (3 * 25 + 10))
+    # No raters x visual attention has a higher rank than it has visual tokens.
+    assert all(0 < rank <= found.num_visual_tokens for rank in found.ranks)
+    assert all(0 < mass < 1 for mass in found.mass)
+    asked = Asked(grid="2x1", images=2)
+    build_bundle(folder, 0.5, "sparsevlm", views=asked, ranks=tmp_path / "ranks.toml", verify=False)
+    outcome = vtexport(
+        "calibrate", "--model", folder, "--data", "pairs.jsonl", "-o", "r.toml", *views, "--method", "fastervlm"
+    )
+    assert outcome.code == 2
+    assert "the CLS attention of a single view" in outcome.err
 
 
 def test_the_picture_of_a_video_has_its_frames(made, build_bundle: BuildBundle, vtexport, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.checkpoints import MICRO, random_checkpoint, rename_tensors
+from tests.checkpoints import LLAMA3_ROPE, MICRO, random_checkpoint, rename_tensors
 from tests.conftest import BuildBundle, noise_images
 from tests.reference import fastervlm, llava
 from vtexport.generate import Request, generate
@@ -41,16 +41,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "vision": {"hidden_act": "gelu"},
     },
     "llama3-rope": {
-        "text": {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 128,
-            }
-        },
+        "text": {"rope_parameters": LLAMA3_ROPE},
         "vision_feature_layer": 2,
     },
     "yarn-rope": {

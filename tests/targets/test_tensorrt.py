@@ -7,8 +7,10 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
-from tests.checkpoints import MICRO, random_clip
+from tests.checkpoints import MICRO, random_checkpoint, random_clip
+from tests.conftest import check_refused
 from vtexport.build import BuildOptions, build
 from vtexport.bundle import Bundle
 from vtexport.errors import InputError, TargetError
@@ -143,3 +145,63 @@ def test_plans_run_on_a_gpu(built: tuple[Bundle, Recorder], micro_runner: Runner
 
     pair = (Image.open(photo).convert("RGB"), "how many digits are there?")
     assert Runner.open(built[0].folder).ask([pair])[0].text == micro_runner.ask([pair])[0].text
+
+
+def test_engines_in_bf16_build(tmp_path: Path) -> None:
+    made = BuildOptions(
+        str(MICRO), 0.25, "fastervlm", "tensorrt-rtx", "bf16", target_options={"sm": "89", "max_batch": 1}
+    )
+    bundle = build(made, tmp_path / "bundle")
+    ports = {port.name: port.dtype for port in bundle.manifest.graphs["vision"].outputs}
+    assert ports == {"visual": "float", "kept": "int32"}
+    caches = {port.dtype for port in bundle.manifest.graphs["decode"].inputs if port.name.startswith("past.")}
+    assert caches == {"bfloat16"}
+    # No runtime here has kernels for it: what was checked is a small model in fp32, and the files by structure.
+    assert "a random model of the same layers" in bundle.manifest.verification.ran
+    assert bundle.manifest.verification.same_tokens
+
+
+def test_bf16_weights_stay_as_a_checkpoint_has_them(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from vtexport.graph.export import trace_decode
+    from vtexport.graph.weights import WEIGHTS_FILE, Weights
+    from vtexport.models import Checkpoint, read_spec
+    from vtexport.models.rope import rope_tables
+
+    folder = random_checkpoint(tmp_path / "model", 1)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    spec = read_spec(folder)
+    cos, sin = rope_tables(spec)
+    model = trace_decode(spec, "bf16").model
+    weights = Weights([model], Checkpoint.open(folder), {"rope.cos": cos.numpy(), "rope.sin": sin.numpy()})
+    place = tmp_path / "engine"
+    place.mkdir()
+    weights.write(place, lambda _bytes: None)
+    # Only RoPE's tables are new.
+    assert weights.bytes_written == 2 * 2 * cos.numel()
+    tables = load_file(place / WEIGHTS_FILE)
+    assert torch.equal(tables["rope.cos"], cos.bfloat16())
+    value = model.graph.initializers["decoder.layers.0.mlp.up_proj.weight"].const_value
+    own = next(tensor for name, tensor in tensors.items() if name.endswith("layers.0.mlp.up_proj.weight"))
+    assert torch.equal(torch.from_numpy(value.numpy().view("uint16").copy()).view(torch.bfloat16), own)
+
+
+def test_where_bf16_cannot_be_is_refused(vtexport, tmp_path: Path) -> None:
+    command = (
+        "build",
+        "--model",
+        "micro-llava",
+        "--keep",
+        "0.4",
+        "--method",
+        "fastervlm",
+        "--dtype",
+        "bf16",
+        "--out",
+        "b",
+    )
+    check_refused(vtexport(*command), "target onnxruntime has no dtype 'bf16'", tmp_path)
+    quantised = (*command, "--target", "tensorrt-rtx", "--quantize", "int8")
+    check_refused(vtexport(*quantised), "--quantize rounds weights in fp16 or fp32, not bf16", tmp_path)

@@ -25,6 +25,7 @@ from vtexport.build import BuildOptions, build
 from vtexport.errors import InputError
 from vtexport.models import Prompter, read_spec
 from vtexport.models.spec import Asked
+from vtexport.profile import profile
 from vtexport.runtime import Runner
 from vtexport.targets.onnxruntime.session import OrtEngine
 from vtexport.targets.tensorrt_llm import messages, prompts
@@ -155,6 +156,8 @@ def test_a_bundle_holds_the_vision_engine_alone(monkeypatch: pytest.MonkeyPatch,
     opened = Runner.open(bundle.folder)
     with pytest.raises(InputError, match="holds a vision engine alone, for tensorrt-llm"):
         opened.ask([(noise_images(1)[0], QUESTIONS[0])])
+    with pytest.raises(InputError, match="holds a vision engine alone, for tensorrt-llm"):
+        profile(bundle.folder, runs=1, new_tokens=2)
 
 
 def without_a_gpu_to_run_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from vtexport.graph.graphs import DecodeGraph, PrefillGraph, VisionGraph, cache_
 from vtexport.models.spec import ModelSpec
 from vtexport.pruning import PruningPlan
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def trace_prefill(
     """The prefill graph `name`; batch and text length are dynamic, the visual counts are the plan's."""
     with _fake(dtype):
         module = PrefillGraph(spec, plan, debug, ranks)
-        visual = torch.empty(2, plan.vision_tokens, spec.decoder.hidden_size)
+        # NumPy has no bf16: what passes between graphs is fp32 then.
+        own = torch.float32 if dtype == "bf16" else DTYPES[dtype]
+        visual = torch.empty(2, plan.vision_tokens, spec.decoder.hidden_size, dtype=own)
         images = spec.views.images
         at = (2,) if images == 1 else (2, images)
         ids, position, length = (torch.zeros(shape, dtype=torch.int64) for shape in ((2, 7), at, (2,)))

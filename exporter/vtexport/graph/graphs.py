@@ -73,7 +73,9 @@ class VisionGraph(nn.Module):
         outputs = []
         for plan, part in zip(self.plans, self.pruning.children(), strict=True):
             pruned = prune(self.method, plan, state, dict(part.named_buffers()), rows)
-            outputs += [found for found in (pruned.tokens, pruned.index, pruned.length) if found is not None]
+            # NumPy, in which the runtime passes them on, has no bf16.
+            tokens = pruned.tokens.float() if pruned.tokens.dtype == torch.bfloat16 else pruned.tokens
+            outputs += [found for found in (tokens, pruned.index, pruned.length) if found is not None]
         if self.debug and pruned.score is not None:
             outputs.append(pruned.score)
         if self.chooses:

@@ -25,6 +25,8 @@ WEIGHTS_FILE = "weights.safetensors"
 _TYPES: dict[ir.DataType, tuple[str, type[np.generic]]] = {
     ir.DataType.FLOAT: ("F32", np.float32),
     ir.DataType.FLOAT16: ("F16", np.float16),
+    # NumPy has no such numbers: their bits.
+    ir.DataType.BFLOAT16: ("BF16", np.uint16),
     ir.DataType.INT32: ("I32", np.int32),
     ir.DataType.INT8: ("I8", np.int8),
     ir.DataType.UINT8: ("U8", np.uint8),
@@ -259,9 +261,12 @@ def _converted(source: TensorRecord | Array, dtype: ir.DataType, name: str, fold
             tensor = file.get_tensor(source.name)
     else:
         tensor = torch.from_numpy(np.ascontiguousarray(source))
-    kind = torch.from_numpy(np.empty(0, _TYPES[dtype][1])).dtype
-    converted = tensor.to(kind)
+    bits = dtype == ir.DataType.BFLOAT16
+    kind = torch.bfloat16 if bits else torch.from_numpy(np.empty(0, _TYPES[dtype][1])).dtype
+    converted = tensor.to(kind).contiguous()
     if kind == torch.float16 and not torch.isfinite(converted).all():
-        raise ModelError(f"{folder}: tensor {name} does not fit into fp16; build with --dtype fp32")
-    values: Array = converted.contiguous().numpy()
+        raise ModelError(
+            f"{folder}: tensor {name} does not fit into fp16; build with --dtype fp32, or bf16 on a TensorRT target"
+        )
+    values: Array = (converted.view(torch.uint16) if bits else converted).numpy()
     return values

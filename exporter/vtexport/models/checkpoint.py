@@ -12,7 +12,7 @@ from vtexport.errors import ModelError
 
 #: safetensors' dtype -> the engine's dtype that its numbers go into, and that of an engine that takes them as they are
 NEAREST = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "fp16"}
-AS_STORED = {"fp32": "F32", "fp16": "F16"}
+AS_STORED = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 # safetensors' names of the types a weight may have -> bytes an element.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 

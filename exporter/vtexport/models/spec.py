@@ -10,7 +10,7 @@ from typing import Any
 from vtexport.errors import ModelError
 
 #: bytes of a weight by an engine's dtype
-ITEMSIZE = {"fp32": 4, "fp16": 2}
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class ModelSpec:
         return tower + projector + d.num_layers * block + embeddings + d.hidden_size + self._clip_parameters()
 
     def weight_bytes(self, dtype: str) -> int:
-        """Bytes of those weights in an engine's dtype, "fp32" or "fp16"."""
+        """Bytes of those weights in an engine's dtype, a key of `ITEMSIZE`."""
         return self.num_parameters() * ITEMSIZE[dtype]
 
     def _clip_parameters(self) -> int:

@@ -158,7 +158,7 @@ def prune(
         unpruned sequence, the index of those that stay as they were.
     """
     if rows is not None:
-        return _by_rows(method, plan, replace(state, padding=_padding(state, rows)), constants, rows)
+        return _by_rows(method, plan, state, constants, rows)
     if plan.vision_stage is None:
         features = state.features if plan.leading else state.patches
         return Pruned(_joined(state.project(features), plan.views), None, projected=True)
@@ -187,12 +187,11 @@ def _one_after_the_other(pruned: Pruned, plan: PruningPlan, state: TowerState) -
     views = plan.views
     if views == 1:
         return pruned
-    index, score = pruned.index, pruned.score
+    index = pruned.index
     if index is not None:
         first = (plan.num_visual_tokens // views) * torch.arange(views, device=index.device, dtype=index.dtype)
         index = (index.unflatten(0, (-1, views)) + first[:, None]).flatten(1)
-    if score is not None:
-        score = score.unflatten(0, (-1, views)).flatten(1)
+    score = None if pruned.score is None else _joined(pruned.score[..., None], views)[..., 0]
     return Pruned(_joined(pruned.tokens, views), index, score, projected=True)
 
 
@@ -219,43 +218,52 @@ def _padding(state: TowerState, rows: RowOrder) -> Tensor:
 def _by_rows(
     method: VisionMethod, plan: PruningPlan, state: TowerState, constants: Mapping[str, Tensor], rows: RowOrder
 ) -> Pruned:
-    """The tokens of a prompt in the order of its rows; of a pruned one, a newline stays where a token of its row does."""
+    """The tokens of a prompt in the order of its rows, pruned or not."""
+    import torch
+
+    own = plan.views * state.grid * state.grid
+    kept = _Kept(rows.sequence)
+    if plan.vision_stage is not None:
+        pruned = method.select(replace(state, padding=_padding(state, rows)), plan, constants)
+        kept = _kept_of_rows(pruned, plan, state, rows)
+    joined = _joined(state.patches, plan.views)
+    source = kept.sequence.clamp(max=own - 1)[..., None].expand(-1, -1, joined.shape[2])
+    projected = state.project(joined.gather(1, source))
+    tokens = torch.where((kept.sequence < own)[..., None], projected, rows.newline)
+    return Pruned(tokens, kept.place, kept.score, projected=True, length=kept.length)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What of a sequence by rows stays: its entries, their places, each image's number of them; and the scores."""
+
+    sequence: Tensor
+    place: Tensor | None = None
+    length: Tensor | None = None
+    score: Tensor | None = None
+
+
+def _kept_of_rows(pruned: Pruned, plan: PruningPlan, state: TowerState, rows: RowOrder) -> _Kept:
+    """The places of the patches that stay, and of each newline whose row has one of them."""
     import torch
 
     from vtexport.pruning.ranking import marked, places_of
 
-    patches, views = state.grid * state.grid, plan.views
-    own, number, length, score = views * patches, plan.vision_tokens, None, None
-    sequence, place = rows.sequence, None
-    if plan.vision_stage is not None:
-        assert rows.row_start is not None, "a pruned sequence says where its rows start"
-        pruned = method.select(state, plan, constants)
-        assert pruned.index is not None, "a method that skips padding keeps tokens as they are"
-        score = pruned.score
-        kept = marked(pruned.index, patches) & ~_required(state.padding)
-        kept = _joined(kept[..., None].float(), views)[..., 0]
-        kept = torch.cat([kept, torch.zeros_like(kept[:, : rows.images + 1])], dim=1)
-        # What a row keeps up to each place, less what was kept before its start: of a patch itself, of a newline its row.
-        upto = kept.gather(1, sequence).cumsum(dim=1)
-        before = torch.cat([torch.zeros_like(upto[:, :1]), upto], dim=1).gather(1, rows.row_start)
-        stays = upto - before > 0
-        place = places_of(stays, number)
-        sequence, image = sequence.gather(1, place), _image_of(sequence, plan, rows, patches)
-        length = torch.stack([(stays & (image == i)).sum(dim=1) for i in range(rows.images)], dim=1)
-        present = torch.arange(number, device=place.device) < length.sum(dim=1, keepdim=True)
-        place = torch.where(present, place, -1).to(torch.int32)
-    joined = _joined(state.patches, views)
-    is_patch = (sequence < own)[..., None]
-    source = sequence.clamp(max=own - 1)[..., None].expand(-1, -1, joined.shape[2])
-    tokens = torch.where(is_patch, state.project(joined.gather(1, source)), rows.newline)
-    if score is not None and views > 1:
-        score = score.unflatten(0, (-1, views)).flatten(1)
-    return Pruned(tokens, place, score, projected=True, length=length)
-
-
-def _required(padding: Tensor | None) -> Tensor:
-    assert padding is not None, "rows say what is padding"
-    return padding
+    assert rows.row_start is not None, "a pruned sequence says where its rows start"
+    assert pruned.index is not None, "a method that skips padding keeps tokens as they are"
+    patches, sequence = state.grid * state.grid, rows.sequence
+    chosen = marked(pruned.index, patches) & ~_padding(state, rows)
+    stay = _joined(chosen[..., None].float(), plan.views)[..., 0]
+    stay = torch.cat([stay, torch.zeros_like(stay[:, : rows.images + 1])], dim=1)
+    # What stays up to each place, less what stayed before its start: of a patch itself, of a newline its row.
+    upto = stay.gather(1, sequence).cumsum(dim=1)
+    before = torch.cat([torch.zeros_like(upto[:, :1]), upto], dim=1).gather(1, rows.row_start)
+    stays = upto - before > 0
+    place, image = places_of(stays, plan.vision_tokens), _image_of(sequence, plan, rows, patches)
+    length = torch.stack([(stays & (image == i)).sum(dim=1) for i in range(rows.images)], dim=1)
+    present = torch.arange(plan.vision_tokens, device=place.device) < length.sum(dim=1, keepdim=True)
+    score = None if pruned.score is None else _joined(pruned.score[..., None], plan.views)[..., 0]
+    return _Kept(sequence.gather(1, place), torch.where(present, place, -1).to(torch.int32), length, score)
 
 
 def _image_of(sequence: Tensor, plan: PruningPlan, rows: RowOrder, patches: int) -> Tensor:

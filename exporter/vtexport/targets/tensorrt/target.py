@@ -51,7 +51,7 @@ class AnyTensorRT(ABC):
     name: ClassVar[str]
     weights_inside: ClassVar[bool] = True
     vision_only: ClassVar[bool] = False
-    dtypes: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
+    dtypes: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
     #: the module of its Python bindings
     package: ClassVar[str]
 

@@ -31,6 +31,7 @@ class TensorRTLLMTarget(TensorRTTarget):
     name: ClassVar[str] = "tensorrt-llm"
     summary: ClassVar[str] = "TensorRT-LLM: a pruned vision engine before its own language model"
     vision_only: ClassVar[bool] = True
+    dtypes: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
     # The language model, and how its weights are held, is TensorRT-LLM's.
     options: ClassVar[Mapping[str, str | int]] = {
         **{name: value for name, value in TensorRTTarget.options.items() if name != "quantize"},
