@@ -276,7 +276,7 @@ def test_bad_models(vtexport, broken_models: dict[str, Path], tmp_path: Path) ->
         outcome = vtexport("build", "--model", broken_models[name], "--keep", "0.5", "--out", "out")
         check_refused(outcome, message, tmp_path, left)
     outcome = vtexport("build", "--model", "llava-9000", "--keep", "0.5", "--out", "out")
-    check_refused(outcome, "or one of llava-1.5-13b, llava-1.5-7b, micro-llava", tmp_path, left)
+    check_refused(outcome, "or one of llava-1.5-13b, llava-1.5-7b, llava-1.6-llama3-8b", tmp_path, left)
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ class LlavaOnevision(Anyres):
 
     def tiles(self, parsed: Any, vision: VisionSpec, asked: Asked, images: int) -> Size | None:
         if images > 1:
-            self.refuse_with_images(asked)
+            if asked.grid is not None:
+                raise InputError("--grid has no effect with --images: this model tiles one image only; leave it out")
             return None
         found = super().tiles(parsed, vision, asked, images)
         assert found is not None, "one image is tiled"
@@ -33,11 +34,6 @@ class LlavaOnevision(Anyres):
                 "interpolates features to a size of each image's own, which a compiled graph cannot; give a smaller grid"
             )
         return found
-
-    def refuse_with_images(self, asked: Asked) -> None:
-        """Raise InputError for a grid beside several images."""
-        if asked.grid is not None:
-            raise InputError("--grid has no effect with --images: this model tiles one image only; leave it out")
 
     def process(self, processor: Any, pictures: Sequence[Any]) -> Any:
         # Nested, or the processor takes every image for a prompt of its own.
