@@ -351,6 +351,11 @@ def test_what_a_family_cannot_do_is_refused(made, vtexport, tmp_path: Path) -> N
     from tests.conftest import check_refused
 
     (following, _), (one, _) = made("llava_next-vicuna"), made("llava_onevision")
+    large = tmp_path / ".large"
+    large.mkdir()
+    config = json.loads((one / "config.json").read_text())
+    config["image_grid_pinpoints"].append([4 * 43, 3 * 43])
+    (large / "config.json").write_text(json.dumps(config))
     for model, flags, message in (
         (following, "--method dense", "--grid is missing"),
         (following, "--method dense --grid 4x4", "is no grid of this model; give one of 1x2, 2x1, 2x2, 3x1"),
@@ -364,9 +369,10 @@ def test_what_a_family_cannot_do_is_refused(made, vtexport, tmp_path: Path) -> N
         (following, "--method dense --grid 2x2 --images 0", "--images 0 is out of range"),
         (one, "--method fastervlm --keep 0.5 --grid 2x2", "reads the vision tower's CLS token, and siglip has none"),
         (one, "--method dense --grid 2x2 --images 2", "--grid has no effect with --images"),
+        (large, "--method dense --grid 4x3", "has more than the 10 tiles whose features this model keeps"),
         ("micro-llava", "--method dense --grid 2x2", "--grid has no effect with a llava model"),
     ):
-        check_refused(vtexport("build", "--model", model, *flags.split(), "--out", "b"), message, tmp_path)
+        check_refused(vtexport("build", "--model", model, *flags.split(), "--out", "b"), message, tmp_path, [".large"])
 
 
 def test_an_image_may_have_fewer_tokens_than_a_stage_keeps(made, build_bundle: BuildBundle) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from vtexport.models.anyres import Anyres
 from vtexport.models.spec import Asked, VisionSpec
 from vtexport.models.views import Size
 
-# Beyond this the model shrinks the stitched features to another size for every image.
+# Beyond this ratio of sides to those of the tiles it is made for, the model shrinks stitched features.
 _INTERPOLATES = 1.1
 
 
@@ -27,11 +26,11 @@ class LlavaOnevision(Anyres):
             return None
         found = super().tiles(parsed, vision, asked, images)
         assert found is not None, "one image is tiled"
-        most = int(str(parsed.vision_aspect_ratio).rpartition("_")[2])
-        if math.sqrt(found[0] * found[1] / most) > _INTERPOLATES:
+        most = int(int(str(parsed.vision_aspect_ratio).rpartition("_")[2]) * _INTERPOLATES**2)
+        if found[0] * found[1] > most:
             raise InputError(
-                f"--grid {asked.grid} is more than the {most} tiles that this model keeps as they are; beyond, it "
-                "interpolates features to a size of each image's own, which a compiled graph cannot; give a smaller grid"
+                f"--grid {asked.grid} has more than the {most} tiles whose features this model keeps as they are; beyond, it "
+                "interpolates them to a size of each image's own, which a compiled graph cannot; give a smaller grid"
             )
         return found
 
