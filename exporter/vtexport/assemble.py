@@ -76,8 +76,13 @@ def make_engines(
     """Trace, write weights and compile into `folder / ENGINE_FOLDER`; what only compiling needed is still there."""
     graphs = _trace(source.spec, recipe, target.vision_only, progress)
     ports = {graph.name: _ports(graph) for graph in graphs}
-    made = target.rewrite([graph.model for graph in graphs], options)
-    _write_weights(graphs, folder, source, recipe.plans, made, progress)
+    scheme = target.scheme(options)
+    encoded: Mapping[str, Lazy] = {}
+    if scheme is not None:
+        from vtexport.targets.quantize import quantize
+
+        encoded = quantize([graph.model for graph in graphs], scheme)
+    _write_weights(graphs, folder, source, recipe.plans, encoded, progress)
     compiled = target.compile(
         CompileJob(
             folder=folder,
@@ -174,14 +179,14 @@ def _write_weights(
     folder: Path,
     source: Source,
     plans: Sequence[PruningPlan],
-    made: Mapping[str, Lazy],
+    encoded: Mapping[str, Lazy],
     progress: Progress,
 ) -> None:
     from vtexport.graph.weights import Weights
     from vtexport.models.rope import rope_tables
 
     cos, sin = rope_tables(source.spec)
-    computed = {"rope.cos": cos.numpy(), "rope.sin": sin.numpy(), **made}
+    computed = {"rope.cos": cos.numpy(), "rope.sin": sin.numpy(), **encoded}
     for number, plan in enumerate(plans):
         constants = methods_of(plan.method)[0].constants(plan, source.spec.vision.grid)
         computed |= {f"pruning.{number}.{name}": array for name, array in constants.items()}

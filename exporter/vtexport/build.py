@@ -191,7 +191,7 @@ def _check_views(options: BuildOptions, spec: ModelSpec) -> None:
         raise InputError("--keep auto goes by one view's CLS attention, and this build has several views; give a ratio")
     if not spec.vision.class_token and options.keep == AUTO:
         raise InputError(f"--keep auto goes by CLS's attention, and {spec.vision.kind} has no CLS token; give a ratio")
-    if (spec.views.images > 1 or spec.views.newlines) and options.give_ranking:
+    if spec.views.counted and options.give_ranking:
         raise InputError(
             "--give-ranking ranks the tokens of one image of one size; this build's prompts differ in them"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vtexport.assemble import Recipe
 from vtexport.models import ModelSpec
 from vtexport.models.spec import ITEMSIZE
-from vtexport.selfcheck import available_memory, memory_needed
+from vtexport.selfcheck import checks_in_full, memory_needed
 from vtexport.targets import get_target
 
 # Measured at LLaVA-1.5-7B and 13B: bytes of ONNX a layer, and what tracing takes besides the weights.
@@ -43,8 +43,7 @@ class Estimate:
     @property
     def checked_in_full(self) -> bool:
         """Whether the self-check would run the model itself on this machine."""
-        runs = self.recipe.dtype != "bf16" or get_target(self.target).can_run().works
-        return runs and memory_needed(self.spec, self.recipe.dtype) <= available_memory()
+        return checks_in_full(self.spec, self.recipe.dtype, get_target(self.target))
 
     @property
     def peak_memory(self) -> int:

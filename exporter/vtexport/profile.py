@@ -139,8 +139,7 @@ class _Lane:
     def finish(self, new_tokens: int) -> None:
         self.side.stages = {stage: Stats.of(times) for stage, times in self.times.items() if times}
         self.side.on_device = {graph: Stats.of(times) for graph, times in self.device_times.items()}
-        spec = self.runner.bundle.spec()
-        flops = plan_flops(spec, self.runner.plans[self.bucket], self.text_tokens)
+        flops = plan_flops(self.runner.spec, self.runner.plans[self.bucket], self.text_tokens)
         self.side.gflops = {
             "vision": flops.vision / 1e9,
             "prefill": flops.prefill / 1e9,

@@ -254,8 +254,7 @@ class ReferenceModel:
         image, words = torch.as_tensor(visual), torch.tensor([len(prompt.token_ids)])
         counts = None if length in (None, (image.shape[1],)) else torch.tensor([length])
         layout = Layout(torch.tensor([prompt.image_positions]), words, text.shape[1], image.shape[1], counts)
-        bare = replace(layout, visual=0, counts=None if counts is None else counts * 0)
-        return Rows(bare.with_visual(text, image, layout), layout.places(), layout), text, image
+        return Rows(layout.bare().with_visual(text, image, layout), layout.places(), layout), text, image
 
     def _rotated(self, query: Any, key: Any, rope: tuple[Any, Any]) -> LayerAttention:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb

@@ -39,12 +39,10 @@ def check_engines(
         VerificationError: an engine differs from the reference.
     """
     steps = SAMPLES * len(recipe.plans)
-    runs = recipe.dtype != "bf16" or target.can_run().works
-    if runs and memory_needed(source.spec, recipe.dtype) <= available_memory():
+    if checks_in_full(source.spec, recipe.dtype, target):
         progress.stage("verify against transformers", steps)
         engine, ran = _verifiable(target, compiled, folder)
-        rounding = target.rounding(options)
-        model = Checked(source.folder, source.spec, source.clip, rounding)
+        model = Checked(source.folder, source.spec, source.clip, target.scheme(options))
         return verify_engine(
             engine, ran, model, recipe.plans, recipe.dtype, progress.advance, vision_only=target.vision_only
         )
@@ -67,10 +65,16 @@ def check_engines(
         same = {"quantize": bits if bits in SCHEMES else ""}
         made = make_engines(small, tried, runtime, same, engines, Silent())
         progress.stage("verify the small model against transformers", steps)
-        model = Checked(small.folder, small.spec, small.clip, runtime.rounding(same))
+        model = Checked(small.folder, small.spec, small.clip, runtime.scheme(same))
         engine = runtime.open(engines, made.compiled, 0)
         ran = f"a random model of the same layers, {small.spec.decoder.hidden_size} wide, on {runtime.name}"
         return verify_engine(engine, ran, model, tried.plans, tried.dtype, progress.advance)
+
+
+def checks_in_full(spec: ModelSpec, dtype: str, target: Target) -> bool:
+    """Whether this machine can run the model itself against its reference."""
+    runs = dtype != "bf16" or target.can_run().works
+    return runs and memory_needed(spec, dtype) <= available_memory()
 
 
 def memory_needed(spec: ModelSpec, dtype: str) -> int:

@@ -19,6 +19,7 @@ from vtexport.pruning import PruningPlan, methods_of
 from vtexport.pruning.plan import VISION
 from vtexport.reference import Array, ReferenceModel, ReferenceVision
 from vtexport.targets.base import Engine, VisionOutput
+from vtexport.targets.quantize import Scheme
 
 SAMPLES = 4
 NEW_TOKENS = 16
@@ -72,13 +73,13 @@ def sample_views(prompter: Prompter, spec: ModelSpec) -> list[Views]:
 class Checked:
     """The checkpoint that an engine is held to: its folder, its geometry, and the folder of a CLIP given with it.
 
-    `rounding` is what the engine's weights, in its dtype, were rounded by; the reference then has the same.
+    `scheme` is what the engine's weights, in its dtype, were quantised by; the reference's are then rounded alike.
     """
 
     folder: Path
     spec: ModelSpec
     clip: Path | None = None
-    rounding: Callable[[Array], Array] | None = None
+    scheme: Scheme | None = None
 
 
 def verify_engine(
@@ -116,11 +117,10 @@ def verify_engine(
     if model.clip is not None and spec.clip is not None:
         clip = ClipTokenizer(model.clip, spec.clip.length)
         questions = np.stack([clip.ids(text) for text in _PROMPTS])
-    rounding = None
-    if model.rounding is not None:
+    scheme, rounding = model.scheme, None
+    if scheme is not None:
         kind = np.float16 if dtype == "fp16" else np.float32
-        given = model.rounding
-        rounding = lambda weight: given(weight.astype(kind)).astype(np.float32)  # noqa: E731 - one use, beside its parts
+        rounding = lambda weight: scheme.rounded(weight.astype(kind)).astype(np.float32)  # noqa: E731 - one use, beside its parts
     asked = [None] * SAMPLES if questions is None else list(questions)
     prompts = [prompter.prompt(text) for text in _PROMPTS]
     requests = [Request(*parts) for parts in zip(prompts, views, [None] * SAMPLES, asked, strict=True)]

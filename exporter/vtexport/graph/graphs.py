@@ -159,8 +159,7 @@ class PrefillGraph(_LanguageGraph):
         at = image_position if image_position.ndim == 2 else image_position[:, None]
         counts = given.get("visual_length")
         layout = Layout(at, text_length, input_ids.shape[1], self.plan.vision_tokens, counts)
-        empty = replace(layout, visual=0, counts=None if counts is None else counts * 0)
-        hidden = empty.with_visual(text, visual, layout)
+        hidden = layout.bare().with_visual(text, visual, layout)
         rows = Sequence(hidden, layout.places(), layout)
         raters = None if self.method is None else self.method.rating_rows(visual, text, layout)
         stages, blocks = self.plan.decoder_stages, list(self.decoder.blocks())
@@ -253,7 +252,7 @@ class PrefillGraph(_LanguageGraph):
         names = ["input_ids", "image_position", "text_length", "visual"]
         if self.method is not None and self.method.raters == "given":
             names.append("ranking")
-        return [*names, "visual_length"] if counts_visual(self.spec) else names
+        return [*names, "visual_length"] if self.spec.views.counted else names
 
 
 class DecodeGraph(_LanguageGraph):
@@ -295,11 +294,6 @@ class DecodeGraph(_LanguageGraph):
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             caches += [key, value]
         return self.logits(x[:, 0]), *caches, *([] if total is None else [total])
-
-
-def counts_visual(spec: ModelSpec) -> bool:
-    """Whether prefill is told how many visual tokens each image of a row has."""
-    return spec.views.images > 1 or spec.views.newlines > 0
 
 
 def cache_names(kind: str, layers: int) -> list[str]:

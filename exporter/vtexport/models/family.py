@@ -29,6 +29,8 @@ class Family:
     part: ClassVar[str] = "image"
     #: the name of the vision tower's module
     tower: ClassVar[str] = "vision_tower"
+    #: views of each image; of a video its frames
+    frames: ClassVar[int] = 1
 
     def spec(self, folder: Path, config: dict[str, Any], asked: Asked) -> ModelSpec:
         """The geometry, read through transformers' own configuration classes, which know every default.
@@ -66,7 +68,7 @@ class Family:
     def views(self, path: Path, parsed: Any, vision: VisionSpec, asked: Asked) -> ViewSpec:
         """What becomes of a prompt's images; see `Asked`."""
         self.refuse(asked, "grid", "arrangement")
-        return ViewSpec(images=images_asked(asked))
+        return ViewSpec(images=images_asked(asked), views=self.frames)
 
     def refuse(self, asked: Asked, *names: str) -> None:
         """Raise InputError for choices that this family does not have."""

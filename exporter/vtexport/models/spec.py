@@ -89,6 +89,11 @@ class ViewSpec:
         return self.images * self.views
 
     @property
+    def counted(self) -> bool:
+        """Whether a prompt's visual tokens are not those of one image of one size, so that they must be counted."""
+        return self.images > 1 or self.newlines > 0
+
+    @property
     def has_frames(self) -> bool:
         """Whether what a prompt has are videos, not images."""
         return self.views > 1 and self.tiles is None

@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 
 from vtexport.errors import InputError
-from vtexport.models.family import Family, images_asked, pixels_of
-from vtexport.models.spec import Asked, ModelSpec, ViewSpec, VisionSpec
+from vtexport.models.family import Family, pixels_of
+from vtexport.models.spec import Asked, ModelSpec
 from vtexport.models.views import Views
-
-#: frames that Video-LLaVA was trained on
-FRAMES = 8
 
 
 class VideoLlava(Family):
@@ -25,6 +22,8 @@ class VideoLlava(Family):
     mark = "<video>"
     part = "video"
     tower = "video_tower"
+    # What Video-LLaVA was trained on.
+    frames = 8
 
     def spec(self, folder: Path, config: dict[str, Any], asked: Asked) -> ModelSpec:
         found = super().spec(folder, config, asked)
@@ -32,10 +31,6 @@ class VideoLlava(Family):
 
     def token_id(self, parsed: Any) -> int:
         return int(parsed.video_token_id)
-
-    def views(self, path: Path, parsed: Any, vision: VisionSpec, asked: Asked) -> ViewSpec:
-        self.refuse(asked, "grid", "arrangement")
-        return ViewSpec(images=images_asked(asked), views=FRAMES)
 
     def look(self, processor: Any, spec: ModelSpec, pictures: Sequence[Any]) -> Views:
         frames = []

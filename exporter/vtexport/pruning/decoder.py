@@ -195,7 +195,8 @@ def drop(
             counts = torch.cat([counts[:, :-1], counts[:, -1:] + stage.recycled * loses.to(counts.dtype)], dim=1)
             kept, positions = _present_first(kept, positions, order)
         index = torch.where(there, index, torch.full_like(index, -1))
-    return Dropped(_with_image(plan, sequence, kept, positions, counts), index, score, cluster)
+    after = replace(layout, visual=kept.shape[1], counts=counts)
+    return Dropped(_with_image(plan, sequence, kept, positions, after), index, score, cluster)
 
 
 def _present_first(tokens: Tensor, positions: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,10 +207,7 @@ def _present_first(tokens: Tensor, positions: Tensor, there: Tensor) -> tuple[Te
     return take(tokens, place), positions.gather(1, place)
 
 
-def _with_image(
-    plan: PruningPlan, sequence: Sequence, visual: Tensor, positions: Tensor, counts: Tensor | None
-) -> Sequence:
-    layout = replace(sequence.layout, visual=visual.shape[1], counts=counts)
+def _with_image(plan: PruningPlan, sequence: Sequence, visual: Tensor, positions: Tensor, layout: Layout) -> Sequence:
     hidden = sequence.layout.with_visual(sequence.hidden, visual, layout)
     if plan.positions == "compact":
         return Sequence(hidden, layout.places(), layout)
@@ -218,6 +216,5 @@ def _with_image(
 
 
 def _without_image(plan: PruningPlan, sequence: Sequence) -> Sequence:
-    hidden, positions, counts = sequence.hidden, sequence.positions, sequence.layout.counts
-    none = None if counts is None else counts * 0
-    return _with_image(plan, sequence, hidden[:, :0], positions[:, :0], none)
+    hidden, positions = sequence.hidden, sequence.positions
+    return _with_image(plan, sequence, hidden[:, :0], positions[:, :0], sequence.layout.bare())

@@ -52,11 +52,13 @@ class Layout:
         """The place of each prompt's last token, [B] int64."""
         return self.text_length + (self.visual - 1 if self.counts is None else self.counts.sum(dim=1) - 1)
 
+    def bare(self) -> Layout:
+        """The same rows without any visual token."""
+        return replace(self, visual=0, counts=None if self.counts is None else self.counts * 0)
+
     def present(self) -> Tensor | None:
         """Which of V visual tokens a row has, [B, V] bool; None where all have all."""
-        if self.counts is None:
-            return None
-        return self._count(self.visual) < self.counts.sum(dim=1, keepdim=True)
+        return None if self.counts is None else self.has(self._count(self.visual))
 
     def has(self, index: Tensor) -> Tensor:
         """Which of the visual tokens index [B, K] names a row has, [B, K] bool; where rows differ in that."""
@@ -119,8 +121,7 @@ class Layout:
         total = None if self.counts is None else self.counts.sum(dim=1, keepdim=True)
         at = torch.zeros_like(self.image_position[:, :1])
         front = replace(self, image_position=at, counts=total)
-        bare = replace(self, image_position=at, visual=0, counts=None if total is None else torch.zeros_like(total))
-        return bare.with_visual(self.rows_of(x, self.text_places()), self.visual_of(x), front), front
+        return front.bare().with_visual(self.rows_of(x, self.text_places()), self.visual_of(x), front), front
 
     def _placed(self, number: Tensor) -> Tensor:
         """The places of text tokens number [?, R]: [B, R]."""

@@ -172,7 +172,7 @@ def _check_model(spec: ModelSpec, method: str) -> None:
             f"method {vision.name} cannot tell an image's padding from its content; add --arrangement views, which leaves "
             "out the model's newlines and unpadding, or use another method"
         )
-    if decoder is not None and decoder.raters == "given" and (spec.views.newlines or spec.views.images > 1):
+    if decoder is not None and decoder.raters == "given" and spec.views.counted:
         raise InputError(f"method {decoder.name} ranks the tokens of one image of one size; use another method")
 
 

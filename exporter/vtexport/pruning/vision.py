@@ -224,8 +224,9 @@ def _by_rows(
     own = plan.views * state.grid * state.grid
     kept = _Kept(rows.sequence)
     if plan.vision_stage is not None:
-        pruned = method.select(replace(state, padding=_padding(state, rows)), plan, constants)
-        kept = _kept_of_rows(pruned, plan, state, rows)
+        padding = _padding(state, rows)
+        pruned = method.select(replace(state, padding=padding), plan, constants)
+        kept = _kept_of_rows(pruned, plan, padding, rows)
     joined = _joined(state.patches, plan.views)
     source = kept.sequence.clamp(max=own - 1)[..., None].expand(-1, -1, joined.shape[2])
     projected = state.project(joined.gather(1, source))
@@ -243,7 +244,7 @@ class _Kept:
     score: Tensor | None = None
 
 
-def _kept_of_rows(pruned: Pruned, plan: PruningPlan, state: TowerState, rows: RowOrder) -> _Kept:
+def _kept_of_rows(pruned: Pruned, plan: PruningPlan, padding: Tensor, rows: RowOrder) -> _Kept:
     """The places of the patches that stay, and of each newline whose row has one of them."""
     import torch
 
@@ -251,8 +252,8 @@ def _kept_of_rows(pruned: Pruned, plan: PruningPlan, state: TowerState, rows: Ro
 
     assert rows.row_start is not None, "a pruned sequence says where its rows start"
     assert pruned.index is not None, "a method that skips padding keeps tokens as they are"
-    patches, sequence = state.grid * state.grid, rows.sequence
-    chosen = marked(pruned.index, patches) & ~_padding(state, rows)
+    patches, sequence = padding.shape[1], rows.sequence
+    chosen = marked(pruned.index, patches) & ~padding
     stay = _joined(chosen[..., None].float(), plan.views)[..., 0]
     stay = torch.cat([stay, torch.zeros_like(stay[:, : rows.images + 1])], dim=1)
     # What stays up to each place, less what stayed before its start: of a patch itself, of a newline its row.

@@ -12,9 +12,9 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from vtexport.graph.weights import Lazy
     from vtexport.models.spec import ModelSpec
     from vtexport.pruning import PruningPlan
+    from vtexport.targets.quantize import Scheme
 
 Array = np.ndarray[Any, Any]
 #: milliseconds of each graph's layers by their names, over all its calls
@@ -240,12 +240,8 @@ class Target(Protocol):
         """Raise InputError for plans of a model that the target has no place for."""
         ...
 
-    def rewrite(self, models: Sequence[ir.Model], options: Mapping[str, str | int]) -> Mapping[str, Lazy]:
-        """Change traced graphs before their weights are written; how new initialisers are made of weights, by name."""
-        ...
-
-    def rounding(self, options: Mapping[str, str | int]) -> Callable[[Array], Array] | None:
-        """What `rewrite` makes of the values of a weight [N, K] of the decoder's layers; None if it leaves them alone."""
+    def scheme(self, options: Mapping[str, str | int]) -> Scheme | None:
+        """How the options say to hold the weights of the decoder's layers; None for as they are."""
         ...
 
     def compile(self, job: CompileJob) -> Compiled:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from vtexport.errors import InputError
-from vtexport.targets.base import ENGINE_FOLDER, Array, Availability, Compiled, CompileJob, Engine
+from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Engine
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from vtexport.graph.weights import Lazy
     from vtexport.models.spec import ModelSpec
     from vtexport.pruning import PruningPlan
+    from vtexport.targets.quantize import Scheme
 
 
 class OnnxRuntimeTarget:
@@ -39,25 +36,16 @@ class OnnxRuntimeTarget:
         return Availability(True, f"onnxruntime {version('onnxruntime')}")
 
     def check_options(self, options: Mapping[str, str | int]) -> None:
-        from vtexport.targets.onnxruntime.quantize import SCHEMES
-
-        if options["quantize"] not in ("", *SCHEMES):
-            known = ", ".join(SCHEMES)
-            raise InputError(f"--quantize {options['quantize']} is not for target {self.name}; choose one of {known}")
+        self.scheme(options)
 
     def check_plans(self, spec: ModelSpec, plans: Sequence[PruningPlan], options: Mapping[str, str | int]) -> None:
         """Every plan is welcome."""
 
-    def rewrite(self, models: Sequence[ir.Model], options: Mapping[str, str | int]) -> Mapping[str, Lazy]:
+    def scheme(self, options: Mapping[str, str | int]) -> Scheme | None:
         from vtexport.targets.onnxruntime.quantize import SCHEMES
-        from vtexport.targets.quantize import quantize
+        from vtexport.targets.quantize import chosen
 
-        return quantize(models, SCHEMES[str(options["quantize"])]) if options["quantize"] else {}
-
-    def rounding(self, options: Mapping[str, str | int]) -> Callable[[Array], Array] | None:
-        from vtexport.targets.onnxruntime.quantize import SCHEMES
-
-        return SCHEMES[str(options["quantize"])].rounded if options["quantize"] else None
+        return chosen(SCHEMES, options, self.name)
 
     def compile(self, job: CompileJob) -> Compiled:
         import onnx_ir as ir

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vtexport.errors import InputError, TargetError
-from vtexport.targets.base import ENGINE_FOLDER, Array, Availability, Compiled, CompileJob, Engine
+from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Engine
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from vtexport.graph.weights import Lazy
     from vtexport.models.spec import ModelSpec
     from vtexport.pruning import PruningPlan
+    from vtexport.targets.quantize import Scheme
     from vtexport.targets.tensorrt.bindings import Bindings
     from vtexport.targets.tensorrt.builder import Settings
     from vtexport.targets.tensorrt.engine import TensorRTEngine
@@ -89,16 +89,11 @@ class AnyTensorRT(ABC):
     ) -> None:
         """Every plan is welcome."""
 
-    def rewrite(self, models: Sequence[ir.Model], options: Mapping[str, str | int]) -> Mapping[str, Lazy]:
-        from vtexport.targets.quantize import quantize
+    def scheme(self, options: Mapping[str, str | int]) -> Scheme | None:
+        from vtexport.targets.quantize import chosen
         from vtexport.targets.tensorrt.quantize import SCHEMES
 
-        return quantize(models, SCHEMES[str(options["quantize"])]) if options.get("quantize") else {}
-
-    def rounding(self, options: Mapping[str, str | int]) -> Callable[[Array], Array] | None:
-        from vtexport.targets.tensorrt.quantize import SCHEMES
-
-        return SCHEMES[str(options["quantize"])].rounded if options.get("quantize") else None
+        return chosen(SCHEMES, options, self.name)
 
     def facts(self, options: Mapping[str, str | int]) -> dict[str, str | int]:
         """What the manifest says of a build with these options."""
@@ -127,16 +122,11 @@ class AnyTensorRT(ABC):
         return Availability(True, f"{available.reason} on {gpu.name}")
 
     def check_options(self, options: Mapping[str, str | int]) -> None:
-        from vtexport.targets.tensorrt.quantize import SCHEMES
-
         self.settings(options)
         for name in ("max_batch", "max_text"):
             if int(options[name]) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {options[name]} is too small; give at least 1")
-        kind = options.get("quantize", "")
-        if kind and kind not in SCHEMES:
-            raise InputError(f"--quantize {kind} is not for target {self.name}; choose one of {', '.join(SCHEMES)}")
-        if kind and options["strip_weights"]:
+        if self.scheme(options) is not None and options["strip_weights"]:
             raise InputError("--strip-weights cannot go with --quantize; leave one of them out")
 
     def compile(self, job: CompileJob) -> Compiled:
