@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.progress import track
 
-from vtexport.console import stderr
+from vtexport.cli.console import stderr
 from vtexport.micro.heldout import NUM_QUESTIONS
 
 KEEPS = (0.5, 0.33, 0.25, 0.17, 0.11)
@@ -71,14 +71,14 @@ def measure(job: Job, limit: int) -> Point | None:
     """Build and ask one bundle, with one thread."""
     import torch
 
-    from vtexport.build import BuildOptions, build
+    from vtexport.builder.build import BuildOptions, build
     from vtexport.errors import InputError
-    from vtexport.evaluate import evaluate
+    from vtexport.measure.evaluate import evaluate
     from vtexport.models import read_spec
     from vtexport.models.resolve import recipe_ranks
     from vtexport.pruning import dense_plan, methods_of
     from vtexport.pruning.flops import plan_flops
-    from vtexport.runtime import Runner
+    from vtexport.runtime.runner import Runner
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:

@@ -36,9 +36,9 @@ def measure(method: str, keep: float | str, target: float | None, limit: int) ->
     """Build and ask one bundle, with one thread."""
     import torch
 
-    from vtexport.build import BuildOptions, build
-    from vtexport.evaluate import evaluate
-    from vtexport.runtime import Runner
+    from vtexport.builder.build import BuildOptions, build
+    from vtexport.measure.evaluate import evaluate
+    from vtexport.runtime.runner import Runner
 
     torch.set_num_threads(1)
     buckets = BUCKETS if target is not None else None

@@ -18,9 +18,9 @@ from models import half_billion_llava
 from op_cost import pruning_ms
 from sides import HookedSparseVLM, Side, Times, Transformers, Vtexport, check_equal, in_turns
 
-from vtexport.build import BuildOptions, build
+from vtexport.builder.build import BuildOptions, build
+from vtexport.measure.profile import QUESTION, device_name
 from vtexport.models import read_spec, resolve_model
-from vtexport.profile import QUESTION, device_name
 from vtexport.pruning.flops import plan_flops
 
 METHODS = ("sparsevlm", "fastervlm")

@@ -27,13 +27,13 @@ from clock import Clock, captured, in_turns
 from kernels import kernel_table, measure_kernels
 from torch import Tensor, nn
 
-from vtexport import native
 from vtexport.errors import InputError
 from vtexport.graph.graphs import DecodeGraph, PrefillGraph, VisionGraph
 from vtexport.models.families import FAMILIES
 from vtexport.models.rope import rope_tables
 from vtexport.models.spec import Asked, ModelSpec
 from vtexport.models.views import rows_of
+from vtexport.native import kernels as native
 from vtexport.pruning import METHODS, PruningPlan, ops, planner
 from vtexport.pruning.schedule import Recycling
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from clock import Call, Clock, captured, in_turns
 
-from vtexport import native
 from vtexport.models.spec import ModelSpec
+from vtexport.native import kernels as native
 from vtexport.pruning import plain
 from vtexport.pruning.schedule import Recycling
 

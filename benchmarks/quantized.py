@@ -23,7 +23,7 @@ from accuracy import Job, measure
 from rich.progress import track
 from safetensors.numpy import load_file, save_file
 
-from vtexport.console import stderr
+from vtexport.cli.console import stderr
 from vtexport.micro.heldout import NUM_QUESTIONS
 from vtexport.models import resolve_model
 from vtexport.targets.onnxruntime.quantize import SCHEMES as ONNXRUNTIME

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vtexport.generate import generate
-from vtexport.profile import QUESTION, sample_photo
+from vtexport.measure.profile import QUESTION, sample_photo
 from vtexport.pruning import PruningPlan
-from vtexport.runtime import Runner
+from vtexport.runtime.generate import generate
+from vtexport.runtime.runner import Runner
 
 Times = dict[str, float]
 

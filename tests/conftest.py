@@ -17,11 +17,11 @@ from PIL import Image
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tests.checkpoints import MICRO, random_checkpoint
-from vtexport import cli
-from vtexport.build import BuildOptions, build
+from vtexport.builder.build import BuildOptions, build
+from vtexport.cli import main as cli
 from vtexport.micro import heldout
 from vtexport.models import ModelSpec
-from vtexport.runtime import Runner
+from vtexport.runtime.runner import Runner
 
 BuildBundle = Callable[..., Path]
 

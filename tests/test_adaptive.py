@@ -14,16 +14,16 @@ from PIL import Image
 from tests.checkpoints import MICRO
 from tests.conftest import BuildBundle, check_refused, noise_images
 from tests.graph.test_parity import QUESTIONS
-from vtexport.build import BuildOptions, build
-from vtexport.bundle import Bundle
+from vtexport.builder.build import BuildOptions, build
+from vtexport.bundle.folder import Bundle
 from vtexport.errors import InputError
-from vtexport.evaluate import evaluate
+from vtexport.measure.evaluate import evaluate
 from vtexport.micro import heldout
 from vtexport.models import Checkpoint, read_spec
 from vtexport.models.names import fingerprint
 from vtexport.pruning.adaptive import AdaptiveTable, Policy
 from vtexport.pruning.rank import Calibration
-from vtexport.runtime import Runner
+from vtexport.runtime.runner import Runner
 from vtexport.targets.base import VisionInput
 from vtexport.targets.tensorrt_llm import prompts
 
@@ -169,7 +169,7 @@ def test_bad_options(vtexport, arguments: list[str], message: str, tmp_path: Pat
 
 
 def test_calibrate_measures_methods(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    from vtexport.calibrate import Asked, Pair, calibrate_model, steps
+    from vtexport.measure.calibrate import Asked, Pair, calibrate_model, steps
 
     pairs, images = [], [Image.fromarray(example.image) for example in EXAMPLES]
     for number, (image, example) in enumerate(zip(images, EXAMPLES, strict=True)):

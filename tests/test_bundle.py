@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import MICRO
-from vtexport import bundle as bundle_module
-from vtexport.build import BuildOptions, build
-from vtexport.bundle import Bundle, check_destination, write_folder
+from vtexport.builder.build import BuildOptions, build
+from vtexport.bundle import folder as bundle_module
+from vtexport.bundle.folder import Bundle, check_destination, write_folder
+from vtexport.bundle.manifest import MANIFEST
 from vtexport.errors import BundleError, InputError, StorageError, VerificationError
-from vtexport.manifest import MANIFEST
-from vtexport.runtime import Runner
+from vtexport.runtime.runner import Runner
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -142,7 +142,7 @@ def test_the_old_bundle_survives_a_failed_rebuild(
     def fail(*_args: object, **_kwargs: object) -> None:
         raise VerificationError("the engine differs")
 
-    monkeypatch.setattr("vtexport.selfcheck.verify_engine", fail)
+    monkeypatch.setattr("vtexport.builder.selfcheck.verify_engine", fail)
     with pytest.raises(VerificationError):
         build(BuildOptions(str(tiny_checkpoint), 0.5), out, force=True)
     assert (out / MANIFEST).read_bytes() == before
@@ -169,7 +169,7 @@ def test_a_wrong_engine_fails_the_build_and_leaves_nothing(
 
 
 def test_wrong_logits_fail_the_build(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vtexport.reference import ReferenceAnswer, ReferenceModel
+    from vtexport.check.reference import ReferenceAnswer, ReferenceModel
 
     real = ReferenceModel.answer
 
@@ -224,7 +224,7 @@ def test_an_unwritable_place_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_dense_twin_is_the_dense_model(micro_bundle: Path, build_bundle, tmp_path: Path) -> None:
-    from vtexport.build import build_dense_twin
+    from vtexport.builder.build import build_dense_twin
 
     twin = build_dense_twin(Bundle.open(micro_bundle), tmp_path / "dense")
     dense = Bundle.open(build_bundle(MICRO, 1.0, "dense"))

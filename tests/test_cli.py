@@ -14,9 +14,10 @@ from PIL import Image
 
 from tests.checkpoints import MICRO, random_checkpoint
 from tests.conftest import check_refused
-from vtexport import cli, native
-from vtexport.manifest import MANIFEST
+from vtexport.bundle.manifest import MANIFEST
+from vtexport.cli import main as cli
 from vtexport.micro import heldout
+from vtexport.native import kernels as native
 from vtexport.pruning.rank import Calibration
 
 README = Path(__file__).parents[1] / "README.md"
@@ -24,7 +25,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from vtexport import cli; sys.argv = ['vtexport', '--help']\n"
+        "import sys; from vtexport.cli import main as cli; sys.argv = ['vtexport', '--help']\n"
         "try: cli.main()\n"
         "finally: print([m for m in ('torch', 'transformers', 'onnxruntime', 'numpy', 'rich') if m in sys.modules])"
     )
@@ -294,7 +295,7 @@ def broken_models(tiny_checkpoint: Path, tmp_path: Path) -> dict[str, Path]:
 def test_bad_destinations(vtexport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = vtexport("build", "--model", "micro-llava", "--keep", "0.5", "--out", "/proc/nowhere/out")
     check_refused(outcome, "is not a writable folder; give another --out", tmp_path)
-    from vtexport import bundle
+    from vtexport.bundle import folder as bundle
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(bundle.shutil, "disk_usage", lambda _path: usage._replace(free=10))

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import random_checkpoint, random_clip, sparse_checkpoint
 from tests.conftest import check_refused
-from vtexport import selfcheck
-from vtexport.build import BuildOptions, build, dry_run
+from vtexport.builder import selfcheck
+from vtexport.builder.build import BuildOptions, build, dry_run
 from vtexport.errors import VerificationError
-from vtexport.runtime import Runner
+from vtexport.runtime.runner import Runner
 from vtexport.targets.base import VisionInput
 
 GIGABYTE = 1 << 30
@@ -152,7 +152,7 @@ def test_what_is_hard_linked_needs_no_room(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted: list[int] = []
-    monkeypatch.setattr("vtexport.assemble.check_space", lambda _out, needed: wanted.append(needed))
+    monkeypatch.setattr("vtexport.builder.assemble.check_space", lambda _out, needed: wanted.append(needed))
     for dtype in ("fp32", "fp16"):
         build(BuildOptions(str(tiny_checkpoint), 0.7, dtype=dtype, verify=False), tmp_path / dtype)
     linked, converted = wanted

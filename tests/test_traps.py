@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import vtexport
 from tests.checkpoints import random_clip
 from tests.conftest import BuildBundle, noise_images
-from vtexport import profile as profiling
-from vtexport.generate import Request, generate
+from vtexport.measure import profile as profiling
 from vtexport.pruning import METHODS, VisionMethod, make_plan, methods_of, ops
 from vtexport.pruning.layout import Layout
 from vtexport.pruning.raters import text_raters
 from vtexport.pruning.vision import TowerLayer, TowerState, prune
-from vtexport.runtime import Runner
+from vtexport.runtime.generate import Request, generate
+from vtexport.runtime.runner import Runner
 
 QUESTIONS = ("how many?", "what digit is red, and where is the 3 beside <image> it?", "<image> where?")
 KEEP = 0.6

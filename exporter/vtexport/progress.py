@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Where a build reports; `vtexport.console` shows it, `Silent` does not."""
+    """Where a build reports; `vtexport.cli.console` shows it, `Silent` does not."""
 
     def stage(self, text: str, total: int | None = None) -> None:
         """A new stage of `total` steps (None: unknown)."""

@@ -17,8 +17,8 @@ from tests.reference import llava, methods
 from vtexport.errors import InputError, ModelError
 from vtexport.micro import heldout
 from vtexport.models.clip import ClipTokenizer, read_clip
-from vtexport.models.spec import read_spec
-from vtexport.runtime import Runner
+from vtexport.models.families import read_spec
+from vtexport.runtime.runner import Runner
 
 # How the released code's relevance is scaled: the least relevant patch still has a little.
 LEAST = 1e-6

@@ -18,10 +18,10 @@ from transformers.utils import logging
 from tests.checkpoints import family_checkpoint
 from tests.conftest import BuildBundle, noise_images
 from tests.reference import methods
-from vtexport.generate import Request, Result, generate
 from vtexport.models.spec import Asked
 from vtexport.pruning.rank import Calibration
-from vtexport.runtime import Runner
+from vtexport.runtime.generate import Request, Result, generate
+from vtexport.runtime.runner import Runner
 
 NEW_TOKENS = 32
 QUESTION = "what digit is red?"
@@ -448,7 +448,7 @@ def test_cells_of_several_views_are_where_their_tokens_came_from(made, build_bun
 
 @pytest.mark.parametrize("name", ["next-two-images", "video"])
 def test_several_views_are_profiled(name: str, made, build_bundle: BuildBundle) -> None:
-    from vtexport.profile import profile
+    from vtexport.measure.profile import profile
 
     case = CASES[name]
     folder, _ = made(case.checkpoint)

@@ -15,9 +15,9 @@ from tests.checkpoints import MICRO, random_checkpoint
 from tests.conftest import BuildBundle, noise_images
 from tests.graph.test_parity import GEOMETRIES, QUESTIONS
 from tests.reference import llava, methods
-from vtexport.generate import Result, generate
 from vtexport.micro import heldout
-from vtexport.runtime import Runner
+from vtexport.runtime.generate import Result, generate
+from vtexport.runtime.runner import Runner
 
 NEW_TOKENS = 64
 # Five layers, so that three can prune; distances that sparsevlm-plus can weigh.

@@ -12,8 +12,8 @@ import torch
 from tests.checkpoints import LLAMA3_ROPE, MICRO, random_checkpoint, rename_tensors
 from tests.conftest import BuildBundle, noise_images
 from tests.reference import fastervlm, llava
-from vtexport.generate import Request, generate
-from vtexport.runtime import Runner
+from vtexport.runtime.generate import Request, generate
+from vtexport.runtime.runner import Runner
 from vtexport.targets.base import VisionInput
 
 QUESTIONS = (
@@ -168,7 +168,7 @@ def test_baselines_do_what_they_say(method: str, tiny_checkpoint: Path, build_bu
     ids=["transformers-4.52", "llava-hf"],
 )  # fmt: skip
 def test_every_naming_of_a_checkpoint_is_read(rules: dict[str, str], tmp_path: Path) -> None:
-    from vtexport.build import BuildOptions, build
+    from vtexport.builder.build import BuildOptions, build
 
     folder = random_checkpoint(tmp_path / "model", seed=9)
     # In another dtype than the checkpoint's every weight is written, under our names.

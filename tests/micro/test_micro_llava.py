@@ -10,13 +10,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from tests.checkpoints import MICRO
 from tests.conftest import BuildBundle
-from vtexport.evaluate import evaluate
-from vtexport.generate import generate
+from vtexport.measure.evaluate import evaluate
 from vtexport.micro import heldout
 from vtexport.models import read_spec
 from vtexport.pruning import dense_plan
 from vtexport.pruning.flops import plan_flops
-from vtexport.runtime import Runner
+from vtexport.runtime.generate import generate
+from vtexport.runtime.runner import Runner
 
 KEEPS = (0.5, 0.15, 0.05)
 

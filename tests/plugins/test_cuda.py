@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtexport import native
+from vtexport.native import kernels as native
 from vtexport.pruning import ops, plain
 
 pytestmark = [

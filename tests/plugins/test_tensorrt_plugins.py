@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from vtexport.errors import TargetError
-from vtexport.plugins import LIBRARY, load
+from vtexport.native.plugins import LIBRARY, load
 
 SOURCE = Path(__file__).parents[2]
 ARCHITECTURES = {"75", "80", "86", "89", "90", "100", "120"}
@@ -152,7 +152,7 @@ REGISTER = """
 import sys
 from pathlib import Path
 import tensorrt_rtx_bindings as trt
-from vtexport.plugins import NAMES, load
+from vtexport.native.plugins import NAMES, load
 registry = trt.get_plugin_registry()
 load(registry, Path(sys.argv[1]))
 load(registry, Path(sys.argv[1]))
@@ -186,7 +186,7 @@ def test_tensorrt_rtx_builds_with_the_plugins_registered(built: Built, tiny_chec
     """Its parser ends the process at a node that resolves to a plugin; no such node may reach it."""
     pytest.importorskip("tensorrt_rtx_bindings")
     build = """
-from vtexport.build import BuildOptions, build
+from vtexport.builder.build import BuildOptions, build
 bundle = build(BuildOptions(sys.argv[2], 0.5, target="tensorrt-rtx", verify=False), Path(sys.argv[3]))
 print(len(bundle.manifest.target.graphs))
 """

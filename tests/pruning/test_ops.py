@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.reference import methods
-from vtexport import native
 from vtexport.graph.functions import OPSET, attach_functions
+from vtexport.native import kernels as native
 from vtexport.pruning import ops
 from vtexport.pruning.onnx_node import DOMAIN_VERSION, PRUNING
 

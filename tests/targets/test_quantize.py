@@ -14,10 +14,10 @@ from PIL import Image
 
 from tests.checkpoints import MICRO, random_checkpoint
 from tests.conftest import BuildBundle, check_refused
-from vtexport.build import build_dense_twin
-from vtexport.bundle import Bundle
+from vtexport.builder.build import build_dense_twin
+from vtexport.bundle.folder import Bundle
 from vtexport.micro import heldout
-from vtexport.runtime import Runner
+from vtexport.runtime.runner import Runner
 from vtexport.targets.onnxruntime.quantize import BLOCK, SCHEMES, NBits
 from vtexport.targets.quantize import Scheme
 from vtexport.targets.tensorrt import quantize as tensorrt

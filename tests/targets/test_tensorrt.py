@@ -11,11 +11,11 @@ import torch
 
 from tests.checkpoints import MICRO, random_checkpoint, random_clip
 from tests.conftest import check_refused
-from vtexport.build import BuildOptions, build
-from vtexport.bundle import Bundle
+from vtexport.builder.build import BuildOptions, build
+from vtexport.bundle.folder import Bundle
 from vtexport.errors import InputError, TargetError
 from vtexport.pruning import METHODS
-from vtexport.runtime import Runner
+from vtexport.runtime.runner import Runner
 from vtexport.targets.tensorrt.rtx import TensorRTRTXTarget, parse_architectures
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="the extra tensorrt-rtx is not installed")

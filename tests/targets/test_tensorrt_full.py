@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from tests.checkpoints import MICRO
-from vtexport.build import BuildOptions, build
+from vtexport.builder.build import BuildOptions, build
 from vtexport.errors import InputError, TargetError
 from vtexport.graph.export import trace_prefill
 from vtexport.models import read_spec

@@ -21,12 +21,12 @@ from transformers import AutoModelForImageTextToText
 
 from tests.checkpoints import MICRO, family_checkpoint
 from tests.conftest import BuildBundle, check_refused, noise_images
-from vtexport.build import BuildOptions, build
+from vtexport.builder.build import BuildOptions, build
 from vtexport.errors import InputError
+from vtexport.measure.profile import profile
 from vtexport.models import Prompter, read_spec
 from vtexport.models.spec import Asked
-from vtexport.profile import profile
-from vtexport.runtime import Runner
+from vtexport.runtime.runner import Runner
 from vtexport.targets.onnxruntime.session import OrtEngine
 from vtexport.targets.tensorrt_llm import messages, prompts
 from vtexport.targets.tensorrt_llm.layout import build_flags, renamed
@@ -162,7 +162,7 @@ def test_a_bundle_holds_the_vision_engine_alone(monkeypatch: pytest.MonkeyPatch,
 
 def without_a_gpu_to_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build as on a GPU, but check the ONNX files, which is done where a target cannot run."""
-    from vtexport import selfcheck
+    from vtexport.builder import selfcheck
 
     monkeypatch.setattr(
         selfcheck,

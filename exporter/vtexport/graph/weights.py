@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from vtexport.arrays import Array
 from vtexport.errors import ModelError
 from vtexport.models.checkpoint import Checkpoint, TensorRecord
 from vtexport.models.names import PREFIXES
@@ -36,8 +37,6 @@ _TYPES: dict[ir.DataType, tuple[str, type[np.generic]]] = {
 }
 # A file of the checkpoint of which a bundle needs less than this is not linked; what is needed of it is copied.
 _WORTH_LINKING = 0.5
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

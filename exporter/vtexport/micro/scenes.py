@@ -13,14 +13,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from vtexport.arrays import Array
 from vtexport.errors import MissingDependencyError
 
 Split = Literal["train", "heldout"]
-Array = np.ndarray[Any, Any]
 
 IMAGE_SIZE = 96
 DIGIT_SIZE = 16

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from vtexport.arrays import Array
 from vtexport.errors import InputError, ModelError, first_line
 from vtexport.models.llava import Llava
 from vtexport.models.spec import ClipSpec, VisionSpec, read_config
 
-Array = np.ndarray[Any, Any]
 #: where a bundle keeps the tokenizer and config.json of its CLIP, below its processor
 FOLDER = "clip"
 

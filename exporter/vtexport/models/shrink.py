@@ -9,8 +9,9 @@ from typing import Any
 
 from vtexport.models.checkpoint import Checkpoint
 from vtexport.models.clip import read_clip
+from vtexport.models.families import read_spec
 from vtexport.models.prompt import PROCESSOR_FILES
-from vtexport.models.spec import ModelSpec, read_spec
+from vtexport.models.spec import ModelSpec
 
 _HEAD_SIZE = 8
 _HEADS = 4

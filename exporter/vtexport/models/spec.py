@@ -230,26 +230,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object; download the checkpoint again")
     return config
-
-
-def read_spec(folder: Path, asked: Asked | None = None) -> ModelSpec:
-    """The geometry of the checkpoint in `folder`, whose family config.json names.
-
-    Args:
-        folder: the checkpoint.
-        asked: what was chosen of its views.
-
-    Raises:
-        ModelError: the folder holds no LLaVA checkpoint, or one with a feature vtexport has not.
-        InputError: a choice that its family does not have.
-    """
-    from vtexport.models.families import FAMILIES
-
-    config = read_config(folder)
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        named = f"a {kind!r} model" if kind else "a config.json without model_type"
-        raise ModelError(
-            f"{folder} holds {named}, not LLaVA; vtexport reads checkpoints of model_type {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[kind].spec(folder, config, asked or Asked())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from vtexport.arrays import Array
 from vtexport.models.spec import ModelSpec
 
-Array = np.ndarray[Any, Any]
 Size = tuple[int, int]
 
 

@@ -6,14 +6,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from vtexport.arrays import Array
 from vtexport.errors import InputError
 from vtexport.pruning.plan import PruningPlan, check_keep
 
-Array = np.ndarray[Any, Any]
 #: the keep ratio that asks for a choice per image
 AUTO = "auto"
 DEFAULT_BUCKETS = (0.5, 0.25, 0.125)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef  # type: ignore[attr-defined]  # it says itself where it is from
 
-from vtexport import native
+from vtexport.native import kernels as native
 from vtexport.pruning import plain
 from vtexport.pruning.onnx_node import PRUNING, node, nodes
 

@@ -1,4 +1,4 @@
-"""Calibrated ranks: what the rank-based schedule rests on, measured once a model (`vtexport.calibrate`) and kept."""
+"""Calibrated ranks: what the rank-based schedule rests on, measured once a model (`vtexport.measure.calibrate`) and kept."""
 
 from __future__ import annotations
 

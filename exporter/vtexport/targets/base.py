@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-import numpy as np
+from vtexport.arrays import Array
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from vtexport.pruning import PruningPlan
     from vtexport.targets.quantize import Scheme
 
-Array = np.ndarray[Any, Any]
 #: milliseconds of each graph's layers by their names, over all its calls
 LayerTimes = Mapping[str, Mapping[str, float]]
 #: the folder of a bundle where graphs lie, and the weights that they point into

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from vtexport.arrays import Array
 from vtexport.errors import InputError
 from vtexport.graph.weights import Lazy
-from vtexport.targets.base import Array
 
 _LAYER = re.compile(r"decoder\.layers\.\d+\..*\.weight")
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from vtexport.targets.base import Array
+from vtexport.arrays import Array
 from vtexport.targets.quantize import Scheme, block_quantizer
 
 #: input channels that share a scale and a zero point

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from vtexport.arrays import Array
 from vtexport.errors import TargetError, first_line
 from vtexport.targets.base import (
-    Array,
     Cache,
     LayerTimes,
     PrefillInput,

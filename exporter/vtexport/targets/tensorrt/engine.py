@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from vtexport.arrays import Array
 from vtexport.errors import TargetError
 from vtexport.targets.base import (
-    Array,
     Cache,
     LayerTimes,
     PrefillInput,

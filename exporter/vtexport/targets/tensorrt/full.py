@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from vtexport import plugins
 from vtexport.errors import InputError
+from vtexport.native import plugins
 from vtexport.targets.base import Availability, Compiled
 from vtexport.targets.tensorrt.target import OPTIONS, AnyTensorRT, Device, inline_functions, this_gpu
 

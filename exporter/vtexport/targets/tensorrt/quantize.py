@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from vtexport.targets.base import Array
+from vtexport.arrays import Array
 from vtexport.targets.quantize import Scheme, block_quantizer
 
 #: input channels that share a scale in 4 bits, a size that TensorRT has kernels for

@@ -2,7 +2,7 @@
 
     from tensorrt_llm import LLM, SamplingParams
     from tensorrt_llm.llmapi import KvCacheConfig
-    from vtexport.runtime import Runner
+    from vtexport.runtime.runner import Runner
     from vtexport.targets.tensorrt_llm import prompts
 
     runner = Runner.open(Path("bundle"))

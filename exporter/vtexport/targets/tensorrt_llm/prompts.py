@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from vtexport.targets.base import Array
+from vtexport.arrays import Array
 
 
 class Embedded(Protocol):
@@ -19,7 +19,7 @@ class Embedded(Protocol):
 
 
 class Embedder(Protocol):
-    """What answers with embeddings: `vtexport.runtime.Runner`."""
+    """What answers with embeddings: `vtexport.runtime.runner.Runner`."""
 
     def embed(self, pairs: Sequence[tuple[Any, str]]) -> Sequence[Embedded]: ...
 

@@ -21,7 +21,7 @@ def library() -> Path | None:
     """The plugin library of this installation, or None if it was installed without nvcc or TensorRT's headers."""
     # Native files may lie apart from the Python ones: an editable install keeps its sources where they are.
     spec = find_spec("vtexport._native")
-    places = [Path(__file__).parent] + ([Path(spec.origin).parent] if spec is not None and spec.origin else [])
+    places = [Path(__file__).parents[1]] + ([Path(spec.origin).parent] if spec is not None and spec.origin else [])
     return next((place / LIBRARY for place in places if (place / LIBRARY).is_file()), None)
 
 

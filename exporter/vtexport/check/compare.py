@@ -9,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from vtexport.arrays import Array
+from vtexport.bundle.manifest import VerificationEntry
+from vtexport.check.reference import ReferenceModel, ReferenceVision
 from vtexport.errors import VerificationError
-from vtexport.generate import Request, generate, look, visual_lengths
-from vtexport.manifest import VerificationEntry
 from vtexport.models import ModelSpec, Prompter
 from vtexport.models.clip import ClipTokenizer
 from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan, methods_of
 from vtexport.pruning.plan import VISION
-from vtexport.reference import Array, ReferenceModel, ReferenceVision
+from vtexport.runtime.generate import Request, generate, look, visual_lengths
 from vtexport.targets.base import Engine, VisionOutput
 from vtexport.targets.quantize import Scheme
 

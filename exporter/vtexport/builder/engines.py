@@ -1,34 +1,14 @@
-"""A checkpoint and its plans -> the files of a bundle: traced graphs, weights, compiled engines, processor, manifest."""
+"""Plans and a checkpoint -> compiled graphs and their weights in a folder: what building and its self-check share."""
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtexport.bundle import PROCESSOR_FOLDER, Bundle, Hashes, check_space, same_file_system, write_folder
-from vtexport.manifest import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    AdaptiveEntry,
-    GraphEntry,
-    Manifest,
-    ModelEntry,
-    PlanEntry,
-    PortEntry,
-    TargetEntry,
-    ViewsEntry,
-    encode,
-)
+from vtexport.bundle.manifest import GraphEntry, PortEntry
 from vtexport.models import Checkpoint, ModelSpec
-from vtexport.models.checkpoint import AS_STORED
-from vtexport.models.clip import FOLDER as CLIP_FOLDER
-from vtexport.models.clip import ClipTokenizer
-from vtexport.models.prompt import PROCESSOR_FILES
 from vtexport.progress import Progress
 from vtexport.pruning import PruningPlan, methods_of
 from vtexport.pruning.adaptive import Policy
@@ -99,62 +79,6 @@ def make_engines(
     return Made(compiled, ports)
 
 
-def assemble(
-    source: Source,
-    recipe: Recipe,
-    target: Target,
-    target_options: Mapping[str, str | int],
-    out: Path,
-    progress: Progress,
-    verify: bool,
-) -> Bundle:
-    """Write the bundle `out`, checked against the reference before it gets its name unless `verify` is False."""
-    from vtexport.selfcheck import check_engines
-
-    options = {**target.options, **target_options}
-    check_space(out, _needed_bytes(source, recipe, target, out))
-    with write_folder(out) as building, contextlib.ExitStack() as stack:
-        made = make_engines(source, recipe, target, options, building, progress)
-        _copy_processor(source, building)
-        hashes = stack.enter_context(Hashes(building))
-        verification = (
-            check_engines(source, recipe, target, options, made.compiled, building, progress) if verify else None
-        )
-        target.finish(building, made.compiled)
-        progress.stage("hash files")
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            vtexport=version("vtexport"),
-            model=_model_entry(source),
-            plans=[PlanEntry.of(plan) for plan in recipe.plans],
-            adaptive=None if recipe.policy is None else AdaptiveEntry(**asdict(recipe.policy)),
-            target=TargetEntry(
-                name=target.name,
-                dtype=recipe.dtype,
-                options=options,
-                versions=dict(made.compiled.versions),
-                facts=dict(made.compiled.facts),
-                graphs=dict(made.compiled.files),
-            ),
-            graphs=dict(made.ports),
-            debug=recipe.debug,
-            gives_ranking=recipe.give_ranking,
-            verification=verification,
-            files=hashes.entries(),
-        )
-        (building / MANIFEST).write_bytes(encode(manifest))
-    return Bundle.open(out)
-
-
-def _needed_bytes(source: Source, recipe: Recipe, target: Target, out: Path) -> int:
-    """What the bundle takes on disk besides what is hard-linked, at its fullest, and some room for graphs."""
-    weights = source.spec.weight_bytes(recipe.dtype)
-    linked = source.checkpoint.stored == AS_STORED[recipe.dtype] and same_file_system(source.checkpoint.folder, out)
-    # Of plans, prefill and decode each hold the decoder.
-    inside = 2 * weights if target.weights_inside else 0
-    return int(1.1 * ((0 if linked else weights) + inside)) + (16 << 20)
-
-
 def _trace(spec: ModelSpec, recipe: Recipe, vision_only: bool, progress: Progress) -> list[TracedGraph]:
     from vtexport.graph.export import trace_decode, trace_prefill, trace_vision
 
@@ -200,18 +124,6 @@ def _write_weights(
     weights.write(place, progress.advance)
 
 
-def _copy_processor(source: Source, building: Path) -> None:
-    place = building / PROCESSOR_FOLDER
-    place.mkdir()
-    for name in PROCESSOR_FILES:
-        if (source.processor / name).is_file():
-            shutil.copyfile(source.processor / name, place / name)
-    if source.clip is not None and source.spec.clip is not None:
-        # Its tokenizer may be in any of several forms: written anew, it is in the newest.
-        ClipTokenizer(source.clip, source.spec.clip.length).tokenizer.save_pretrained(place / CLIP_FOLDER)
-        shutil.copyfile(source.clip / "config.json", place / CLIP_FOLDER / "config.json")
-
-
 def _ports(graph: TracedGraph) -> GraphEntry:
     def entry(value: object) -> PortEntry:
         shape = [extent if isinstance(extent, int) else str(extent.value) for extent in value.shape]  # type: ignore[attr-defined]
@@ -219,25 +131,3 @@ def _ports(graph: TracedGraph) -> GraphEntry:
 
     model = graph.model.graph
     return GraphEntry([entry(v) for v in model.inputs], [entry(v) for v in model.outputs])
-
-
-def _model_entry(source: Source) -> ModelEntry:
-    spec = source.spec
-    return ModelEntry(
-        name=source.name,
-        family=spec.family,
-        config=spec.config,
-        image_token_id=spec.image_token_id,
-        eos_token_ids=list(spec.eos_token_ids),
-        image_size=spec.vision.image_size,
-        grid=spec.vision.grid,
-        views=ViewsEntry(
-            images=spec.views.images,
-            views=spec.views.views,
-            tiles=None if spec.views.tiles is None else list(spec.views.tiles),
-            newlines=spec.views.newlines,
-            asked={name: value for name, value in vars(spec.asked).items() if value is not None},
-        ),
-        vocabulary=spec.decoder.vocab_size,
-        max_positions=spec.decoder.max_positions,
-    )

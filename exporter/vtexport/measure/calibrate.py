@@ -22,7 +22,7 @@ from vtexport.pruning.rank import RANK_TOLERANCE, Calibration
 from vtexport.pruning.schedule import default_layers
 
 if TYPE_CHECKING:
-    from vtexport.reference import ReferenceModel
+    from vtexport.check.reference import ReferenceModel
 
 #: keep ratios for which pruning layers are tried
 KEEPS = (0.5, 0.33, 0.25, 0.17, 0.11)
@@ -100,9 +100,9 @@ def calibrate_model(
     views: AskedViews | None = None,
 ) -> Calibration:
     """Measure the model that `name` says (see `vtexport.models.resolve_model`) on `pairs`; see `calibrate`."""
+    from vtexport.check.reference import ReferenceModel
     from vtexport.models import Checkpoint, read_spec, resolve_model
     from vtexport.models.names import fingerprint
-    from vtexport.reference import ReferenceModel
 
     folder = resolve_model(name)
     spec = read_spec(folder, views)
@@ -287,7 +287,7 @@ def _measure(subject: _Subject) -> _Measured:
 
 
 def plot(calibration: Calibration, path: Path) -> None:
-    """Draw rank and attention mass by layer into `path` (see `vtexport.show.check_destination`)."""
+    """Draw rank and attention mass by layer into `path` (see `vtexport.measure.show.check_destination`)."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -8,7 +8,7 @@ from itertools import islice
 
 from vtexport.errors import InputError
 from vtexport.micro import heldout, scenes
-from vtexport.runtime import Runner
+from vtexport.runtime.runner import Runner
 
 BATCH = 16
 # "bottom right" and the end token are three; anything longer is no answer to these questions.

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from vtexport import options
+from vtexport.cli import options
 from vtexport.errors import InputError, StorageError, VtexportError
 
 _BUNDLE = click.argument("bundle", metavar="DIR", type=click.Path(path_type=Path))
@@ -79,12 +79,12 @@ def build(
     vtexport build --model micro-llava --keep auto --target-accuracy 0.95
     vtexport build --model llava-hf/llava-1.5-7b-hf --schedule sparsevlm-192 --target tensorrt-rtx --sm 89,120
     """
-    from vtexport import build as building
-    from vtexport.console import stage_progress, stdout
+    from vtexport.builder import build as building
+    from vtexport.cli.console import stage_progress, stdout
+    from vtexport.cli.report import build_summary, dry_run_summary
     from vtexport.models.spec import Asked
     from vtexport.pruning import DEFAULT_METHOD
     from vtexport.pruning.adaptive import parse_buckets
-    from vtexport.report import build_summary, dry_run_summary
     from vtexport.targets import DEFAULT_TARGET, get_target
 
     method = method or DEFAULT_METHOD
@@ -143,12 +143,12 @@ def calibrate(
     vtexport build --model micro-llava --keep 0.25 --ranks ranks.toml
     vtexport build --model micro-llava --keep auto --ranks ranks.toml
     """
-    from vtexport import calibrate as calibration
-    from vtexport.console import stage_progress, stdout
+    from vtexport.cli.console import stage_progress, stdout
+    from vtexport.cli.report import calibration_table
+    from vtexport.measure import calibrate as calibration
+    from vtexport.measure.show import check_destination
     from vtexport.models.spec import Asked
     from vtexport.pruning.adaptive import parse_buckets
-    from vtexport.report import calibration_table
-    from vtexport.show import check_destination
 
     if buckets is not None and not methods:
         raise InputError("--buckets has no effect without --method; leave it out")
@@ -190,9 +190,9 @@ def run(
     \b
     vtexport run micro --image photo.png --prompt "what digit is red?"
     """
-    from vtexport.console import stderr
-    from vtexport.report import TokenStream, run_summary
-    from vtexport.runtime import Runner
+    from vtexport.cli.console import stderr
+    from vtexport.cli.report import TokenStream, run_summary
+    from vtexport.runtime.runner import Runner
 
     if not prompts:
         raise InputError("--prompt is missing; ask something about the image")
@@ -220,8 +220,8 @@ def show(bundle: Path, images: tuple[Path, ...], prompt: str | None, ranking_fro
     \b
     vtexport show micro --image photo.png -o kept.png
     """
-    from vtexport import show as drawing
-    from vtexport.runtime import Runner
+    from vtexport.measure import show as drawing
+    from vtexport.runtime.runner import Runner
 
     drawing.check_destination(out)
     runner = Runner.open(bundle, ranking_from=ranking_from)
@@ -255,12 +255,12 @@ def profile(
     \b
     vtexport profile micro --against dense --plot latency.png
     """
-    from vtexport import profile as profiling
-    from vtexport.build import build_dense_twin
-    from vtexport.bundle import Bundle
-    from vtexport.console import stage_progress, stdout
-    from vtexport.report import layer_table, profile_table
-    from vtexport.show import check_destination
+    from vtexport.builder.build import build_dense_twin
+    from vtexport.bundle.folder import Bundle
+    from vtexport.cli.console import stage_progress, stdout
+    from vtexport.cli.report import layer_table, profile_table
+    from vtexport.measure import profile as profiling
+    from vtexport.measure.show import check_destination
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise StorageError(f"{json_file}: {json_file.absolute().parent} is not a folder; give another --json")
@@ -306,11 +306,11 @@ def evaluate(bundle: Path, limit: int | None, ranking_from: Path | None, as_json
     \b
     vtexport eval micro --limit 200
     """
-    from vtexport.console import stage_progress, stdout
-    from vtexport.evaluate import evaluate as evaluate_bundle
+    from vtexport.cli.console import stage_progress, stdout
+    from vtexport.cli.report import score_table
+    from vtexport.measure.evaluate import evaluate as evaluate_bundle
     from vtexport.micro.heldout import NUM_QUESTIONS
-    from vtexport.report import score_table
-    from vtexport.runtime import Runner
+    from vtexport.runtime.runner import Runner
 
     number = NUM_QUESTIONS if limit is None else limit
     runner = Runner.open(bundle, ranking_from=ranking_from)
@@ -335,10 +335,10 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     \b
     vtexport inspect micro --verify
     """
-    from vtexport.bundle import Bundle
-    from vtexport.console import stage_progress, stdout
-    from vtexport.manifest import encode
-    from vtexport.report import bundle_table
+    from vtexport.bundle.folder import Bundle
+    from vtexport.bundle.manifest import encode
+    from vtexport.cli.console import stage_progress, stdout
+    from vtexport.cli.report import bundle_table
 
     opened = Bundle.open(bundle)
     if verify:
@@ -355,8 +355,8 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
 @_JSON
 def list_(as_json: bool) -> None:
     """List models, methods and targets."""
-    from vtexport.console import stdout
-    from vtexport.report import catalogue, catalogue_tables
+    from vtexport.cli.console import stdout
+    from vtexport.cli.report import catalogue, catalogue_tables
 
     if as_json:
         click.echo(json.dumps(catalogue()))
@@ -370,9 +370,9 @@ def doctor(as_json: bool) -> None:
     """Say which targets work on this machine, and what is missing for the others."""
     from dataclasses import asdict
 
-    from vtexport.console import stdout
-    from vtexport.doctor import examine, kernels, versions
-    from vtexport.report import health_tables
+    from vtexport.cli.console import stdout
+    from vtexport.cli.report import health_tables
+    from vtexport.measure.doctor import examine, kernels, versions
 
     if as_json:
         found = {"versions": versions(), "targets": [asdict(health) for health in examine()]}

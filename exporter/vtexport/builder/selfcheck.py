@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtexport.assemble import Recipe, Source, make_engines
+from vtexport.builder.engines import Recipe, Source, make_engines
+from vtexport.bundle.manifest import VerificationEntry
+from vtexport.check.compare import SAMPLES, Checked, verify_engine
 from vtexport.errors import VerificationError, first_line
-from vtexport.manifest import VerificationEntry
 from vtexport.models import ModelSpec
 from vtexport.progress import Progress, Silent
 from vtexport.targets.base import ENGINE_FOLDER, Compiled, Engine, Target
-from vtexport.verify import SAMPLES, Checked, verify_engine
 
 if TYPE_CHECKING:
     import onnx
@@ -30,7 +30,7 @@ def check_engines(
     folder: Path,
     progress: Progress,
 ) -> VerificationEntry:
-    """Check what was compiled into `folder`; see `vtexport.verify` for what is compared.
+    """Check what was compiled into `folder`; see `vtexport.check.compare` for what is compared.
 
     A model too large for this machine's memory, or in bf16, for which it has no kernels, is checked in two parts: its own files
     by structure, and the same plans, layers and graph code at a random model's small width by running them in fp32.

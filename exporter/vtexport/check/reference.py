@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from vtexport.arrays import Array
 from vtexport.models.families import FAMILIES
 from vtexport.models.prompt import Prompt
 from vtexport.models.spec import ModelSpec
@@ -23,8 +22,6 @@ from vtexport.pruning.decoder import Attention, DecoderMethod, drop, rated, rows
 from vtexport.pruning.decoder import Sequence as Rows
 from vtexport.pruning.layout import Layout
 from vtexport.pruning.vision import Pruned, RowOrder, TowerLayer, TowerState, prune
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vtexport.bundle import Bundle
-from vtexport.doctor import examine, kernels, versions
-from vtexport.estimate import Estimate
-from vtexport.evaluate import Score
+from vtexport.builder.estimate import Estimate
+from vtexport.bundle.folder import Bundle
+from vtexport.measure.doctor import examine, kernels, versions
+from vtexport.measure.evaluate import Score
+from vtexport.measure.profile import STAGES, Report, Side
 from vtexport.models.prompt import Prompter
 from vtexport.models.resolve import read_recipe, recipe_names
 from vtexport.models.spec import ModelSpec
-from vtexport.profile import STAGES, Report, Side
 from vtexport.pruning import DEFAULT_METHOD, METHODS, PruningPlan, dense_plan
 from vtexport.pruning.adaptive import AdaptiveTable
 from vtexport.pruning.flops import NOMINAL_TEXT_TOKENS, plan_flops
 from vtexport.pruning.rank import Calibration
-from vtexport.runtime import Answer
+from vtexport.runtime.runner import Answer
 from vtexport.targets import DEFAULT_TARGET, TARGETS
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtexport.assemble import Recipe
+from vtexport.builder.engines import Recipe
+from vtexport.builder.selfcheck import checks_in_full, memory_needed
 from vtexport.models import ModelSpec
 from vtexport.models.spec import ITEMSIZE
-from vtexport.selfcheck import checks_in_full, memory_needed
 from vtexport.targets import get_target
 
 # Measured at LLaVA-1.5-7B and 13B: bytes of ONNX a layer, and what tracing takes besides the weights.

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from vtexport.errors import InputError
-from vtexport.generate import generate, look
 from vtexport.pruning.flops import plan_flops
-from vtexport.runtime import Runner
+from vtexport.runtime.generate import generate, look
+from vtexport.runtime.runner import Runner
 
 STAGES = ("preprocess", "vision", "prefill", "first_token", "per_token")
 QUESTION = "What is shown in this image?"
@@ -266,7 +266,7 @@ def _answer_once(folder: Path, batch: int, new_tokens: int, bucket: float | None
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw the medians as bars, a row a stage, into `path` (see `vtexport.show.check_destination`)."""
+    """Draw the medians as bars, a row a stage, into `path` (see `vtexport.measure.show.check_destination`)."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -28,7 +28,7 @@ def examine() -> list[TargetHealth]:
 
 def native_kernels() -> Availability:
     """Whether this installation has the native kernels of `plugins/`."""
-    from vtexport import native
+    from vtexport.native import kernels as native
 
     if native.available():
         return Availability(True, "CPU twins of the pruning ops")
@@ -37,7 +37,7 @@ def native_kernels() -> Availability:
 
 def cuda_kernels() -> Availability:
     """Whether this installation has the CUDA kernels, and for which GPUs."""
-    from vtexport import native
+    from vtexport.native import kernels as native
 
     if native.available("cuda"):
         capabilities = ", ".join(map(str, native.architectures()))
@@ -47,7 +47,7 @@ def cuda_kernels() -> Availability:
 
 def tensorrt_plugins() -> Availability:
     """Whether this installation has the library of TensorRT plugins."""
-    from vtexport.plugins import library
+    from vtexport.native.plugins import library
 
     found = library()
     if found is not None:

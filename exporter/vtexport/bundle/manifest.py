@@ -139,7 +139,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VerificationEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the self-check at build compared: see `vtexport.verify`."""
+    """What the self-check at build compared: see `vtexport.check.compare`."""
 
     ran: str
     against: str

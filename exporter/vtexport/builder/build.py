@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from vtexport.assemble import Recipe, Source, assemble
-from vtexport.bundle import Bundle, check_destination
+from vtexport.builder.assemble import assemble
+from vtexport.builder.engines import Recipe, Source
+from vtexport.builder.estimate import Estimate, config_dtype
+from vtexport.bundle.folder import Bundle, check_destination
 from vtexport.errors import InputError, TargetError
-from vtexport.estimate import Estimate, config_dtype
 from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
 from vtexport.models.checkpoint import AS_STORED, NEAREST, has_weights
 from vtexport.models.clip import read_clip

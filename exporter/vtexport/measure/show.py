@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from vtexport.arrays import Array
 from vtexport.errors import InputError, StorageError
-from vtexport.generate import Request, look
 from vtexport.models.prompt import Prompt
 from vtexport.models.spec import ViewSpec
 from vtexport.pruning.plan import VISION
-from vtexport.runtime import Runner, StageReport, stage_reports
-from vtexport.targets.base import Array
+from vtexport.runtime.generate import Request, look
+from vtexport.runtime.runner import Runner, StageReport, stage_reports
 
 _PANEL = 480
 _CAPTION = 28

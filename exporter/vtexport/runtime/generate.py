@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vtexport.arrays import Array
 from vtexport.errors import InputError
 from vtexport.models.prompt import Prompt
 from vtexport.models.views import Views
 from vtexport.pruning.plan import VISION, PruningPlan
-from vtexport.targets.base import Array, Engine, PrefillInput, PrefillOutput, VisionInput, VisionOutput
+from vtexport.targets.base import Engine, PrefillInput, PrefillOutput, VisionInput, VisionOutput
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from vtexport.bundle import Bundle
+from vtexport.arrays import Array
+from vtexport.bundle.folder import Bundle
 from vtexport.errors import InputError, TargetError
-from vtexport.generate import Request, Result, Timings, generate, look, visual_lengths
 from vtexport.models.clip import FOLDER as CLIP_FOLDER
 from vtexport.models.clip import ClipTokenizer
 from vtexport.models.prompt import Prompter
 from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan, methods_of
+from vtexport.runtime.generate import Request, Result, Timings, generate, look, visual_lengths
 from vtexport.targets import get_target
-from vtexport.targets.base import Array, Compiled
+from vtexport.targets.base import Compiled
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vtexport.bundle.manifest import MANIFEST, FileEntry, Manifest, decode
 from vtexport.errors import BundleError, InputError, StorageError
-from vtexport.manifest import MANIFEST, FileEntry, Manifest, decode
 from vtexport.models.clip import FOLDER as CLIP_FOLDER
 from vtexport.models.clip import read_clip
-from vtexport.models.spec import Asked, ModelSpec, read_spec
+from vtexport.models.families import read_spec
+from vtexport.models.spec import Asked, ModelSpec
 
 PROCESSOR_FOLDER = "processor"
 # Large, for a thread that hashes beside another's Python waits for the interpreter once a chunk.

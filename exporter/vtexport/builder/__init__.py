@@ -1,0 +1,1 @@
+"""A checkpoint and options -> a bundle."""

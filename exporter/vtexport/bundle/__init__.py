@@ -1,0 +1,1 @@
+"""The engine folder and its manifest."""

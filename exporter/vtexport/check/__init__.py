@@ -1,0 +1,1 @@
+"""The model as transformers runs it, and what compares an engine with it."""

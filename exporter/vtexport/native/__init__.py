@@ -1,0 +1,1 @@
+"""What `plugins/` compiles to, as Python sees it."""

@@ -1,0 +1,1 @@
+"""Images and questions in, answers out, over any bundle."""
