@@ -1,0 +1,314 @@
+"""Measured tables in Markdown, rendered from benchmarks/results.json.
+
+    python benchmarks/tables.py [--check]
+
+Rewrites every block between `<!-- table: NAME -->` and `<!-- end -->` in README.md, docs/*.md and
+benchmarks/RESULTS.md. With --check nothing is written, and the exit code is 1 if a block is out of date.
+
+A table is a function of the results, listed in `TABLES` under the name that blocks use. Figures are rounded by the
+functions `percent`, `count` and `milliseconds` and nowhere else, so that a figure reads the same wherever it stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_name("results.json")
+KEEPS = (0.5, 0.33, 0.25, 0.17, 0.11)
+SHORT_KEEPS = (0.5, 0.33, 0.25, 0.11)
+SHORT_METHODS = ("dense", "sparsevlm", "fastv", "fastervlm+sparsevlm", "fastervlm", "divprune", "random")
+KINDS = ("digit", "colour", "where", "count")
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+
+Results = dict[str, Any]
+Point = dict[str, Any]
+
+
+def percent(share: float) -> str:
+    """0.9942 -> 99.4%."""
+    return f"{share:.1%}"
+
+
+def whole_percent(share: float) -> str:
+    """0.86 -> 86%, for what was recorded to a per cent."""
+    return f"{share:.0%}"
+
+
+def count(number: float) -> str:
+    """144.0 -> 144, 47.22 -> 47.2."""
+    return f"{number:.1f}".removesuffix(".0")
+
+
+def milliseconds(time: float | None) -> str:
+    """2749.4 -> 2749, 80.38 -> 80.4; nothing for a stage that was not measured apart."""
+    return "" if time is None else f"{time:.0f}" if time >= 100 else f"{time:.1f}"
+
+
+def factor(number: float) -> str:
+    """2.2148 -> 2.21x."""
+    return f"{number:.2f}x"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
+
+
+def accuracy_points(results: Results) -> dict[tuple[str, float], Point]:
+    """Points without options by method and keep ratio; of several seeds the mean."""
+    found: dict[tuple[str, float], list[Point]] = {}
+    for point in results["accuracy"]["result"]["points"]:
+        if all(name == "seed" for name, _ in point["options"]):
+            found.setdefault((point["method"], point["keep"]), []).append(point)
+    return {key: _mean(points) for key, points in found.items()}
+
+
+def _mean(points: list[Point]) -> Point:
+    if "accuracy" not in points[0]:
+        return points[0]
+    return {**points[0], "accuracy": mean(point["accuracy"] for point in points)}
+
+
+def _cell(point: Point | None) -> str:
+    """Accuracy and mean visual tokens; nothing where the keep ratio is out of the method's reach."""
+    if point is None or "accuracy" not in point:
+        return ""
+    return f"{percent(point['accuracy'])} ({count(point['tokens'])})"
+
+
+def _accuracy(results: Results, methods: Sequence[str], keeps: Sequence[float]) -> str:
+    points = accuracy_points(results)
+    rows = []
+    for method in methods:
+        cells = [points.get((method, 1.0 if method == "dense" else keep)) for keep in keeps]
+        rows.append([f"`{method}`", *map(_cell, cells)])
+    return table(["method", *(f"keep {keep:g}" for keep in keeps)], rows)
+
+
+def accuracy(results: Results) -> str:
+    """Every method at every keep ratio."""
+    methods = dict.fromkeys(method for method, _ in accuracy_points(results))
+    return _accuracy(results, list(methods), KEEPS)
+
+
+def accuracy_short(results: Results) -> str:
+    """The main methods."""
+    return _accuracy(results, SHORT_METHODS, SHORT_KEEPS)
+
+
+def accuracy_by_kind(results: Results) -> str:
+    """How the four kinds of questions fare."""
+    points, blank = accuracy_points(results), results["blank_image"]["result"]
+    rows = [
+        ("dense", points["dense", 1.0], percent),
+        ("`sparsevlm`, keep 0.33", points["sparsevlm", 0.33], whole_percent),
+        ("`sparsevlm`, keep 0.11", points["sparsevlm", 0.11], whole_percent),
+        ("dense, image blacked out", blank, percent),
+    ]
+    lines = [
+        [name, percent(point["accuracy"]), *(shown(point["by_kind"][kind]) for kind in KINDS)]
+        for name, point, shown in rows
+    ]
+    return table(["", "all", *KINDS], lines)
+
+
+def rules(results: Results) -> str:
+    """The two rules of sparsevlm's schedule, for the same layers."""
+    found: dict[tuple[str, str], dict[float, Point]] = {}
+    for point in results["accuracy"]["result"]["points"]:
+        options = dict(point["options"])
+        if "rule" in options:
+            found.setdefault((options["layers"], options["rule"]), {})[point["keep"]] = point
+    rows = [[layers, f"`{rule}`", *(_cell(row.get(keep)) for keep in KEEPS)] for (layers, rule), row in found.items()]
+    return table(["layers", "rule", *(f"keep {keep:g}" for keep in KEEPS)], rows)
+
+
+def sparsevlm_options(results: Results) -> str:
+    """What recycling and positions are worth."""
+    dense = accuracy_points(results)["dense", 1.0]["accuracy"]
+    flags = {("positions", "original"): "`--positions original`", ("recycle", 0): "`--no-recycle`"}
+    rows = []
+    for point in results["sparsevlm_options"]["result"]["points"]:
+        given = [flags[name, value] for name, value in point["options"]]
+        rows.append(
+            [
+                ", ".join([f"keep {point['keep']:g}", *given]),
+                percent(point["accuracy"]),
+                percent(point["accuracy"] / dense),
+                f"-{whole_percent(1 - point['flops'])}",
+            ]
+        )
+    return table(["`sparsevlm`", "right", "of dense", "decoder FLOPs"], rows)
+
+
+def adaptive(results: Results) -> str:
+    """`--keep auto` beside one keep ratio of the same mean tokens."""
+    rows = []
+    for row in results["adaptive"]["result"]["rows"]:
+        ours, fixed = row["adaptive"], row["fixed"]
+        shares = ", ".join(
+            f"{float(keep):g}: {whole_percent(share)}" for keep, share in ours["shares"].items() if share
+        )
+        cells = [cell for side in (ours, fixed) for cell in (percent(side["accuracy"]), count(side["tokens"]))]
+        rows.append([f"{row['target']:g}", *cells, shares])
+    header = ["target accuracy", "`--keep auto`", "mean tokens", "one keep ratio", "mean tokens"]
+    return table([*header, "questions at each ratio"], rows)
+
+
+def quantized(results: Results) -> str:
+    """What rounding the decoder's weights costs."""
+    found: dict[tuple[str, float], dict[str, Point]] = {}
+    for point in results["quantized"]["result"]["points"]:
+        found.setdefault((point["method"], point["keep"]), {})[point["weights"]] = point
+    weights = list(next(iter(found.values())))
+    rows = [
+        [
+            f"`{method}`, keep {keep:g}",
+            count(row["fp32"]["tokens"]),
+            *(percent(row[side]["accuracy"]) for side in weights),
+        ]
+        for (method, keep), row in found.items()
+    ]
+    return table(["", "mean tokens", *weights], rows)
+
+
+def quantized_size(results: Results) -> str:
+    """Bundles of micro-llava."""
+    bundles = results["quantized_size"]["result"]["bundles"]
+    return table(["decoder weights", "bundle"], [[one["weights"], f"{count(one['mb'])} MB"] for one in bundles])
+
+
+def latency(results: Results) -> str:
+    """Median milliseconds of every side."""
+    found = results["latency_cpu"]["result"]
+    stages, keep = ("vision", "prefill", "first_token", "per_token"), f"keep {found['keep']:g}"
+    names = {
+        "transformers dense": "transformers (sdpa), dense",
+        "transformers sparsevlm hooks": f"transformers, SparseVLM as Python hooks, {keep}",
+        "vtexport dense": "vtexport, `dense`",
+        "vtexport sparsevlm": f"vtexport, `sparsevlm`, {keep}",
+        "vtexport fastervlm": f"vtexport, `fastervlm`, {keep}",
+    }
+    rows = [
+        [names[side], *(milliseconds(times.get(stage)) for stage in stages)]
+        for side, times in found["times_ms"].items()
+    ]
+    return table(["median ms", *(stage.replace("_", " ") for stage in stages)], rows)
+
+
+def latency_ratios(results: Results) -> str:
+    """How many times as fast one side is as another."""
+    found = results["latency_cpu"]["result"]
+    rows = [
+        ["vtexport `dense` against transformers dense", found["dense_against_transformers"]],
+        ["vtexport `sparsevlm` against the same method as Python hooks", found["sparsevlm_against_hooks"]],
+    ]
+    return table(
+        ["", "first token", "per token"],
+        [[name, factor(ratio["first_token"]), factor(ratio["per_token"])] for name, ratio in rows],
+    )
+
+
+def latency_gains(results: Results) -> str:
+    """Pruned against dense, measured and predicted."""
+    found = results["latency_cpu"]["result"]
+    rows = []
+    for method, stage in (("sparsevlm", "prefill"), ("fastervlm", "vision")):
+        gain = found[method]
+        rows.append(
+            [
+                f"`{method}`",
+                factor(gain["prefill_gain"]),
+                factor(gain["prefill_gain_by_flops"]),
+                factor(gain["first_token_gain"]),
+                factor(gain["first_token_gain_by_flops"]),
+                whole_percent(gain["first_token_share_of_flops"]),
+                f"{gain['pruning_ms']:.1f} ms, {percent(gain['pruning_share'])} of {stage}",
+            ]
+        )
+    header = ["", "prefill", "by FLOPs", "first token", "by FLOPs", "share reached", "pruning itself"]
+    return table([f"keep {found['keep']:g} against vtexport `dense`", *header[1:]], rows)
+
+
+def builds(results: Results) -> str:
+    """What large builds take."""
+    rows = []
+    for one in results["builds"]["result"]["builds"]:
+        size = one.get("bundle_mb")
+        shown = "" if size is None else f"{count(size)} MB" if size < 1000 else f"{count(size / 1000)} GB"
+        apart = " besides the weights" if one.get("weights_apart") else ""
+        cells = [f"{one['wall_s']} s", f"{one['resident_gb']:g} GB", shown + apart]
+        rows.append([one["model"], one["options"], *cells])
+    return table(["checkpoint", "options", "wall time", "peak resident memory", "bundle"], rows)
+
+
+def install(results: Results) -> str:
+    """What installing takes."""
+    rows = [
+        [one["compilers"], f"{one['seconds']} s", f"{count(one['wheel_mb'])} MB" if "wheel_mb" in one else ""]
+        for one in results["install"]["result"]["installs"]
+    ]
+    return table(["compilers found", "`pip install`, dependencies apart", "wheel"], rows)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "accuracy": accuracy,
+    "accuracy-short": accuracy_short,
+    "accuracy-by-kind": accuracy_by_kind,
+    "rules": rules,
+    "sparsevlm-options": sparsevlm_options,
+    "adaptive": adaptive,
+    "quantized": quantized,
+    "quantized-size": quantized_size,
+    "latency": latency,
+    "latency-ratios": latency_ratios,
+    "latency-gains": latency_gains,
+    "builds": builds,
+    "install": install,
+}
+
+
+def pages() -> list[Path]:
+    """The files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+
+
+def rendered(text: str, results: Results) -> str:
+    """`text` with every table block up to date.
+
+    Raises:
+        KeyError: a block names no table.
+    """
+    return BLOCK.sub(lambda found: found[1] + TABLES[found["name"]](results) + found[4], text)
+
+
+def outdated() -> dict[Path, str]:
+    """The pages whose tables are not what results.json says, with what they should read."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    texts = {page: page.read_text(encoding="utf-8") for page in pages()}
+    return {page: new for page, text in texts.items() if (new := rendered(text, results)) != text}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
+    check = parser.parse_args().check
+    found = outdated()
+    for page, text in found.items():
+        if not check:
+            page.write_text(text, encoding="utf-8")
+        print(f"{page.relative_to(ROOT)}: {'out of date' if check else 'rewritten'}")
+    if check and found:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
