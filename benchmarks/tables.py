@@ -1,4 +1,4 @@
-"""Measured tables in Markdown, rendered from benchmarks/results.json.
+"""The documentation's tables: measurements from benchmarks/results.json, options from the classes that declare them.
 
     python benchmarks/tables.py [--check]
 
@@ -259,6 +259,52 @@ def install(results: Results) -> str:
     return table(["compilers found", "`pip install`, dependencies apart", "wheel"], rows)
 
 
+def method_options(_results: Results) -> str:
+    """The options of every method, as flags of `vtexport build`."""
+    from vtexport.pruning import METHODS
+    from vtexport.pruning.method import Combination
+
+    return _options({**METHODS, "two methods": Combination})
+
+
+def target_options(_results: Results) -> str:
+    """The options of every target, as flags of `vtexport build`."""
+    from vtexport.targets import TARGETS
+
+    return _options(dict(TARGETS))
+
+
+def _options(owners: dict[str, type]) -> str:
+    """A row for each option, whoever declares it."""
+    from vtexport.options import OptionField, option_fields
+
+    found: dict[str, dict[str, OptionField]] = {}
+    for name, owner in owners.items():
+        for option in option_fields(owner).values():
+            if not option.extra.get("resolved"):
+                found.setdefault(option.flag, {})[name] = option
+    rows = []
+    for flag, options in found.items():
+        first = next(iter(options.values()))
+        values = dict.fromkeys(value for option in options.values() for value in option.choices if value)
+        defaults: dict[str, list[str]] = {}
+        for name, option in options.items():
+            defaults.setdefault(_default(option), []).append(name)
+        usual, *others = defaults
+        default = "; ".join([usual, *(f"{', '.join(defaults[other])}: {other}" for other in others)])
+        text = first.help.replace("|", "\\|") + (f" One of {', '.join(values)}." if len(values) > 1 else "")
+        rows.append([f"`{flag}`", default, ", ".join(name if " " in name else f"`{name}`" for name in options), text])
+    return table(["flag", "default", "of", "what it does"], rows)
+
+
+def _default(option: Any) -> str:
+    """An option's default, in words."""
+    default = option.extra.get("default", option.default)
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "accuracy": accuracy,
     "accuracy-short": accuracy_short,
@@ -273,6 +319,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "latency-gains": latency_gains,
     "builds": builds,
     "install": install,
+    "method-options": method_options,
+    "target-options": target_options,
 }
 
 
