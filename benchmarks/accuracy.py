@@ -71,19 +71,17 @@ def measure(job: Job, limit: int) -> Point | None:
     """Build and ask one bundle, with one thread."""
     import torch
 
-    from vtexport.builder.build import BuildOptions, build
-    from vtexport.errors import InputError
+    from vtexport import BuildOptions, InputError, Runner, build
     from vtexport.measure.evaluate import evaluate
     from vtexport.models import read_spec
-    from vtexport.models.resolve import recipe_ranks
-    from vtexport.pruning import dense_plan, methods_of
+    from vtexport.models.resolve import recipe_calibration
+    from vtexport.pruning import dense_plan, parts_of
     from vtexport.pruning.flops import plan_flops
-    from vtexport.runtime.runner import Runner
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         target = {"quantize": job.quantize} if job.quantize else {}
-        calibration = recipe_ranks("micro-llava") if job.model != "micro-llava" else None
+        calibration = recipe_calibration("micro-llava") if job.model != "micro-llava" else None
         options = BuildOptions(
             job.model,
             job.keep,
@@ -91,8 +89,8 @@ def measure(job: Job, limit: int) -> Point | None:
             dtype="fp32",
             method_options=dict(job.options),
             target_options=target,
-            ranks=calibration if methods_of(job.method)[1] is not None else None,
-            verify=False,
+            calibration=calibration if parts_of(job.method)[1] is not None else None,
+            self_check=False,
         )
         try:
             bundle = build(options, Path(scratch) / "bundle")

@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 from vtexport.micro.heldout import NUM_QUESTIONS
 
@@ -32,17 +33,16 @@ class Point:
     shares: dict[float, float]
 
 
-def measure(method: str, keep: float | str, target: float | None, limit: int) -> Point:
+def measure(method: str, keep: float | Literal["auto"], target: float | None, limit: int) -> Point:
     """Build and ask one bundle, with one thread."""
     import torch
 
-    from vtexport.builder.build import BuildOptions, build
+    from vtexport import BuildOptions, Runner, build
     from vtexport.measure.evaluate import evaluate
-    from vtexport.runtime.runner import Runner
 
     torch.set_num_threads(1)
     buckets = BUCKETS if target is not None else None
-    options = BuildOptions("micro-llava", keep, method, buckets=buckets, target_accuracy=target, verify=False)
+    options = BuildOptions("micro-llava", keep, method, buckets=buckets, target_accuracy=target, self_check=False)
     with tempfile.TemporaryDirectory() as scratch:
         score = evaluate(Runner(build(options, Path(scratch) / "bundle"), threads=1), limit)
     shares = {ratio: count / score.total for ratio, count in score.by_keep.items()}
@@ -68,7 +68,7 @@ def main() -> None:
     total = 144
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
 
-        def ask(keeps: Sequence[float | str], targets: Sequence[float | None]) -> list[Point]:
+        def ask(keeps: Sequence[float | Literal["auto"]], targets: Sequence[float | None]) -> list[Point]:
             both = [arguments.method] * len(keeps), keeps, targets, [arguments.limit] * len(keeps)
             return list(pool.map(measure, *both))
 

@@ -18,8 +18,9 @@ from models import half_billion_llava
 from op_cost import pruning_ms
 from sides import HookedSparseVLM, Side, Times, Transformers, Vtexport, check_equal, in_turns
 
-from vtexport.builder.build import BuildOptions, build
-from vtexport.measure.profile import QUESTION, device_name
+from vtexport import BuildOptions, build
+from vtexport.measure.machine import device_name
+from vtexport.measure.profile import QUESTION
 from vtexport.models import read_spec, resolve_model
 from vtexport.pruning.flops import plan_flops
 

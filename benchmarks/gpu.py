@@ -31,10 +31,10 @@ from vtexport.errors import InputError
 from vtexport.graph.graphs import DecodeGraph, PrefillGraph, VisionGraph
 from vtexport.models.families import FAMILIES
 from vtexport.models.rope import rope_tables
-from vtexport.models.spec import Asked, ModelSpec
+from vtexport.models.spec import ModelSpec, ViewChoice
 from vtexport.models.views import rows_of
 from vtexport.native import kernels as native
-from vtexport.pruning import METHODS, PruningPlan, ops, planner
+from vtexport.pruning import METHODS, Geometry, PruningPlan, make_plan, ops
 from vtexport.pruning.schedule import Recycling
 
 # Mean visual tokens of SparseVLM's schedules 192, 128 and 64, as shares of 576.
@@ -104,7 +104,7 @@ def geometry(name: str) -> ModelSpec:
         "projector_hidden_act": "gelu",
     }
     family = FAMILIES[str(config["model_type"])]
-    return family.spec(Path(name), config, Asked(grid=GRID) if tiled else Asked())
+    return family.spec(Path(name), config, ViewChoice(grid=GRID) if tiled else ViewChoice())
 
 
 def filled(module: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
@@ -206,7 +206,7 @@ class Bench:
 
 def measure(bench: Bench, methods: Sequence[str], runs: int) -> list[Side]:
     """All sides in turns: drift of the machine meets them alike. Budgets that a method cannot reach are left out."""
-    plan_of = planner(bench.spec)
+    plan_of = partial(make_plan, geometry=Geometry.of(bench.spec))
     plans = {"dense": plan_of("dense", keep=1.0)}
     for keep in KEEPS:
         for method in methods:

@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vtexport.measure.profile import QUESTION, sample_photo
+from vtexport.measure.profile import QUESTION
+from vtexport.measure.samples import sample_photo
 from vtexport.pruning import PruningPlan
 from vtexport.runtime.generate import generate
+from vtexport.runtime.request import Decoding
 from vtexport.runtime.runner import Runner
 
 Times = dict[str, float]
@@ -42,7 +44,7 @@ class Vtexport:
         request = self.runner.request(self.photo, QUESTION)
         preprocess = 1000 * (time.perf_counter() - start)
         results, timings = generate(
-            self.runner.engine, self.runner.plan, [request], new_tokens, eos_token_ids=(), max_positions=2048
+            self.runner.engine, self.runner.plan, [request], Decoding(new_tokens, max_positions=2048)
         )
         step = timings.per_token
         assert step is not None

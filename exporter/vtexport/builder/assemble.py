@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtexport.builder.engines import Recipe, Source, make_engines
+from vtexport.builder.engines import EngineSpec, Made, Source, make_engines
 from vtexport.builder.selfcheck import check_engines
-from vtexport.bundle.folder import PROCESSOR_FOLDER, Bundle, Hashes, check_space, same_file_system, write_folder
+from vtexport.bundle.folder import PROCESSOR_FOLDER, Bundle
+from vtexport.bundle.hashes import Hashes
 from vtexport.bundle.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     AdaptiveEntry,
+    FileEntry,
     Manifest,
     ModelEntry,
     PlanEntry,
     TargetEntry,
+    VerificationEntry,
     ViewsEntry,
     encode,
 )
+from vtexport.bundle.writing import check_space, same_file_system, write_folder
 from vtexport.models.checkpoint import AS_STORED
 from vtexport.models.clip import FOLDER as CLIP_FOLDER
 from vtexport.models.clip import ClipTokenizer
 from vtexport.models.prompt import PROCESSOR_FILES
+from vtexport.options import option_values
 from vtexport.progress import Progress
 from vtexport.targets.base import Target
 
@@ -36,54 +40,56 @@ if TYPE_CHECKING:
 
 
 def assemble(
-    source: Source,
-    recipe: Recipe,
-    target: Target,
-    target_options: Mapping[str, str | int],
-    out: Path,
-    progress: Progress,
-    verify: bool,
+    source: Source, engines: EngineSpec, target: Target, out: Path, progress: Progress, *, self_check: bool
 ) -> Bundle:
-    """Write the bundle `out`, checked against the reference before it gets its name unless `verify` is False."""
-    options = {**target.options, **target_options}
-    check_space(out, _needed_bytes(source, recipe, target, out))
+    """Write the bundle `out`, with `self_check` held to the reference before it gets its name."""
+    check_space(out, _needed_bytes(source, engines, target, out))
     with write_folder(out) as building, contextlib.ExitStack() as stack:
-        made = make_engines(source, recipe, target, options, building, progress)
+        made = make_engines(source, engines, target, building, progress)
         _copy_processor(source, building)
         hashes = stack.enter_context(Hashes(building))
-        verification = (
-            check_engines(source, recipe, target, options, made.compiled, building, progress) if verify else None
-        )
+        verification = check_engines(source, engines, target, made.compiled, building, progress) if self_check else None
         target.finish(building, made.compiled)
         progress.stage("hash files")
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            vtexport=version("vtexport"),
-            model=_model_entry(source),
-            plans=[PlanEntry.of(plan) for plan in recipe.plans],
-            adaptive=None if recipe.policy is None else AdaptiveEntry(**asdict(recipe.policy)),
-            target=TargetEntry(
-                name=target.name,
-                dtype=recipe.dtype,
-                options=options,
-                versions=dict(made.compiled.versions),
-                facts=dict(made.compiled.facts),
-                graphs=dict(made.compiled.files),
-            ),
-            graphs=dict(made.ports),
-            debug=recipe.debug,
-            gives_ranking=recipe.give_ranking,
-            verification=verification,
-            files=hashes.entries(),
-        )
+        manifest = _manifest(source, engines, target, made, verification, hashes.entries())
         (building / MANIFEST).write_bytes(encode(manifest))
     return Bundle.open(out)
 
 
-def _needed_bytes(source: Source, recipe: Recipe, target: Target, out: Path) -> int:
+def _manifest(
+    source: Source,
+    engines: EngineSpec,
+    target: Target,
+    made: Made,
+    verification: VerificationEntry | None,
+    files: list[FileEntry],
+) -> Manifest:
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        vtexport=version("vtexport"),
+        model=_model_entry(source),
+        plans=[PlanEntry.of(plan) for plan in engines.plans],
+        adaptive=None if engines.policy is None else AdaptiveEntry(**asdict(engines.policy)),
+        target=TargetEntry(
+            name=target.name,
+            dtype=engines.dtype,
+            options=option_values(target),
+            versions=dict(made.compiled.versions),
+            facts=dict(made.compiled.facts),
+            graphs=dict(made.compiled.files),
+        ),
+        graphs=dict(made.ports),
+        debug=engines.debug,
+        gives_ranking=engines.give_ranking,
+        verification=verification,
+        files=files,
+    )
+
+
+def _needed_bytes(source: Source, engines: EngineSpec, target: Target, out: Path) -> int:
     """What the bundle takes on disk besides what is hard-linked, at its fullest, and some room for graphs."""
-    weights = source.spec.weight_bytes(recipe.dtype)
-    linked = source.checkpoint.stored == AS_STORED[recipe.dtype] and same_file_system(source.checkpoint.folder, out)
+    weights = source.spec.weight_bytes(engines.dtype)
+    linked = source.checkpoint.stored == AS_STORED[engines.dtype] and same_file_system(source.checkpoint.folder, out)
     # Of plans, prefill and decode each hold the decoder.
     inside = 2 * weights if target.weights_inside else 0
     return int(1.1 * ((0 if linked else weights) + inside)) + (16 << 20)
@@ -116,7 +122,7 @@ def _model_entry(source: Source) -> ModelEntry:
             views=spec.views.views,
             tiles=None if spec.views.tiles is None else list(spec.views.tiles),
             newlines=spec.views.newlines,
-            asked={name: value for name, value in vars(spec.asked).items() if value is not None},
+            asked={name: value for name, value in vars(spec.choice).items() if value is not None},
         ),
         vocabulary=spec.decoder.vocab_size,
         max_positions=spec.decoder.max_positions,

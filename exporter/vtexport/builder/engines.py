@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vtexport.bundle.manifest import GraphEntry, PortEntry
 from vtexport.models import Checkpoint, ModelSpec
 from vtexport.progress import Progress
-from vtexport.pruning import PruningPlan, methods_of
+from vtexport.pruning import PruningPlan
 from vtexport.pruning.adaptive import Policy
 from vtexport.targets.base import ENGINE_FOLDER, Compiled, CompileJob, Target, graph_names, prefill_names
 
@@ -32,7 +32,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EngineSpec:
     """How graphs are made of a source: plans (several are a choice per image, by `policy`), dtype, extra outputs."""
 
     plans: Sequence[PruningPlan]
@@ -50,27 +50,24 @@ class Made:
     ports: Mapping[str, GraphEntry]
 
 
-def make_engines(
-    source: Source, recipe: Recipe, target: Target, options: Mapping[str, str | int], folder: Path, progress: Progress
-) -> Made:
+def make_engines(source: Source, engines: EngineSpec, target: Target, folder: Path, progress: Progress) -> Made:
     """Trace, write weights and compile into `folder / ENGINE_FOLDER`; what only compiling needed is still there."""
-    graphs = _trace(source.spec, recipe, target.vision_only, progress)
+    graphs = _trace(source.spec, engines, target.vision_only, progress)
     ports = {graph.name: _ports(graph) for graph in graphs}
-    scheme = target.scheme(options)
+    scheme = target.scheme()
     encoded: Mapping[str, Lazy] = {}
     if scheme is not None:
         from vtexport.targets.quantize import quantize
 
         encoded = quantize([graph.model for graph in graphs], scheme)
-    _write_weights(graphs, folder, source, recipe.plans, encoded, progress)
+    _write_weights(graphs, folder, source, engines.plans, encoded, progress)
     compiled = target.compile(
         CompileJob(
             folder=folder,
             models={graph.name: graph.model for graph in graphs},
             spec=source.spec,
-            plans=recipe.plans,
-            dtype=recipe.dtype,
-            options=options,
+            plans=engines.plans,
+            dtype=engines.dtype,
             report=progress.stage,
             advance=progress.advance,
             warn=progress.warn,
@@ -79,21 +76,21 @@ def make_engines(
     return Made(compiled, ports)
 
 
-def _trace(spec: ModelSpec, recipe: Recipe, vision_only: bool, progress: Progress) -> list[TracedGraph]:
+def _trace(spec: ModelSpec, engines: EngineSpec, vision_only: bool, progress: Progress) -> list[TracedGraph]:
     from vtexport.graph.export import trace_decode, trace_prefill, trace_vision
 
     if vision_only:
         progress.stage("trace vision")
-        return [trace_vision(spec, recipe.plans, recipe.dtype, recipe.debug)]
-    number = len(recipe.plans)
+        return [trace_vision(spec, engines.plans, engines.dtype, engines.debug)]
+    number = len(engines.plans)
     progress.stage(f"trace {', '.join(graph_names(number))}", number + 2)
-    graphs = [trace_vision(spec, recipe.plans, recipe.dtype, recipe.debug)]
+    graphs = [trace_vision(spec, engines.plans, engines.dtype, engines.debug)]
     progress.advance()
-    for plan, name in zip(recipe.plans, prefill_names(number), strict=True):
-        graphs.append(trace_prefill(spec, plan, recipe.dtype, recipe.debug, recipe.give_ranking, name))
+    for plan, name in zip(engines.plans, prefill_names(number), strict=True):
+        graphs.append(trace_prefill(spec, plan, engines.dtype, engines.debug, engines.give_ranking, name))
         progress.advance()
-    ranks = spec.num_visual_tokens if recipe.give_ranking else 0
-    graphs.append(trace_decode(spec, recipe.dtype, ranks))
+    ranked = spec.num_visual_tokens if engines.give_ranking else 0
+    graphs.append(trace_decode(spec, engines.dtype, ranked))
     progress.advance()
     return graphs
 
@@ -112,7 +109,7 @@ def _write_weights(
     cos, sin = rope_tables(source.spec)
     computed = {"rope.cos": cos.numpy(), "rope.sin": sin.numpy(), **encoded}
     for number, plan in enumerate(plans):
-        constants = methods_of(plan.method)[0].constants(plan, source.spec.vision.grid)
+        constants = plan.methods.vision.constants(plan, source.spec.vision.grid)
         computed |= {f"pruning.{number}.{name}": array for name, array in constants.items()}
     place = folder / ENGINE_FOLDER
     place.mkdir()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtexport.builder.engines import Recipe
+from vtexport.builder.engines import EngineSpec
 from vtexport.builder.selfcheck import checks_in_full, memory_needed
 from vtexport.models import ModelSpec
 from vtexport.models.spec import ITEMSIZE
-from vtexport.targets import get_target
+from vtexport.targets import Target
 
 # Measured at LLaVA-1.5-7B and 13B: bytes of ONNX a layer, and what tracing takes besides the weights.
 _GRAPH_BYTES = {"vision": 55_000, "decoder": 40_000}
@@ -20,37 +20,37 @@ class Estimate:
     """A build that was not made.
 
     Attributes:
-        spec, recipe, target: what it would be made of and for.
+        spec, engines, target: what it would be made of and for.
         converts: whether weights would be written in another dtype than the checkpoint's.
     """
 
     spec: ModelSpec
-    recipe: Recipe
-    target: str
+    engines: EngineSpec
+    target: Target
     converts: bool
 
     @property
     def weight_bytes(self) -> int:
         """Weights of all graphs, once."""
-        return self.spec.weight_bytes(self.recipe.dtype)
+        return self.spec.weight_bytes(self.engines.dtype)
 
     @property
     def graph_bytes(self) -> int:
         """ONNX files, about."""
-        decoder = self.spec.decoder.num_layers * (len(self.recipe.plans) + 1)
+        decoder = self.spec.decoder.num_layers * (len(self.engines.plans) + 1)
         return _GRAPH_BYTES["vision"] * self.spec.vision.feature_layer + _GRAPH_BYTES["decoder"] * decoder
 
     @property
     def checked_in_full(self) -> bool:
         """Whether the self-check would run the model itself on this machine."""
-        return checks_in_full(self.spec, self.recipe.dtype, get_target(self.target))
+        return checks_in_full(self.spec, self.engines.dtype, self.target)
 
     @property
     def peak_memory(self) -> int:
         """Resident bytes of the build, about."""
         d = self.spec.decoder
-        largest = d.vocab_size * d.hidden_size * (ITEMSIZE[self.recipe.dtype] + 4) if self.converts else 0
-        check = memory_needed(self.spec, self.recipe.dtype) if self.checked_in_full else 0
+        largest = d.vocab_size * d.hidden_size * (ITEMSIZE[self.engines.dtype] + 4) if self.converts else 0
+        check = memory_needed(self.spec, self.engines.dtype) if self.checked_in_full else 0
         return _TRACING + max(largest, check)
 
 

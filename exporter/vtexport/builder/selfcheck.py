@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtexport.builder.engines import Recipe, Source, make_engines
+from vtexport.builder.engines import EngineSpec, Source, make_engines
+from vtexport.bundle.folder import PROCESSOR_FOLDER
 from vtexport.bundle.manifest import VerificationEntry
-from vtexport.check.compare import SAMPLES, Checked, verify_engine
+from vtexport.check.compare import SAMPLES, Checked, compare_engine
 from vtexport.errors import VerificationError, first_line
 from vtexport.models import ModelSpec
+from vtexport.options import option_fields, option_values
 from vtexport.progress import Progress, Silent
 from vtexport.targets.base import ENGINE_FOLDER, Compiled, Engine, Target
 
@@ -23,52 +24,56 @@ if TYPE_CHECKING:
 
 def check_engines(
     source: Source,
-    recipe: Recipe,
+    engines: EngineSpec,
     target: Target,
-    options: Mapping[str, str | int],
     compiled: Compiled,
     folder: Path,
     progress: Progress,
 ) -> VerificationEntry:
     """Check what was compiled into `folder`; see `vtexport.check.compare` for what is compared.
 
-    A model too large for this machine's memory, or in bf16, for which it has no kernels, is checked in two parts: its own files
-    by structure, and the same plans, layers and graph code at a random model's small width by running them in fp32.
+    A model too large for this machine's memory, or in bf16, for which it has no kernels, is checked in two parts: its own
+    files by structure, and the same plans, layers and graph code at a random model's small width by running them in fp32.
 
     Raises:
         VerificationError: an engine differs from the reference.
     """
-    steps = SAMPLES * len(recipe.plans)
-    if checks_in_full(source.spec, recipe.dtype, target):
-        progress.stage("verify against transformers", steps)
-        engine, ran = _verifiable(target, compiled, folder)
-        model = Checked(source.folder, source.spec, source.clip, target.scheme(options))
-        return verify_engine(
-            engine, ran, model, recipe.plans, recipe.dtype, progress.advance, vision_only=target.vision_only
-        )
+    if not checks_in_full(source.spec, engines.dtype, target):
+        progress.stage("check the structure of every graph")
+        check_structure(folder)
+        return _check_small(source, engines, target, progress)
+    progress.stage("verify against transformers", SAMPLES * len(engines.plans))
+    engine, ran = _verifiable(target, compiled, folder)
+    model = Checked(source.folder, folder / PROCESSOR_FOLDER, source.spec, source.clip, target.scheme())
+    return compare_engine(
+        engine, ran, model, engines.plans, engines.dtype, progress.advance, vision_only=target.vision_only
+    )
+
+
+def _check_small(source: Source, engines: EngineSpec, target: Target, progress: Progress) -> VerificationEntry:
+    """Check the same plans, layers and graph code at a random model's small width, on ONNX Runtime."""
     from vtexport.models.shrink import shrink
-    from vtexport.targets.onnxruntime.quantize import SCHEMES
     from vtexport.targets.onnxruntime.target import OnnxRuntimeTarget
 
-    progress.stage("check the structure of every graph")
-    check_structure(folder)
     progress.stage("make a small model of the same layers, and its engines")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "model"
         made_up = shrink(source.spec, source.processor, source.clip, place)
         small = Source(source.name, place, place, made_up.checkpoint, made_up.spec, made_up.clip)
-        tried = replace(recipe, dtype="fp32")
-        engines, runtime = Path(scratch) / "bundle", OnnxRuntimeTarget()
-        engines.mkdir()
+        tried = replace(engines, dtype="fp32")
         # In as many bits, by the runtime that the check runs on; in fp8, which it has no kernel for, as they are.
-        bits = options.get("quantize", "")
-        same = {"quantize": bits if bits in SCHEMES else ""}
-        made = make_engines(small, tried, runtime, same, engines, Silent())
-        progress.stage("verify the small model against transformers", steps)
-        model = Checked(small.folder, small.spec, small.clip, runtime.scheme(same))
-        engine = runtime.open(engines, made.compiled, 0)
+        bits = str(option_values(target).get("quantize", ""))
+        known = option_fields(OnnxRuntimeTarget)["quantize"].choices
+        runtime = OnnxRuntimeTarget(quantize=bits if bits in known else "")  # type: ignore[arg-type]  # one of its choices
+        place = Path(scratch) / "bundle"
+        place.mkdir()
+        made = make_engines(small, tried, runtime, place, Silent())
+        progress.stage("verify the small model against transformers", SAMPLES * len(engines.plans))
+        model = Checked(small.folder, small.processor, small.spec, small.clip, runtime.scheme())
         ran = f"a random model of the same layers, {small.spec.decoder.hidden_size} wide, on {runtime.name}"
-        return verify_engine(engine, ran, model, tried.plans, tried.dtype, progress.advance)
+        return compare_engine(
+            runtime.open(place, made.compiled, 0), ran, model, tried.plans, tried.dtype, progress.advance
+        )
 
 
 def checks_in_full(spec: ModelSpec, dtype: str, target: Target) -> bool:

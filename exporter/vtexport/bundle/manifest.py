@@ -6,9 +6,11 @@ from typing import Any
 
 import msgspec
 
-from vtexport.errors import BundleError
+from vtexport.errors import BundleError, InputError
+from vtexport.options import Option
+from vtexport.pruning import choose
 from vtexport.pruning.adaptive import Policy
-from vtexport.pruning.plan import Option, PruningPlan, Stage
+from vtexport.pruning.plan import PruningPlan, Stage
 
 SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
@@ -75,22 +77,25 @@ class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             plan.views,
             plan.newlines,
             stages,
-            dict(plan.options),
+            plan.options,
             plan.mean_visual_tokens,
             plan.mean_visual_tokens_sparsevlm,
         )
 
     def plan(self) -> PruningPlan:
-        """The plan this entry was made of."""
+        """The plan this entry was made of.
+
+        Raises:
+            InputError: an unknown method, or options that it does not have.
+        """
         stages = tuple(Stage(s.where, s.tokens_in, s.kept, s.recycled) for s in self.stages)
         return PruningPlan(
-            self.method,
+            choose(self.method, self.options, resolved=True),
             self.keep,
             self.num_visual_tokens,
             self.num_layers,
             self.leading,
             stages,
-            self.options,
             self.views,
             self.newlines,
         )
@@ -109,9 +114,9 @@ class TargetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     dtype: str
-    options: dict[str, str | int]
+    options: dict[str, Option]
     versions: dict[str, str]
-    facts: dict[str, str | int]
+    facts: dict[str, Option]
     graphs: dict[str, str]
 
 
@@ -210,6 +215,6 @@ def decode(data: bytes, where: str) -> Manifest:
         plans, choices = manifest.pruning_plans(), [] if manifest.adaptive is None else manifest.adaptive.limits
         if len(plans) != 1 + len(choices):
             raise ValueError(f"{len(plans)} plans, {len(choices)} limits between them")
-    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, InputError) as error:
         raise BundleError(f"{where} is damaged ({error}); build the bundle again") from error
     return manifest

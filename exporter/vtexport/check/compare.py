@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from vtexport.bundle.manifest import VerificationEntry
 from vtexport.check.reference import ReferenceModel, ReferenceVision
 from vtexport.errors import VerificationError
 from vtexport.models import ModelSpec, Prompter
-from vtexport.models.clip import ClipTokenizer
 from vtexport.models.views import Views
-from vtexport.pruning import PruningPlan, methods_of
+from vtexport.pruning import PruningPlan
 from vtexport.pruning.plan import VISION
-from vtexport.runtime.generate import Request, generate, look, visual_lengths
+from vtexport.runtime.generate import generate, look, visual_lengths
+from vtexport.runtime.request import Decoding, Request
 from vtexport.targets.base import Engine, VisionOutput
 from vtexport.targets.quantize import Scheme
 
@@ -72,18 +72,39 @@ def sample_views(prompter: Prompter, spec: ModelSpec) -> list[Views]:
 
 @dataclass(frozen=True)
 class Checked:
-    """The checkpoint that an engine is held to: its folder, its geometry, and the folder of a CLIP given with it.
+    """The checkpoint that an engine is held to: its folder, a bundle's processor, its geometry, the folder of a CLIP.
 
     `scheme` is what the engine's weights, in its dtype, were quantised by; the reference's are then rounded alike.
     """
 
     folder: Path
+    processor: Path
     spec: ModelSpec
     clip: Path | None = None
     scheme: Scheme | None = None
 
 
-def verify_engine(
+def sample_requests(model: Checked, plan: PruningPlan) -> list[Request]:
+    """The samples as requests to the graphs of `plan`; what another bundle would have to give is random."""
+    prompter, rng = Prompter(model.processor, model.spec), np.random.default_rng(0)
+    extras: list[dict[str, Array]] = [{} for _ in _PROMPTS]
+    for extra in (extra for part in plan.methods.parts for extra in part.extras):
+        make, shape = extra.of_questions(model.processor, model.spec), extra.shape(model.spec, plan)
+        for sample, text in zip(extras, _PROMPTS, strict=True):
+            sample[extra.name] = rng.random(shape, dtype=np.float32) if make is None else make(text)
+    parts = zip(_PROMPTS, sample_views(prompter, model.spec), extras, strict=True)
+    return [Request(prompter.prompt(text), views, own) for text, views, own in parts]
+
+
+def _rounding(scheme: Scheme | None, dtype: str) -> Callable[[Array], Array] | None:
+    """What quantising by `scheme` makes of an fp32 weight that an engine in `dtype` holds; None for no change."""
+    if scheme is None:
+        return None
+    kind = np.float16 if dtype == "fp16" else np.float32
+    return lambda weight: scheme.rounded(weight.astype(kind)).astype(np.float32)
+
+
+def compare_engine(
     engine: Engine,
     ran: str,
     model: Checked,
@@ -112,21 +133,9 @@ def verify_engine(
         VerificationError: the engine does not do what the reference does.
     """
     spec = model.spec
-    prompter = Prompter(model.folder, spec)
-    views = sample_views(prompter, spec)
-    questions = None
-    if model.clip is not None and spec.clip is not None:
-        clip = ClipTokenizer(model.clip, spec.clip.length)
-        questions = np.stack([clip.ids(text) for text in _PROMPTS])
-    scheme, rounding = model.scheme, None
-    if scheme is not None:
-        kind = np.float16 if dtype == "fp16" else np.float32
-        rounding = lambda weight: scheme.rounded(weight.astype(kind)).astype(np.float32)  # noqa: E731 - one use, beside its parts
-    asked = [None] * SAMPLES if questions is None else list(questions)
-    prompts = [prompter.prompt(text) for text in _PROMPTS]
-    requests = [Request(*parts) for parts in zip(prompts, views, [None] * SAMPLES, asked, strict=True)]
+    requests = sample_requests(model, plans[0])
     samples = _Samples(
-        reference=ReferenceModel(model.folder, spec, model.clip, rounding),
+        reference=ReferenceModel(model.folder, spec, model.clip, _rounding(model.scheme, dtype)),
         requests=requests,
         vision=look(engine, plans[0], requests),
         max_positions=spec.decoder.max_positions,
@@ -169,12 +178,11 @@ class _Found:
 def _check_vision(
     _engine: Engine, bucket: int, plan: PruningPlan, samples: _Samples, advance: Callable[[], None]
 ) -> _Found:
-    """Hold the vision stage of plan number `bucket` to the reference; see `verify_engine`."""
+    """Hold the vision stage of plan number `bucket` to the reference; see `compare_engine`."""
     found, own = _Found(), samples.vision.seen(bucket)
     lengths = visual_lengths(plan, samples.vision, samples.requests)
     for row, request in enumerate(samples.requests):
-        question = None if request.question_ids is None else request.question_ids[None]
-        seen = samples.reference.vision(request.views, plan, question)
+        seen = samples.reference.vision(request.views, plan, request.extras)
         kept = None if own.kept is None else own.kept[row][own.kept[row] >= 0]
         swapped = _same_kept(kept, seen, plan, samples.dtype, found)
         # Tokens that fp16 exchanged are others, not wrong ones.
@@ -201,7 +209,7 @@ def _same_kept(mine: Array | None, seen: ReferenceVision, plan: PruningPlan, dty
     if mine is None:
         return False
     assert seen.kept is not None
-    theirs, method = seen.kept[0], methods_of(plan.method)[0]
+    theirs, method = seen.kept[0], plan.methods.vision
     if np.array_equal(mine, theirs):
         return False
     found.same_kept = False
@@ -215,43 +223,28 @@ def _same_kept(mine: Array | None, seen: ReferenceVision, plan: PruningPlan, dty
 def _check_plan(
     engine: Engine, bucket: int, plan: PruningPlan, samples: _Samples, advance: Callable[[], None]
 ) -> _Found:
-    """Hold plan number `bucket` of `engine` to the reference; see `verify_engine`."""
+    """Hold plan number `bucket` of `engine` to the reference; see `compare_engine`."""
     reference, requests, dtype = samples.reference, samples.requests, samples.dtype
-    _, decoder = methods_of(plan.method)
-    rankings: list[Array | None] = [None] * len(requests)
-    if decoder is not None and decoder.raters == "given":
-        (stage,) = plan.decoder_stages.values()
-        rankings = list(np.random.default_rng(0).random((len(requests), stage.tokens_in), dtype=np.float32))
     # Without end tokens every row runs the full length.
-    answers, _ = generate(
-        engine,
-        plan,
-        [replace(request, ranking=ranking) for request, ranking in zip(requests, rankings, strict=True)],
-        NEW_TOKENS,
-        eos_token_ids=(),
-        max_positions=samples.max_positions,
-        keep_logits=True,
-        bucket=bucket,
-        vision=samples.vision,
-    )
+    decoding = Decoding(NEW_TOKENS, samples.max_positions, keep_logits=True)
+    answers, _ = generate(engine, plan, requests, decoding, bucket=bucket, vision=samples.vision)
     found, own = _Found(), samples.vision.seen(bucket)
     lengths = visual_lengths(plan, samples.vision, requests)
     for row, (request, answer) in enumerate(zip(requests, answers, strict=True)):
-        question = None if request.question_ids is None else request.question_ids[None]
-        seen = reference.vision(request.views, plan, question)
+        seen = reference.vision(request.views, plan, request.extras)
         visual, length = seen.visual, seen.length
         if _same_kept(answer.kept.get(VISION), seen, plan, dtype, found):
             length = tuple(map(int, lengths[row]))
             visual = own.visual[row : row + 1].astype(np.float32)
         answered = partial(reference.answer, request.prompt, visual, answer.token_ids[:-1], plan)
-        expected = answered(ranking=rankings[row], length=length)
+        expected = answered(extras=request.extras, length=length)
         differ = [where for where, kept in expected.kept.items() if not np.array_equal(answer.kept[where], kept)]
         if differ:
             found.same_kept = False
             # Up to the first stage that differs both saw the same tokens; behind it indices mean other tokens.
             first = differ[0]
             _check_swaps(answer.kept[first], expected.kept[first], expected.score[first], dtype)
-            expected = answered(forced=answer.kept, ranking=rankings[row], length=length)
+            expected = answered(forced=answer.kept, extras=request.extras, length=length)
         logits = expected.logits
         assert answer.logits is not None, "logits were asked for"
         _check_error(answer.logits, logits, dtype, "logits", found)

@@ -17,9 +17,8 @@ from vtexport.models.families import FAMILIES
 from vtexport.models.prompt import Prompt
 from vtexport.models.spec import ModelSpec
 from vtexport.models.views import Views
-from vtexport.pruning import PruningPlan, methods_of
-from vtexport.pruning.decoder import Attention, DecoderMethod, drop, rated, rows_that_rate
-from vtexport.pruning.decoder import Sequence as Rows
+from vtexport.pruning import PruningPlan
+from vtexport.pruning.decoder import Attention, DecoderMethod, DecoderState, drop, rated, rows_that_rate
 from vtexport.pruning.layout import Layout
 from vtexport.pruning.vision import Pruned, RowOrder, TowerLayer, TowerState, prune
 
@@ -96,13 +95,13 @@ class ReferenceModel:
                 clip, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
             ).eval()
 
-    def vision(self, views: Views, plan: PruningPlan, question_ids: Array | None = None) -> ReferenceVision:
+    def vision(self, views: Views, plan: PruningPlan, extras: Mapping[str, Array] | None = None) -> ReferenceVision:
         """Features by transformers, pruned by the plan's method, projected by transformers.
 
         Args:
             views: a prompt's images.
             plan: the plan.
-            question_ids: [1, L] int64, for a method that reads the question.
+            extras: of the prompt, what the method has besides images (`vtexport.pruning.extra`), by name.
         """
         import torch
 
@@ -118,16 +117,16 @@ class ReferenceModel:
             attention = [TowerLayer(q[:, :, :1], k) for q, k in zip(split[::2], split[1::2], strict=True)]
         project = self.model.model.multi_modal_projector
         state = TowerState(states[v.feature_layer], attention, v.head_size**-0.5, v.grid, project)
-        if question_ids is not None:
-            state = replace(state, relevance=self._relevance(state.patches, torch.from_numpy(question_ids)))
+        if plan.methods.vision.companion:
+            ids = torch.from_numpy((extras or {})["question_ids"])[None]
+            state = replace(state, relevance=self._relevance(state.patches, ids))
         rows = None
         if views.rows is not None:
             sequence, row_start = (torch.from_numpy(a)[None] for a in (views.rows.sequence, views.rows.row_start))
             rows = RowOrder(sequence, row_start, self.model.model.image_newline, self.spec.views.images)
-        method, _ = methods_of(plan.method)
-        constants = {k: torch.from_numpy(a) for k, a in method.constants(plan, v.grid).items()}
+        constants = {k: torch.from_numpy(a) for k, a in plan.methods.vision.constants(plan, v.grid).items()}
         with torch.inference_mode():
-            pruned = prune(method, plan, state, constants, rows)
+            pruned = prune(plan, state, constants, rows)
             spread = float(state.spread()[0]) if plan.views == 1 and v.class_token else None
         length = self._length(pruned, plan, views)
         kept = None if pruned.index is None else pruned.index.numpy()[:, : sum(length)]
@@ -158,7 +157,7 @@ class ReferenceModel:
         new_tokens: Sequence[int],
         plan: PruningPlan,
         forced: Mapping[str, Array] | None = None,
-        ranking: Array | None = None,
+        extras: Mapping[str, Array] | None = None,
         length: tuple[int, ...] | None = None,
     ) -> ReferenceAnswer:
         """The decoder on a prompt, its images as `visual`, and `new_tokens` after it, in one pass.
@@ -171,12 +170,12 @@ class ReferenceModel:
             new_tokens: tokens after the prompt.
             plan: the plan whose decoder stages prune.
             forced: by stage, indices to keep instead of those of highest score.
-            ranking: scores [V] for a method that is given them.
+            extras: of the prompt, what the method has besides it (`vtexport.pruning.extra`), by name.
             length: visual tokens of each image; None for one that has all of K.
         """
         import torch
 
-        _, method = methods_of(plan.method)
+        method = plan.methods.decoder
         with torch.inference_mode():
             rows, text, image = self._embed(prompt, visual, new_tokens, length)
             raters = None if method is None else method.rating_rows(image, text, rows.layout)
@@ -184,14 +183,14 @@ class ReferenceModel:
             score: dict[str, Array] = {}
             for number in range(self.spec.decoder.num_layers):
                 hidden, attention = self.layer(number, rows)
-                rows = Rows(hidden, rows.positions, rows.layout)
+                rows = DecoderState(hidden, rows.positions, rows.layout)
                 stage = plan.decoder_stages.get(number)
                 if stage is None:
                     continue
                 assert method is not None, "a plan with decoder stages has a decoder-stage method"
                 given = None if forced is None or stage.where not in forced else torch.from_numpy(forced[stage.where])
-                rate = partial(self._score, method, number, rows, raters, attention, ranking)
-                dropped = drop(method, plan, stage, rows, rate, None if given is None else given[None])
+                rate = partial(self._score, method, number, rows, raters, attention, extras or {})
+                dropped = drop(plan, stage, rows, rate, None if given is None else given[None])
                 rows = dropped.sequence
                 if dropped.index is not None and dropped.score is not None:
                     index = dropped.index[0].numpy()
@@ -225,9 +224,9 @@ class ReferenceModel:
                 key = own.key.unflatten(2, (-1, size)).transpose(1, 2)
                 attention = attention_rows(query, key, places, size**-0.5).mean(dim=1)
                 yield rows.layout.visual_of(attention.transpose(1, 2))[0, : sum(length)].T
-                rows = Rows(hidden, rows.positions, rows.layout)
+                rows = DecoderState(hidden, rows.positions, rows.layout)
 
-    def layer(self, number: int, rows: Rows) -> tuple[Any, LayerAttention]:
+    def layer(self, number: int, rows: DecoderState) -> tuple[Any, LayerAttention]:
         """Decoder layer `number` on rows without padding: its output [B, S, C], and its attention."""
         import torch
 
@@ -243,7 +242,7 @@ class ReferenceModel:
 
     def _embed(
         self, prompt: Prompt, visual: Any, new_tokens: Sequence[int], length: tuple[int, ...] | None
-    ) -> tuple[Rows, Any, Any]:
+    ) -> tuple[DecoderState, Any, Any]:
         """The decoder's input rows, and text and visual embeddings apart."""
         import torch
 
@@ -251,7 +250,7 @@ class ReferenceModel:
         image, words = torch.as_tensor(visual), torch.tensor([len(prompt.token_ids)])
         counts = None if length in (None, (image.shape[1],)) else torch.tensor([length])
         layout = Layout(torch.tensor([prompt.image_positions]), words, text.shape[1], image.shape[1], counts)
-        return Rows(layout.bare().with_visual(text, image, layout), layout.places(), layout), text, image
+        return DecoderState(layout.bare().with_visual(text, image, layout), layout.places(), layout), text, image
 
     def _rotated(self, query: Any, key: Any, rope: tuple[Any, Any]) -> LayerAttention:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -261,16 +260,25 @@ class ReferenceModel:
         return LayerAttention(*(x.transpose(1, 2).flatten(2) for x in apply_rotary_pos_emb(*split, *rope)))
 
     def _score(
-        self, method: DecoderMethod, number: int, rows: Rows, raters: Any, own: LayerAttention, ranking: Any
+        self,
+        method: DecoderMethod,
+        number: int,
+        rows: DecoderState,
+        raters: Any,
+        own: LayerAttention,
+        extras: Mapping[str, Array],
     ) -> Any:
         """Scores [1, V] at the stage after layer `number`."""
         import torch
 
-        if method.raters == "given":
-            return torch.from_numpy(ranking)[None]
+        given = method.given_score({name: torch.from_numpy(array)[None] for name, array in extras.items()})
+        if given is not None:
+            return given
         return rated(method, self._attention(method, number, rows, raters, own), rows.layout, raters)
 
-    def _attention(self, method: DecoderMethod, number: int, rows: Rows, raters: Any, own: LayerAttention) -> Attention:
+    def _attention(
+        self, method: DecoderMethod, number: int, rows: DecoderState, raters: Any, own: LayerAttention
+    ) -> Attention:
         """What rates at the stage after layer `number`."""
         d, model = self.spec.decoder, self.model.model.language_model
         found = own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vtexport.graph.modules import Clip, Decoder, DecoderAttention, Projector, RotaryTables, VisionTower
 from vtexport.models.spec import ModelSpec
-from vtexport.pruning import PruningPlan, Stage, methods_of
-from vtexport.pruning.decoder import Attention, Sequence, drop, rated, rows_that_rate
+from vtexport.pruning import PruningPlan, Stage
+from vtexport.pruning.decoder import Attention, DecoderState, drop, rated, rows_that_rate
 from vtexport.pruning.layout import Layout
 from vtexport.pruning.ops import token_score
 from vtexport.pruning.vision import RowOrder, TowerState, prune
@@ -30,12 +30,12 @@ class VisionGraph(nn.Module):
     own visual.i and kept.i, unless none prunes here; and there is spread [B] fp32, by which one of them is chosen.
     """
 
-    def __init__(self, spec: ModelSpec, plans: Several[PruningPlan], debug: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, plans: Sequence[PruningPlan], debug: bool = False) -> None:
         super().__init__()
         self.spec, self.debug, self.chooses = spec, debug, len(plans) > 1
         self.plans = plans if plans[0].vision_stage is not None else plans[:1]
         self.by_rows, self.prunes = plans[0].newlines > 0, plans[0].vision_stage is not None
-        self.method, _ = methods_of(plans[0].method)
+        self.method = plans[0].methods.vision
         self.vision = VisionTower(spec.vision)
         self.projector = Projector(
             spec.vision.hidden_size,
@@ -45,13 +45,13 @@ class VisionGraph(nn.Module):
         )
         if self.by_rows:
             self.image_newline = nn.Parameter(torch.empty(spec.decoder.hidden_size))
-        if self.method.reads_question:
+        if self.method.companion:
             assert spec.clip is not None, "a method that reads the question comes with a CLIP checkpoint"
             self.clip = Clip(spec.clip, spec.vision)
         self.pruning = nn.Module()
         for number, plan in enumerate(self.plans):
             part = nn.Module()
-            for name, array in self.method.constants(plan, spec.vision.grid).items():
+            for name, array in plan.methods.vision.constants(plan, spec.vision.grid).items():
                 kind = torch.from_numpy(array[:0]).dtype
                 part.register_buffer(name, torch.empty(array.shape, dtype=kind))
             self.pruning.add_module(str(number), part)
@@ -72,7 +72,7 @@ class VisionGraph(nn.Module):
             rows = RowOrder(given["sequence"], given.get("row_start"), self.image_newline, images)
         outputs = []
         for plan, part in zip(self.plans, self.pruning.children(), strict=True):
-            pruned = prune(self.method, plan, state, dict(part.named_buffers()), rows)
+            pruned = prune(plan, state, dict(part.named_buffers()), rows)
             # NumPy, in which the runtime passes them on, has no bf16.
             tokens = pruned.tokens.float() if pruned.tokens.dtype == torch.bfloat16 else pruned.tokens
             outputs += [found for found in (tokens, pruned.index, pruned.length) if found is not None]
@@ -84,8 +84,7 @@ class VisionGraph(nn.Module):
 
     def input_names(self) -> list[str]:
         names = ["pixel_values"]
-        if self.method.reads_question:
-            names.append("question_ids")
+        names += [extra.name for extra in self.method.extras]
         if self.by_rows:
             names += ["sequence", "row_start"] if self.prunes else ["sequence"]
         return names
@@ -135,14 +134,14 @@ class PrefillGraph(_LanguageGraph):
 
     Outputs: logits [B, vocabulary] fp32 of each row's last token, per layer i the cache entries key, value [B, G, L + V_i, D] with V_i visual tokens as the plan says, and per
     decoder stage kept.i [B, K'] int32, indices into the visual tokens that entered it. With `debug` also the
-    stages' score.i [B, V_i] fp32 and cluster.i [B, V_i] int32, and raters [B, L] bool. With `ranks` also ranking
+    stages' score.i [B, V_i] fp32 and cluster.i [B, V_i] int32, and raters [B, L] bool. With `gives_ranking` also ranking
     [B, V] fp32: attention to each visual token summed over layers, heads and the prompt's text after the image.
     """
 
-    def __init__(self, spec: ModelSpec, plan: PruningPlan, debug: bool = False, ranks: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, plan: PruningPlan, debug: bool = False, gives_ranking: bool = False) -> None:
         super().__init__(spec)
-        self.plan, self.debug, self.ranks = plan, debug, ranks
-        _, self.method = methods_of(plan.method)
+        self.plan, self.debug, self.gives_ranking = plan, debug, gives_ranking
+        self.method = plan.methods.decoder
 
     def forward(
         self,
@@ -153,14 +152,13 @@ class PrefillGraph(_LanguageGraph):
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
         given = dict(zip(self.input_names()[4:], others, strict=True))
-        ranking = given.get("ranking")
         text = self.decoder.embed_tokens(input_ids)
         visual = visual.to(text.dtype)
         at = image_position if image_position.ndim == 2 else image_position[:, None]
         counts = given.get("visual_length")
         layout = Layout(at, text_length, input_ids.shape[1], self.plan.vision_tokens, counts)
         hidden = layout.bare().with_visual(text, visual, layout)
-        rows = Sequence(hidden, layout.places(), layout)
+        rows = DecoderState(hidden, layout.places(), layout)
         raters = None if self.method is None else self.method.rating_rows(visual, text, layout)
         stages, blocks = self.plan.decoder_stages, list(self.decoder.blocks())
         caches, seen = [], []
@@ -171,16 +169,16 @@ class PrefillGraph(_LanguageGraph):
             query, key = (part(x, rows.positions, self.rope) for part in (attention.query, attention.key))
             mixed, *cache = attention.prefill(query, key, attention.v_proj(x))
             caches += cache
-            if self.ranks:
+            if self.gives_ranking:
                 paid = self._paid(attention, query, key, layout)
                 total = paid if total is None else total + paid
             x = rows.hidden + mixed
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-            rows = Sequence(x, rows.positions, rows.layout)
+            rows = DecoderState(x, rows.positions, rows.layout)
             if number in stages:
                 assert self.method is not None, "a plan with decoder stages has a decoder-stage method"
-                rate = partial(self._score, number, query, key, rows, raters, ranking)
-                dropped = drop(self.method, self.plan, stages[number], rows, rate)
+                rate = partial(self._score, number, query, key, rows, raters, given)
+                dropped = drop(self.plan, stages[number], rows, rate)
                 rows = dropped.sequence
                 score = dropped.score if self.method.scores else None
                 seen += [dropped.index, score, dropped.cluster][: 3 if self.debug else 1]
@@ -195,15 +193,15 @@ class PrefillGraph(_LanguageGraph):
         number: int,
         query: Tensor,
         key: Tensor,
-        rows: Sequence,
+        rows: DecoderState,
         raters: Tensor | None,
-        ranking: Tensor | None,
+        given: Mapping[str, Tensor],
     ) -> Tensor:
         """Scores [B, V] at the stage after layer `number`, whose own rotated queries and keys are given."""
         assert self.method is not None
-        if self.method.raters == "given":
-            assert ranking is not None
-            return ranking
+        score = self.method.given_score(given)
+        if score is not None:
+            return score
         return rated(self.method, self._attention(number, query, key, rows, raters), rows.layout, raters)
 
     def _paid(self, attention: DecoderAttention, query: Tensor, key: Tensor, layout: Layout) -> Tensor:
@@ -221,7 +219,9 @@ class PrefillGraph(_LanguageGraph):
         )
         return mean * (rows.float().sum(dim=1, keepdim=True) * attention.num_heads)
 
-    def _attention(self, number: int, query: Tensor, key: Tensor, rows: Sequence, raters: Tensor | None) -> Attention:
+    def _attention(
+        self, number: int, query: Tensor, key: Tensor, rows: DecoderState, raters: Tensor | None
+    ) -> Attention:
         """What rates at the stage after layer `number`, whose own rotated queries and keys are given."""
         assert self.method is not None
         layout, blocks = rows.layout, list(self.decoder.blocks())
@@ -246,12 +246,12 @@ class PrefillGraph(_LanguageGraph):
             names += stage_outputs(layer, stage, self.debug, self.method.scores)
         if self.debug and self.method is not None and self.method.raters == "text":
             names.append("raters")
-        return [*names, "ranking"] if self.ranks else names
+        return [*names, "ranking"] if self.gives_ranking else names
 
     def input_names(self) -> list[str]:
         names = ["input_ids", "image_position", "text_length", "visual"]
-        if self.method is not None and self.method.raters == "given":
-            names.append("ranking")
+        if self.method is not None:
+            names += [extra.name for extra in self.method.extras]
         return [*names, "visual_length"] if self.spec.views.counted else names
 
 
@@ -260,23 +260,24 @@ class DecodeGraph(_LanguageGraph):
 
     Inputs: input_ids [B, 1] int64, length [N, B] int64 (tokens in each layer's cache of each row), position [N, B]
     int64 (of the new token, in each layer), and per layer the caches key, value [B, G, M_i, D]. Outputs: logits
-    [B, vocabulary] fp32 and the caches with the new token in place. With `ranks`, the number of visual tokens, there
+    [B, vocabulary] fp32 and the caches with the new token in place. With `ranked`, the number of visual tokens to rank, there
     are also the input image_position [B] int64, and the output ranking [B, V] fp32, the new token's attention to each
     visual token summed over layers and heads.
     """
 
-    def __init__(self, spec: ModelSpec, ranks: int = 0) -> None:
+    def __init__(self, spec: ModelSpec, ranked: int = 0) -> None:
         super().__init__(spec)
-        self.ranks = ranks
+        self.ranked = ranked
 
     def forward(
         self,
         input_ids: Tensor,
         length: Tensor,
         position: Tensor,
-        past: list[Tensor],
-        image_position: Tensor | None = None,
+        *others: Tensor,
     ) -> tuple[Tensor, ...]:
+        past = others[: 2 * self.spec.decoder.num_layers]
+        image_position = others[-1] if self.ranked else None
         x = self.decoder.embed_tokens(input_ids)
         caches: list[Tensor] = []
         total = None
@@ -288,7 +289,7 @@ class DecodeGraph(_LanguageGraph):
                 heads, one = attention.num_heads, torch.ones_like(place)
                 query = attention.query(normed, place, self.rope).unflatten(2, (heads, -1)).transpose(1, 2)
                 last = length[number][:, None]
-                paid = token_score(query, key, one > 0, last, image_position, self.ranks, attention.scale) * heads
+                paid = token_score(query, key, one > 0, last, image_position, self.ranked, attention.scale) * heads
                 total = paid if total is None else total + paid
             x = x + mixed
             x = x + layer.mlp(layer.post_attention_layernorm(x))

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vtexport.builder.options import BuildOptions
 from vtexport.errors import InputError
 from vtexport.models.prompt import Prompt, Prompter
-from vtexport.models.spec import Asked as AskedViews
+from vtexport.models.spec import ViewChoice
 from vtexport.models.views import Views
-from vtexport.pruning import PruningPlan, methods_of, planner
-from vtexport.pruning.adaptive import AdaptiveTable
-from vtexport.pruning.dense import Dense
+from vtexport.options import option_fields
+from vtexport.pruning import METHODS, Geometry, PruningPlan, make_plan, parts_of
+from vtexport.pruning.adaptive import AdaptiveTable, check_buckets
 from vtexport.pruning.rank import RANK_TOLERANCE, Calibration
 from vtexport.pruning.schedule import default_layers
 
@@ -34,7 +35,7 @@ _ANSWER_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Asked:
+class Trials:
     """What to measure beyond ranks and layers.
 
     Attributes:
@@ -47,14 +48,27 @@ class Asked:
     buckets: tuple[float, ...] = BUCKETS
     exit_tolerance: float = 0.0
 
+    @classmethod
+    def parse(cls, methods: Sequence[str], buckets: str | None, exit_tolerance: float) -> Trials:
+        """What the flags of `vtexport calibrate` ask for.
+
+        Raises:
+            InputError: keep ratios that are none, and as the class says.
+        """
+        if buckets is None:
+            return cls(tuple(methods), BUCKETS, exit_tolerance)
+        tried = option_fields(BuildOptions)["buckets"].parse(buckets, "vtexport calibrate")
+        check_buckets(tried)
+        return cls(tuple(methods), tuple(sorted(tried, reverse=True)), exit_tolerance)
+
     def __post_init__(self) -> None:
         if not 0 <= self.exit_tolerance < 1:
             raise InputError(
                 f"--exit-tolerance {self.exit_tolerance:g} is out of range; give a share from 0 to below 1"
             )
         for method in self.methods:
-            vision, decoder = methods_of(method)
-            if method == Dense.name or vision.reads_question or (decoder is not None and decoder.raters == "given"):
+            parts_of(method)
+            if not all(METHODS[part].adaptive for part in method.split("+")):
                 raise InputError(f"--method {method} has nothing to calibrate for --keep auto; leave it out")
 
 
@@ -95,9 +109,9 @@ def read_pairs(path: Path) -> list[Pair]:
 def calibrate_model(
     name: str,
     pairs: Sequence[Pair],
-    asked: Asked | None = None,
+    trials: Trials | None = None,
     advance: Callable[[], None] = lambda: None,
-    views: AskedViews | None = None,
+    views: ViewChoice | None = None,
 ) -> Calibration:
     """Measure the model that `name` says (see `vtexport.models.resolve_model`) on `pairs`; see `calibrate`."""
     from vtexport.check.reference import ReferenceModel
@@ -106,11 +120,11 @@ def calibrate_model(
 
     folder = resolve_model(name)
     spec = read_spec(folder, views)
-    if asked is not None and asked.methods and (spec.views.total > 1 or not spec.vision.class_token):
+    if trials is not None and trials.methods and (spec.views.total > 1 or not spec.vision.class_token):
         raise InputError("--method is for --keep auto, which goes by the CLS attention of a single view; leave it out")
     mark = fingerprint(Checkpoint.open(folder))
     prompter = Prompter(folder, spec)
-    return calibrate(ReferenceModel(folder, spec), prompter, pairs, mark, asked or Asked(), advance)
+    return calibrate(ReferenceModel(folder, spec), prompter, pairs, mark, trials or Trials(), advance)
 
 
 def calibrate(
@@ -118,7 +132,7 @@ def calibrate(
     prompter: Prompter,
     pairs: Sequence[Pair],
     fingerprint: str,
-    asked: Asked,
+    trials: Trials,
     advance: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Measure `model` on `pairs`; see `Calibration` for what.
@@ -128,13 +142,13 @@ def calibrate(
         prompter: its processor.
         pairs: images and prompts, at least one.
         fingerprint: of the checkpoint.
-        asked: what else to measure.
-        advance: called `steps(pairs, asked)` times.
+        trials: what else to measure.
+        advance: called `steps(pairs, trials)` times.
 
     Raises:
-        InputError: a method that cannot keep as little as asked.
+        InputError: a method that cannot keep as little as trials.
     """
-    plan = planner(model.spec)
+    plan = partial(make_plan, geometry=Geometry.of(model.spec))
     subjects = [
         _Subject(model, plan, prompter.prompt(p.prompt), prompter.views(prompter.open_pictures(p.images)))
         for p in pairs
@@ -155,8 +169,8 @@ def calibrate(
         layers=(default_layers(model.spec.decoder.num_layers),) * len(KEEPS),
         agreement=(0.0,) * len(KEEPS),
         # After the last layer nothing is left to drop, so that one always qualifies.
-        exit_layer=int(np.flatnonzero(np.mean([one.changed for one in found], axis=0) <= asked.exit_tolerance)[0]),
-        exit_tolerance=asked.exit_tolerance,
+        exit_layer=int(np.flatnonzero(np.mean([one.changed for one in found], axis=0) <= trials.exit_tolerance)[0]),
+        exit_tolerance=trials.exit_tolerance,
     )
     choices = []
     for keep in KEEPS:
@@ -167,13 +181,13 @@ def calibrate(
         layers=tuple(layers for layers, _ in choices),
         agreement=_rounded([agreement for _, agreement in choices]),
     )
-    tables = [_adaptive_table(subjects, calibration, method, asked.buckets, advance) for method in asked.methods]
+    tables = [_adaptive_table(subjects, calibration, method, trials.buckets, advance) for method in trials.methods]
     return replace(calibration, adaptive=tuple(tables))
 
 
-def steps(pairs: Sequence[Pair], asked: Asked) -> int:
+def steps(pairs: Sequence[Pair], trials: Trials) -> int:
     """How often `calibrate` calls `advance`."""
-    return len(pairs) + len(KEEPS) + len(asked.methods) * len(asked.buckets)
+    return len(pairs) + len(KEEPS) + len(trials.methods) * len(trials.buckets)
 
 
 def _adaptive_table(
@@ -284,25 +298,3 @@ def _measure(subject: _Subject) -> _Measured:
         for layer in range(len(ranks) - 1)
     ]
     return _Measured(ranks, masses, [*changed, False])
-
-
-def plot(calibration: Calibration, path: Path) -> None:
-    """Draw rank and attention mass by layer into `path` (see `vtexport.measure.show.check_destination`)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(7, 5), sharex=True, layout="constrained")
-    layers = range(len(calibration.ranks))
-    upper.errorbar(layers, calibration.ranks, yerr=calibration.rank_spread, fmt="o-", capsize=3)
-    upper.set_ylabel("rank of raters x visual")
-    upper.set_ylim(bottom=0)
-    lower.plot(layers, calibration.mass, "o-")
-    lower.set_ylim(0, 1)
-    lower.axvline(calibration.exit_layer, color="grey", linestyle=":")
-    lower.set_ylabel("attention of raters\non the image")
-    lower.set_xlabel("decoder layer; dotted: visual tokens may leave after it")
-    upper.set_title(f"{calibration.pairs} pairs")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -26,15 +26,6 @@ def examine() -> list[TargetHealth]:
     return [TargetHealth(name, target.can_build(), target.can_run()) for name, target in TARGETS.items()]
 
 
-def native_kernels() -> Availability:
-    """Whether this installation has the native kernels of `plugins/`."""
-    from vtexport.native import kernels as native
-
-    if native.available():
-        return Availability(True, "CPU twins of the pruning ops")
-    return Availability(False, "installed without a C++ compiler; install one, then vtexport again from its source")
-
-
 def cuda_kernels() -> Availability:
     """Whether this installation has the CUDA kernels, and for which GPUs."""
     from vtexport.native import kernels as native
@@ -60,7 +51,6 @@ def tensorrt_plugins() -> Availability:
 def kernels() -> dict[str, Availability]:
     """What of `plugins/` this installation has."""
     return {
-        "native kernels": native_kernels(),
         "CUDA kernels": cuda_kernels(),
         "TensorRT plugins": tensorrt_plugins(),
     }

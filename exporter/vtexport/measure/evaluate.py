@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from vtexport.errors import InputError
 from vtexport.micro import heldout, scenes
@@ -27,7 +28,18 @@ class Score:
 
     @property
     def accuracy(self) -> float:
+        """Share of right answers."""
         return self.right / self.total
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `vtexport eval --json` prints."""
+        return {
+            "accuracy": self.accuracy,
+            "questions": self.total,
+            "by_kind": {kind: right / total for kind, (right, total) in self.by_kind.items()},
+            "by_keep": self.by_keep,
+            "mean_visual_tokens": self.mean_visual_tokens,
+        }
 
 
 def evaluate(

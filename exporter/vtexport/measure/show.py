@@ -12,8 +12,10 @@ from vtexport.errors import InputError, StorageError
 from vtexport.models.prompt import Prompt
 from vtexport.models.spec import ViewSpec
 from vtexport.pruning.plan import VISION
-from vtexport.runtime.generate import Request, look
-from vtexport.runtime.runner import Runner, StageReport, stage_reports
+from vtexport.runtime.answer import StageReport, stage_reports
+from vtexport.runtime.generate import look
+from vtexport.runtime.request import Request
+from vtexport.runtime.runner import Runner
 
 _PANEL = 480
 _CAPTION = 28
@@ -39,10 +41,10 @@ def draw(runner: Runner, image: Any, question: str | None = None) -> Any:
                 f"method {runner.plan.method} keeps what the question asks for; give a --prompt to show it by"
             )
         # The decoder need not run to see what the vision stage keeps.
-        if runner.questions is not None:
+        if runner.reads_question:
             raise InputError(f"method {runner.plan.method} reads the question; give a --prompt to show it by")
         vision = look(runner.engine, runner.plan, [Request(Prompt((), (0,) * runner.prompter.images), views)])
-        bucket = 0 if runner.policy is None else int(runner.policy.choose(vision.spread)[0])
+        bucket = int(runner.buckets(vision)[0])
         plan, kept = runner.plans[bucket], vision.seen(bucket).kept
         found = {} if kept is None else {VISION: kept[0][kept[0] >= 0]}
         stages = stage_reports(plan, model.grid, found, views)
@@ -92,23 +94,8 @@ def _mosaic(views: list[Any], lines: list[list[int]]) -> Any:
     return picture
 
 
-def check_destination(path: Path) -> None:
-    """Refuse before any work what `save` would refuse after it.
-
-    Raises:
-        InputError: a suffix that names no image format.
-        StorageError: the folder is not there.
-    """
-    from PIL import Image
-
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"{path}: unknown image format; give a name that ends in .png")
-    if not path.absolute().parent.is_dir():
-        raise StorageError(f"{path}: {path.absolute().parent} is not a folder; give another -o")
-
-
 def save(picture: Any, path: Path) -> None:
-    """Write `picture` to `path`; see `check_destination`.
+    """Write `picture` to `path`; see `vtexport.measure.files.check_picture`.
 
     Raises:
         StorageError: the file cannot be written.

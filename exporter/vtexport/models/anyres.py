@@ -8,38 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from vtexport.errors import InputError, ModelError
-from vtexport.models.family import Family, images_asked, pixels_of
-from vtexport.models.spec import Asked, ModelSpec, ViewSpec, VisionSpec
+from vtexport.models.family import Family, pixels_of
+from vtexport.models.spec import ModelSpec, ViewChoice, ViewSpec, VisionSpec
 from vtexport.models.views import Size, Views, rows_of
-
-_ARRANGEMENTS = ("rows", "views")
 
 
 class Anyres(Family):
     """A family whose images are cut into tiles; a bundle holds one grid of them."""
 
-    def views(self, path: Path, parsed: Any, vision: VisionSpec, asked: Asked) -> ViewSpec:
+    def views(self, path: Path, parsed: Any, vision: VisionSpec, choice: ViewChoice) -> ViewSpec:
         if vision.leading:
             raise ModelError(f"{path}: vision_feature_select_strategy 'full' puts CLS between tiles; use 'default'")
-        if asked.arrangement not in (None, *_ARRANGEMENTS):
-            raise InputError(f"--arrangement {asked.arrangement} is unknown; choose one of {', '.join(_ARRANGEMENTS)}")
-        images = images_asked(asked)
-        tiles = self.tiles(parsed, vision, asked, images)
-        newlines = 0 if asked.arrangement == "views" else 1 if tiles is None else tiles[0] * vision.grid
+        images = choice.images or 1
+        tiles = self.tiles(parsed, vision, choice, images)
+        newlines = 0 if choice.arrangement == "views" else 1 if tiles is None else tiles[0] * vision.grid
         return ViewSpec(images, 1 if tiles is None else 1 + tiles[0] * tiles[1], tiles, newlines)
 
-    def tiles(self, parsed: Any, vision: VisionSpec, asked: Asked, images: int) -> Size | None:
+    def tiles(self, parsed: Any, vision: VisionSpec, choice: ViewChoice, images: int) -> Size | None:
         """Rows and columns of tiles of each image of a prompt with so many of them; None for its base view alone."""
         known = [_tiles(resolution, vision.image_size) for resolution in parsed.image_grid_pinpoints]
         names = ", ".join(f"{rows}x{columns}" for rows, columns in known)
-        if asked.grid is None:
+        if choice.grid is None:
             raise InputError(
                 f"--grid is missing: a {self.model_type} model cuts images into rows x columns of tiles, and a bundle is "
                 f"built for one grid; give one of {names}"
             )
-        found = re.fullmatch(r"(\d+)x(\d+)", asked.grid)
+        found = re.fullmatch(r"(\d+)x(\d+)", choice.grid)
         if found is None or (int(found[1]), int(found[2])) not in known:
-            raise InputError(f"--grid {asked.grid} is no grid of this model; give one of {names}")
+            raise InputError(f"--grid {choice.grid} is no grid of this model; give one of {names}")
         return int(found[1]), int(found[2])
 
     def look(self, processor: Any, spec: ModelSpec, pictures: Sequence[Any]) -> Views:

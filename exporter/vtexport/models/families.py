@@ -9,20 +9,21 @@ from vtexport.models.family import Family
 from vtexport.models.llava import Llava
 from vtexport.models.llava_next import LlavaNext
 from vtexport.models.llava_onevision import LlavaOnevision
-from vtexport.models.spec import Asked, ModelSpec, read_config
+from vtexport.models.spec import ModelSpec, ViewChoice, read_config
 from vtexport.models.video_llava import VideoLlava
+from vtexport.options import validate
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family for family in (Llava(), LlavaNext(), LlavaOnevision(), VideoLlava())
 }
 
 
-def read_spec(folder: Path, asked: Asked | None = None) -> ModelSpec:
+def read_spec(folder: Path, choice: ViewChoice | None = None) -> ModelSpec:
     """The geometry of the checkpoint in `folder`, whose family config.json names.
 
     Args:
         folder: the checkpoint.
-        asked: what was chosen of its views.
+        choice: what was chosen of its views.
 
     Raises:
         ModelError: the folder holds no LLaVA checkpoint, or one with a feature vtexport has not.
@@ -35,4 +36,6 @@ def read_spec(folder: Path, asked: Asked | None = None) -> ModelSpec:
         raise ModelError(
             f"{folder} holds {named}, not LLaVA; vtexport reads checkpoints of model_type {', '.join(FAMILIES)}"
         )
-    return FAMILIES[kind].spec(folder, config, asked or Asked())
+    choice = choice or ViewChoice()
+    validate(choice, f"{kind} models")
+    return FAMILIES[kind].spec(folder, config, choice)

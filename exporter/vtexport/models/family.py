@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vtexport.errors import InputError, ModelError
-from vtexport.models.spec import Asked, DecoderSpec, ModelSpec, ViewSpec, VisionSpec
+from vtexport.models.spec import DecoderSpec, ModelSpec, ViewChoice, ViewSpec, VisionSpec
 from vtexport.models.views import Views
 
 #: RoPE types whose table is the same for every sequence length
@@ -32,12 +32,12 @@ class Family:
     #: views of each image; of a video its frames
     frames: ClassVar[int] = 1
 
-    def spec(self, folder: Path, config: dict[str, Any], asked: Asked) -> ModelSpec:
+    def spec(self, folder: Path, config: dict[str, Any], choice: ViewChoice) -> ModelSpec:
         """The geometry, read through transformers' own configuration classes, which know every default.
 
         Raises:
             ModelError: a feature of the checkpoint is one that the graphs do not have.
-            InputError: `asked` for what the family does not have.
+            InputError: `choice` for what the family does not have.
         """
         from transformers import AutoConfig
 
@@ -57,23 +57,23 @@ class Family:
             image_token_id=self.token_id(parsed),
             eos_token_ids=_eos_ids(folder, parsed.text_config.eos_token_id),
             config=config,
-            views=self.views(path, parsed, vision, asked),
-            asked=asked,
+            views=self.views(path, parsed, vision, choice),
+            choice=choice,
         )
 
     def token_id(self, parsed: Any) -> int:
         """The id of `mark`."""
         return int(parsed.image_token_id)
 
-    def views(self, path: Path, parsed: Any, vision: VisionSpec, asked: Asked) -> ViewSpec:
-        """What becomes of a prompt's images; see `Asked`."""
-        self.refuse(asked, "grid", "arrangement")
-        return ViewSpec(images=images_asked(asked), views=self.frames)
+    def views(self, path: Path, parsed: Any, vision: VisionSpec, choice: ViewChoice) -> ViewSpec:
+        """What becomes of a prompt's images; see `ViewChoice`."""
+        self.refuse(choice, "grid", "arrangement")
+        return ViewSpec(images=choice.images or 1, views=self.frames)
 
-    def refuse(self, asked: Asked, *names: str) -> None:
+    def refuse(self, choice: ViewChoice, *names: str) -> None:
         """Raise InputError for choices that this family does not have."""
         for name in names:
-            if getattr(asked, name) is not None:
+            if getattr(choice, name) is not None:
                 raise InputError(f"--{name} has no effect with a {self.model_type} model; leave it out")
 
     def look(self, processor: Any, spec: ModelSpec, pictures: Sequence[Any]) -> Views:
@@ -90,18 +90,6 @@ def pixels_of(processed: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     # Video-LLaVA's processor named them otherwise before transformers 5.20.
     found = processed.get("pixel_values_images", processed.get("pixel_values"))
     return np.asarray(found, dtype=np.float32)
-
-
-def images_asked(asked: Asked) -> int:
-    """How many images a prompt has.
-
-    Raises:
-        InputError: fewer than one.
-    """
-    images = 1 if asked.images is None else asked.images
-    if images < 1:
-        raise InputError(f"--images {images} is out of range; give 1 or more")
-    return images
 
 
 def _vision(path: Path, parsed: Any) -> VisionSpec:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vtexport.errors import InputError
 from vtexport.models.anyres import Anyres
-from vtexport.models.spec import Asked, VisionSpec
+from vtexport.models.spec import ViewChoice, VisionSpec
 from vtexport.models.views import Size
 
 # Beyond this ratio of sides to those of the tiles it is made for, the model shrinks stitched features.
@@ -19,17 +19,17 @@ class LlavaOnevision(Anyres):
 
     model_type = "llava_onevision"
 
-    def tiles(self, parsed: Any, vision: VisionSpec, asked: Asked, images: int) -> Size | None:
+    def tiles(self, parsed: Any, vision: VisionSpec, choice: ViewChoice, images: int) -> Size | None:
         if images > 1:
-            if asked.grid is not None:
+            if choice.grid is not None:
                 raise InputError("--grid has no effect with --images: this model tiles one image only; leave it out")
             return None
-        found = super().tiles(parsed, vision, asked, images)
+        found = super().tiles(parsed, vision, choice, images)
         assert found is not None, "one image is tiled"
         most = int(int(str(parsed.vision_aspect_ratio).rpartition("_")[2]) * _INTERPOLATES**2)
         if found[0] * found[1] > most:
             raise InputError(
-                f"--grid {asked.grid} has more than the {most} tiles whose features this model keeps as they are; beyond, it "
+                f"--grid {choice.grid} has more than the {most} tiles whose features this model keeps as they are; beyond, it "
                 "interpolates them to a size of each image's own, which a compiled graph cannot; give a smaller grid"
             )
         return found

@@ -26,7 +26,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The recipe `name`: `summary`; `checkpoint` (a folder beside it) or `hub` (an id); `ranks` (a file beside it); `dtype`."""
+    """The recipe `name`: `summary`; `checkpoint` (a folder beside it) or `hub` (an id); `calibration` (a file beside it); `dtype`."""
     path = engines_folder() / f"{name}.toml"
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
@@ -59,11 +59,11 @@ def resolve_model(model: str, config_only: bool = False) -> Path:
     )
 
 
-def recipe_ranks(model: str) -> Path | None:
+def recipe_calibration(model: str) -> Path | None:
     """The calibration file that recipe `model` carries, or None if it is no recipe or carries none."""
     if Path(model).expanduser().is_dir() or model not in recipe_names():
         return None
-    name = read_recipe(model).get("ranks")
+    name = read_recipe(model).get("calibration")
     return None if name is None else engines_folder() / str(name)
 
 

@@ -23,14 +23,3 @@ def rope_tables(spec: ModelSpec) -> tuple[Any, Any]:
     cos, sin = rotary(torch.zeros(1, dtype=torch.float32), position)
     half = spec.decoder.head_size // 2
     return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-
-
-def rope_reach(spec: ModelSpec) -> int:
-    """The first distance at which RoPE, applied to two vectors of ones, yields no positive product.
-
-    sparsevlm-plus divides attention by that product (SparseVLM's released version 2.0), so no visual token
-    may lie that far from a text token. `max_positions` if every distance is positive.
-    """
-    cos, _ = rope_tables(spec)
-    negative = (cos.sum(dim=1) <= 0).nonzero()
-    return int(negative[0]) if len(negative) else spec.decoder.max_positions

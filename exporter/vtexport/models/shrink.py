@@ -50,7 +50,7 @@ def shrink(spec: ModelSpec, processor: Path, clip: Path | None, folder: Path) ->
     for name in PROCESSOR_FILES:
         if name not in ("config.json", "generation_config.json") and (processor / name).is_file():
             shutil.copyfile(processor / name, folder / name)
-    found = Small(read_spec(folder, spec.asked), Checkpoint.open(folder), None)
+    found = Small(read_spec(folder, spec.choice), Checkpoint.open(folder), None)
     if clip is None:
         return found
     small = _shrunken_clip(clip, vision.hidden_size, folder / "clip")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from vtexport.errors import ModelError
+from vtexport.options import Meta
 
 #: bytes of a weight by an engine's dtype
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -105,18 +106,27 @@ class ViewSpec:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a user may choose of a `ViewSpec`; None where nothing was said.
+class ViewChoice:
+    """What a user may choose of a `ViewSpec`; None where nothing was said."""
 
-    Attributes:
-        grid: rows and columns of tiles, as `2x2`.
-        images: images a prompt.
-        arrangement: `rows`, or `views` for no newlines and no unpadding where the model has them.
-    """
-
-    grid: str | None = None
-    images: int | None = None
-    arrangement: str | None = None
+    images: Annotated[int | None, Meta(ge=1, description="Images, or videos, per prompt.", extra={"default": "1"})] = (
+        None
+    )
+    grid: Annotated[
+        str | None,
+        Meta(
+            description="Rows x columns of tiles that a bundle for an any-resolution model is built for, such as 2x2.",
+            extra={"metavar": "RxC"},
+        ),
+    ] = None
+    arrangement: Annotated[
+        Literal["rows", "views"] | None,
+        Meta(
+            description="Order of an any-resolution image's tokens: rows, with newlines and without padding, as the model "
+            "has it, or tile by tile (views), without newlines and with padding.",
+            extra={"default": "rows"},
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,18 @@ class ClipSpec:
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
+
+    def num_parameters(self, vision_size: int) -> int:
+        """Weights of the text tower and of both projections, from features of width `vision_size` and to it."""
+        width, inner = self.hidden_size, self.intermediate_size
+        layer = 4 * width**2 + 2 * width * inner + 9 * width + inner
+        projections = (width + vision_size) * (self.projection + 2)
+        return (self.vocab_size + self.length) * width + self.num_layers * layer + projections
+
+    def flops(self) -> int:
+        """FLOPs of the text tower on a question."""
+        weights = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+        return self.num_layers * (2 * self.length * weights + 2 * 2 * self.length * self.length * self.hidden_size)
 
 
 @dataclass(frozen=True)
@@ -169,7 +191,7 @@ class DecoderSpec:
 class ModelSpec:
     """Everything vtexport needs to know of a LLaVA checkpoint besides its weights, and of a CLIP given with it.
 
-    `asked` is what `views` was chosen by.
+    `choice` is what `views` was chosen by.
     """
 
     family: str
@@ -182,7 +204,7 @@ class ModelSpec:
     config: dict[str, Any]
     clip: ClipSpec | None = None
     views: ViewSpec = field(default_factory=ViewSpec)
-    asked: Asked = field(default_factory=Asked)
+    choice: ViewChoice = field(default_factory=ViewChoice)
 
     @property
     def num_visual_tokens(self) -> int:
@@ -198,20 +220,13 @@ class ModelSpec:
         projector = v.hidden_size * d.hidden_size + d.hidden_size**2
         attention = d.hidden_size * d.head_size * 2 * (d.num_heads + d.num_kv_heads)
         block = attention + 3 * d.hidden_size * d.intermediate_size + 2 * d.hidden_size
+        clip = 0 if self.clip is None else self.clip.num_parameters(v.hidden_size)
         embeddings = d.vocab_size * d.hidden_size * (1 if d.tied_embeddings else 2)
-        return tower + projector + d.num_layers * block + embeddings + d.hidden_size + self._clip_parameters()
+        return tower + projector + d.num_layers * block + embeddings + d.hidden_size + clip
 
     def weight_bytes(self, dtype: str) -> int:
         """Bytes of those weights in an engine's dtype, a key of `ITEMSIZE`."""
         return self.num_parameters() * ITEMSIZE[dtype]
-
-    def _clip_parameters(self) -> int:
-        c = self.clip
-        if c is None:
-            return 0
-        layer = 4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size + 9 * c.hidden_size + c.intermediate_size
-        projections = (c.hidden_size + self.vision.hidden_size) * (c.projection + 2)
-        return (c.vocab_size + c.length) * c.hidden_size + c.num_layers * layer + projections
 
 
 def read_config(folder: Path) -> dict[str, Any]:

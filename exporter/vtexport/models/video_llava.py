@@ -11,7 +11,7 @@ import numpy as np
 
 from vtexport.errors import InputError
 from vtexport.models.family import Family, pixels_of
-from vtexport.models.spec import Asked, ModelSpec
+from vtexport.models.spec import ModelSpec, ViewChoice
 from vtexport.models.views import Views
 
 
@@ -25,8 +25,8 @@ class VideoLlava(Family):
     # What Video-LLaVA was trained on.
     frames = 8
 
-    def spec(self, folder: Path, config: dict[str, Any], asked: Asked) -> ModelSpec:
-        found = super().spec(folder, config, asked)
+    def spec(self, folder: Path, config: dict[str, Any], choice: ViewChoice) -> ModelSpec:
+        found = super().spec(folder, config, choice)
         return replace(found, vision=replace(found.vision, strategy="full"))
 
     def token_id(self, parsed: Any) -> int:

@@ -4,23 +4,26 @@ This module itself imports no PyTorch, so that plans can be read and listed with
 """
 
 from vtexport.pruning.decoder import DecoderMethod
-from vtexport.pruning.method import Method
+from vtexport.pruning.geometry import Geometry
+from vtexport.pruning.method import Method, MethodChoice
 from vtexport.pruning.plan import PruningPlan, Stage
-from vtexport.pruning.planning import adaptive_plans, dense_plan, make_plan, planner
-from vtexport.pruning.registry import DEFAULT_METHOD, METHODS, methods_of
+from vtexport.pruning.planning import adaptive_plans, dense_plan, make_plan
+from vtexport.pruning.registry import DEFAULT_METHOD, METHODS, choose, parts_of
 from vtexport.pruning.vision import VisionMethod
 
 __all__ = [
     "DEFAULT_METHOD",
     "METHODS",
     "DecoderMethod",
+    "Geometry",
     "Method",
+    "MethodChoice",
     "PruningPlan",
     "Stage",
     "VisionMethod",
     "adaptive_plans",
+    "choose",
     "dense_plan",
     "make_plan",
-    "methods_of",
-    "planner",
+    "parts_of",
 ]

@@ -56,21 +56,17 @@ class Policy:
         return np.asarray(passed.sum(axis=1))
 
 
-def parse_buckets(text: str) -> tuple[float, ...]:
-    """`"0.25,0.5"` -> (0.5, 0.25).
+def check_buckets(buckets: Sequence[float]) -> None:
+    """Refuse keep ratios that leave nothing to choose from.
 
     Raises:
-        InputError: not numbers, out of range, repeated, or fewer than two.
+        InputError: one is out of range or repeated, or there are fewer than two.
     """
-    try:
-        found = tuple(sorted((float(part) for part in text.split(",")), reverse=True))
-    except ValueError as error:
-        raise InputError(f"--buckets {text!r} is not a list of numbers; write --buckets 0.5,0.25,0.125") from error
-    for keep in found:
+    for keep in buckets:
         check_keep(keep)
-    if len(set(found)) != len(found) or len(found) < 2:
-        raise InputError(f"--buckets {text} leaves nothing to choose from; give two or more different keep ratios")
-    return found
+    if len(set(buckets)) != len(buckets) or len(buckets) < 2:
+        listed = ",".join(f"{keep:g}" for keep in buckets)
+        raise InputError(f"--buckets {listed} leaves nothing to choose from; give two or more different keep ratios")
 
 
 def solve_policy(table: AdaptiveTable, plans: Sequence[PruningPlan], target: float) -> Policy:

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from vtexport.errors import InputError
-from vtexport.pruning.plan import Option, PruningPlan
+from vtexport.options import Meta
+from vtexport.pruning.extra import Extra
+from vtexport.pruning.plan import PruningPlan
 from vtexport.pruning.vision import Pruned, TowerState, VisionMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vtexport.arrays import Array
+    from vtexport.models.spec import ModelSpec
 
 # A token of which the chosen ones leave less than this share unexplained adds nothing; in fp32 what is left of it would
 # soon be rounding, and the choice another on every runtime.
 _FLOOR = 1e-3
 
 
+class QuestionIds(Extra):
+    """The question in tokens of CLIP's text tower, [B, L] int64."""
+
+    name = "question_ids"
+    graph = "vision"
+    dtype = "int64"
+
+    def shape(self, spec: ModelSpec, plan: PruningPlan) -> tuple[int, ...]:
+        assert spec.clip is not None, "a build with a method that reads the question has its CLIP"
+        return (spec.clip.length,)
+
+    def of_questions(self, processor: Path, spec: ModelSpec) -> Callable[[str], Array]:
+        from vtexport.models.clip import FOLDER, ClipTokenizer
+
+        assert spec.clip is not None, "a build with a method that reads the question has its CLIP"
+        return ClipTokenizer(processor / FOLDER, spec.clip.length).ids
+
+
+@dataclass(frozen=True)
 class CDPruner(VisionMethod):
     """The greedy most probable subset of a determinantal point process with kernel diag(rel) · S · diag(rel).
 
@@ -29,15 +55,23 @@ class CDPruner(VisionMethod):
     summary = "tokens diverse and relevant to the question by CLIP's text tower (CDPruner, NeurIPS 2025)"
     ranked = False
     scores = True
-    reads_question = True
-    options: ClassVar[Mapping[str, Option]] = {"clip": ""}
+    extras: ClassVar[tuple[Extra, ...]] = (QuestionIds(),)
+    adaptive = False
+    clip: Annotated[
+        str, Meta(description="CLIP checkpoint with its text tower: a folder or a hub id.", extra={"metavar": "MODEL"})
+    ] = ""
 
-    def resolve(self, options: dict[str, Option], tower_layers: int) -> None:
-        if not options["clip"]:
+    @property
+    def companion(self) -> str:
+        return self.clip
+
+    def settled(self, tower_layers: int) -> CDPruner:
+        if not self.clip:
             raise InputError(
                 "method cdpruner needs CLIP's text tower, which LLaVA checkpoints do not carry; give the CLIP checkpoint "
                 "that its vision tower is from as --clip"
             )
+        return self
 
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
         import torch

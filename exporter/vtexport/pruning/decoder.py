@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+from vtexport.options import Meta
 from vtexport.pruning.layout import Layout
 from vtexport.pruning.method import Method
-from vtexport.pruning.plan import Option, PruningPlan, Stage
+from vtexport.pruning.plan import PruningPlan, Stage
 from vtexport.pruning.schedule import Budget
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class DecoderState:
     """The rows of a batch between two layers.
 
     Attributes:
@@ -75,34 +76,71 @@ class Dropped:
         cluster: [B, V] int32, the merged token that each joined or -1; None without recycling.
     """
 
-    sequence: Sequence
+    sequence: DecoderState
     index: Tensor | None
     score: Tensor | None = None
     cluster: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Scheduled:
+    """A method whose every option is resolved, and its stages for a budget."""
+
+    method: DecoderMethod
+    stages: tuple[Stage, ...]
+
+
+#: decoder layers to prune after, as every decoder-stage method takes them
+Layers = Annotated[
+    str,
+    Meta(
+        description="Decoder layers to prune after, such as 2,6,15; auto takes those that the calibration found best.",
+        extra={"metavar": "LIST|auto", "default": "by method"},
+    ),
+]
+_POSITIONS = Meta(
+    description="RoPE positions after pruning: compact renumbers the tokens that stay, original lets each keep its own."
+)
+#: where RoPE puts the tokens that stay
+Positions = Annotated[Literal["compact", "original"], _POSITIONS]
+OnlyOriginalPositions = Annotated[Literal["original"], _POSITIONS]
+
+
+@dataclass(frozen=True)
 class DecoderMethod(Method):
     """A method that acts on the output of decoder layers."""
 
-    #: which rows of attention rate visual tokens: the prompt's raters or its last token; or a ranking is given to the
-    #: engine, or nothing is rated
-    raters: ClassVar[Literal["text", "last", "given", "none"]] = "last"
+    layers: Layers = ""
+    positions: Positions = "compact"
+
+    #: which rows of attention rate visual tokens: the prompt's raters or its last token; none where no attention does
+    raters: ClassVar[Literal["text", "last", "none"]] = "last"
     #: whose attention: the pruning layer's own, or that of the next layer on the pruning layer's output
     attention_of: ClassVar[Literal["own", "next"]] = "own"
 
-    #: whether its schedule rests on a calibration
-    calibrated: ClassVar[bool] = False
-
-    def check_options(self, given: Mapping[str, Option]) -> None:
-        """Refuse, with an InputError, options that have no effect beside each other; `given` has no defaults."""
-
-    def decides_keep(self, options: Mapping[str, Option]) -> str:
-        """The option that fixes the counts instead of a keep ratio, or the empty string."""
+    @property
+    def fixes_keep(self) -> str:
+        """The option given that fixes the counts instead of a keep ratio; "" if none does."""
         return ""
 
-    def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
-        """The static counts for `budget`; what `options` left to choose is filled in."""
+    def scheduled(self, budget: Budget) -> Scheduled:
+        """The static counts for `budget`.
+
+        Raises:
+            InputError: an option that this budget does not allow, or a keep ratio out of reach.
+        """
         raise NotImplementedError
+
+    def check_prompt(self, reach: int) -> None:
+        """Refuse a prompt whose last text token stands `reach` positions behind the image's first token.
+
+        Raises:
+            InputError: that is too far for the method.
+        """
+
+    def given_score(self, extras: Mapping[str, Tensor]) -> Tensor | None:
+        """The scores [B, V] fp32, where the method is given them as one of its `extras` instead of rating tokens."""
+        return None
 
     def score(self, attention: Attention, layout: Layout) -> Tensor:
         """Scores [B, V] fp32: mean over heads and rating rows of softmaxed attention, columns of visual tokens.
@@ -119,7 +157,7 @@ class DecoderMethod(Method):
         """Which text tokens rate, [B, L] bool, decided once on the decoder's input; None unless `raters` is text."""
         return None
 
-    def merge(self, hidden: Tensor, score: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
+    def merged(self, hidden: Tensor, score: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
         """Merged tokens [B, c, C], centres [B, c] int32 and clusters [B, V] int32 of `stage.recycled` > 0."""
         raise NotImplementedError
 
@@ -149,17 +187,15 @@ def rated(method: DecoderMethod, attention: Attention, layout: Layout, raters: T
 
 
 def drop(
-    method: DecoderMethod,
     plan: PruningPlan,
     stage: Stage,
-    sequence: Sequence,
+    sequence: DecoderState,
     rate: Callable[[], Tensor],
     forced: Tensor | None = None,
 ) -> Dropped:
     """Apply one decoder stage to the output of its layer.
 
     Args:
-        method: the decoder-stage method of `plan`.
         plan: the plan.
         stage: one of its decoder stages.
         sequence: the layer's output.
@@ -182,7 +218,7 @@ def drop(
     own = layout.visual_of(sequence.positions[..., None])[..., 0]
     positions, cluster, counts = own.gather(1, index.long()), None, layout.counts_of(index)
     if stage.recycled:
-        merged, centres, cluster = method.merge(visual, score, stage, plan)
+        merged, centres, cluster = _method(plan).merged(visual, score, stage, plan)
         kept = torch.cat([kept, merged], dim=1)
         # A merged token stands for its centre, so that is the position it keeps.
         positions = torch.cat([positions, own.gather(1, centres.long())], dim=1)
@@ -199,6 +235,11 @@ def drop(
     return Dropped(_with_image(plan, sequence, kept, positions, after), index, score, cluster)
 
 
+def _method(plan: PruningPlan) -> DecoderMethod:
+    assert plan.methods.decoder is not None, "a plan with decoder stages has a decoder-stage method"
+    return plan.methods.decoder
+
+
 def _present_first(tokens: Tensor, positions: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [B, K, C] and their positions [B, K], those that are `there` in front."""
     from vtexport.pruning.ranking import places_of, take
@@ -207,14 +248,16 @@ def _present_first(tokens: Tensor, positions: Tensor, there: Tensor) -> tuple[Te
     return take(tokens, place), positions.gather(1, place)
 
 
-def _with_image(plan: PruningPlan, sequence: Sequence, visual: Tensor, positions: Tensor, layout: Layout) -> Sequence:
+def _with_image(
+    plan: PruningPlan, sequence: DecoderState, visual: Tensor, positions: Tensor, layout: Layout
+) -> DecoderState:
     hidden = sequence.layout.with_visual(sequence.hidden, visual, layout)
     if plan.positions == "compact":
-        return Sequence(hidden, layout.places(), layout)
+        return DecoderState(hidden, layout.places(), layout)
     own = sequence.layout.with_visual(sequence.positions[..., None], positions[..., None], layout)[..., 0]
-    return Sequence(hidden, own, layout)
+    return DecoderState(hidden, own, layout)
 
 
-def _without_image(plan: PruningPlan, sequence: Sequence) -> Sequence:
+def _without_image(plan: PruningPlan, sequence: DecoderState) -> DecoderState:
     hidden, positions = sequence.hidden, sequence.positions
     return _with_image(plan, sequence, hidden[:, :0], positions[:, :0], sequence.layout.bare())

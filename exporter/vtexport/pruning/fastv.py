@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
-from vtexport.pruning.decoder import DecoderMethod
-from vtexport.pruning.plan import Option, Stage
-from vtexport.pruning.schedule import Budget, one_stage, parse_layers
+from vtexport.pruning.decoder import DecoderMethod, Positions, Scheduled
+from vtexport.pruning.schedule import Budget, listed, one_stage, parse_layers
 
 
+@dataclass(frozen=True)
 class FastV(DecoderMethod):
     """One stage: the top tokens by the last prompt token's attention, original positions.
 
@@ -20,11 +19,8 @@ class FastV(DecoderMethod):
     name = "fastv"
     summary = "the visual tokens that the last prompt token attends to in an early layer (arXiv 2403.06764)"
     scores = True
-    options: ClassVar[Mapping[str, Option]] = {"layers": "", "positions": "original"}
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"positions": ("original", "compact")}
+    positions: Positions = "original"
 
-    def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
-        layers = parse_layers(str(options["layers"] or 1), budget.num_layers)
-        stages = one_stage(layers, budget, self.name)
-        options["layers"] = str(layers[0])
-        return stages
+    def scheduled(self, budget: Budget) -> Scheduled:
+        layers = parse_layers(self.layers or "1", budget.num_layers)
+        return Scheduled(replace(self, layers=listed(layers)), one_stage(layers, budget, self.name))

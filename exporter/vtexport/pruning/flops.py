@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtexport.models.spec import ClipSpec, DecoderSpec, ModelSpec
-from vtexport.pruning import methods_of
+from vtexport.models.spec import DecoderSpec, ModelSpec
 from vtexport.pruning.plan import PruningPlan
 
 #: text tokens assumed where no prompt is at hand
@@ -46,7 +45,7 @@ def plan_flops(spec: ModelSpec, plan: PruningPlan, text_tokens: int = NOMINAL_TE
 
 def _rating(d: DecoderSpec, plan: PruningPlan, text_tokens: int) -> int:
     """Queries of the rows that rate against all keys, at every decoder stage."""
-    _, method = methods_of(plan.method)
+    method = plan.methods.decoder
     if method is None or not method.scores:
         return 0
     rows = text_tokens if method.raters == "text" else 1
@@ -67,16 +66,10 @@ def _vision(spec: ModelSpec, plan: PruningPlan) -> float:
     patches = 2 * v.num_patches * v.channels * v.patch_size**2 * v.hidden_size
     weights = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
     layer = 2 * rows * weights + 2 * 2 * rows * rows * v.hidden_size
-    scoring = 2 * rows * v.hidden_size if methods_of(plan.method)[0].scores else 0
+    scoring = 2 * rows * v.hidden_size if plan.methods.vision.scores else 0
     projector = 2 * plan.vision_tokens * (v.hidden_size * width + width * width)
     question = 0
-    if methods_of(plan.method)[0].reads_question and spec.clip is not None:
+    if plan.methods.vision.companion and spec.clip is not None:
         each = 2 * v.num_patches * (v.hidden_size * spec.clip.projection + v.num_patches * width)
-        question = _clip(spec.clip) + spec.views.total * each
+        question = spec.clip.flops() + spec.views.total * each
     return float(spec.views.total * (patches + v.feature_layer * layer + scoring) + projector + question)
-
-
-def _clip(c: ClipSpec) -> int:
-    """CLIP's text tower on a question."""
-    weights = 4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size
-    return c.num_layers * (2 * c.length * weights + 2 * 2 * c.length * c.length * c.hidden_size)

@@ -1,21 +1,99 @@
-"""What every pruning method has."""
+"""What every pruning method has, and the one or two methods that a plan is made by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
 
-from vtexport.pruning.plan import Option
+from vtexport.options import Meta, Option, option_values, parse_options
+from vtexport.pruning.extra import Extra
+
+if TYPE_CHECKING:
+    from vtexport.models.spec import ModelSpec
+    from vtexport.pruning.decoder import DecoderMethod
+    from vtexport.pruning.vision import VisionMethod
+
+Self = TypeVar("Self", bound="Method")
 
 
+@dataclass(frozen=True)
 class Method:
-    """To add one: a subclass of `VisionMethod` or `DecoderMethod` in a file of its own, listed in `METHODS`."""
+    """A pruning method with its options.
+
+    To add one: a subclass of `VisionMethod` or `DecoderMethod` in a file of its own, a frozen dataclass whose annotated
+    fields are its options (`vtexport.options`), listed in `vtexport.pruning.registry.METHODS`.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    #: names and defaults of the options that the method takes
-    options: ClassVar[Mapping[str, Option]] = {}
-    #: options that are one of a few words
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     #: whether the method rates tokens, so that a debug build has scores to give out
     scores: ClassVar[bool] = False
+    #: what its graphs are given besides images and prompts
+    extras: ClassVar[tuple[Extra, ...]] = ()
+    #: whether its schedule rests on a calibration
+    calibrated: ClassVar[bool] = False
+    #: whether `vtexport calibrate --method` can measure it, as `--keep auto` needs
+    adaptive: ClassVar[bool] = True
+
+    @classmethod
+    def parse(cls: type[Self], given: Mapping[str, object]) -> Self:
+        """The method with the options `given`, the others at their defaults.
+
+        Raises:
+            InputError: an option that it does not have, cannot have, or that has no effect beside another one.
+        """
+        return parse_options(cls, given, f"method {cls.name}")
+
+    @classmethod
+    def check_model(cls, spec: ModelSpec) -> None:
+        """Refuse a model that the method cannot prune.
+
+        Raises:
+            InputError: it is one.
+        """
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The options of a vision-stage and a decoder-stage method together."""
+
+    vision_keep: Annotated[
+        float | None,
+        Meta(
+            gt=0,
+            le=1,
+            description="Share of the visual tokens that the first of two methods keeps; the second prunes the rest.",
+            extra={"default": "the square root of --keep"},
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """What prunes: a vision-stage method (`dense` for none), a decoder-stage method, or both, options resolved."""
+
+    vision: VisionMethod
+    decoder: DecoderMethod | None = None
+    combination: Combination | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the method, or of both as `a+b`."""
+        if self.decoder is None:
+            return self.vision.name
+        return self.decoder.name if self.combination is None else f"{self.vision.name}+{self.decoder.name}"
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods."""
+        return (self.vision,) if self.decoder is None else (self.vision, self.decoder)
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The options of all parts by name."""
+        values: dict[str, Option] = {}
+        for part in (*self.parts, self.combination):
+            if part is not None:
+                values |= option_values(part)
+        return values

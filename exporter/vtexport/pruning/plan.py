@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vtexport.errors import InputError
+from vtexport.options import Option
 
-#: what an option of a method may hold: JSON scalars, so that a manifest can
-Option = int | float | str
+if TYPE_CHECKING:
+    from vtexport.pruning.method import MethodChoice
 
 VISION = "vision"
 _DECODER = "decoder."
@@ -64,30 +65,27 @@ class PruningPlan:
     """Where and how far visual tokens are pruned; every count an int fixed before tracing.
 
     Attributes:
-        method: name of the method, or of a vision-stage and a decoder-stage method joined by `+`.
+        methods: what prunes, with its options resolved.
         keep: the keep ratio that was asked for.
         num_visual_tokens: visual tokens a prompt before pruning, at most.
         num_layers: decoder layers.
         leading: visual tokens before a view's patches (CLS under strategy `full`), always kept by a vision stage.
         stages: in the order in which they act; none for `dense`.
-        options: the method's own options, resolved.
         views: views a prompt, each pruned by itself in the vision stage.
         newlines: newline tokens a prompt at most (`vtexport.models.spec.ViewSpec`); with any, a prompt has as many visual
             tokens as its images' sizes make, and counts are of the most.
     """
 
-    method: str
+    methods: MethodChoice
     keep: float
     num_visual_tokens: int
     num_layers: int
     leading: int = 0
     stages: tuple[Stage, ...] = ()
-    options: Mapping[str, Option] = field(default_factory=dict)
     views: int = 1
     newlines: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
         tokens, before = self.num_visual_tokens, -1
         for number, stage in enumerate(self.stages):
             if stage.tokens_in != tokens:
@@ -97,6 +95,16 @@ class PruningPlan:
             if stage.layer is not None and not before < stage.layer < self.num_layers:
                 raise ValueError(f"stage {stage.where} is out of order or outside {self.num_layers} layers")
             tokens, before = stage.carried, -1 if stage.layer is None else stage.layer
+
+    @property
+    def method(self) -> str:
+        """The name of the method, or of a vision-stage and a decoder-stage method as `a+b`."""
+        return self.methods.name
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The options of the methods by name."""
+        return self.methods.options
 
     @property
     def vision_stage(self) -> Stage | None:
@@ -137,7 +145,7 @@ class PruningPlan:
     @property
     def positions(self) -> str:
         """`"compact"`: contiguous after each pruning; `"original"`: every token keeps its own."""
-        return str(self.options.get("positions", "compact"))
+        return "compact" if self.methods.decoder is None else self.methods.decoder.positions
 
     @property
     def per_layer(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vtexport.pruning.plan import VISION, Option, PruningPlan, Stage, token_budget
+from vtexport.pruning.plan import VISION, PruningPlan, Stage, token_budget
 from vtexport.pruning.vision import Pruned, TowerState, VisionMethod
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Pool(VisionMethod):
     name = "pool"
     summary = "average pooling on the patch grid (baseline)"
 
-    def stages(self, tokens: int, keep: float, leading: int, options: Mapping[str, Option]) -> tuple[Stage, ...]:
+    def stages(self, tokens: int, keep: float, leading: int) -> tuple[Stage, ...]:
         budget = token_budget(tokens, keep, leading) - leading
         rows, columns = pool_grid(budget, math.isqrt(tokens - leading))
         return (Stage(VISION, tokens, leading, rows * columns),)

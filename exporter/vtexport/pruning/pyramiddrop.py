@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
-from vtexport.pruning.decoder import DecoderMethod
-from vtexport.pruning.plan import Option, Stage, round_half_up
-from vtexport.pruning.schedule import Budget, clamped, every_schedule, nearest, parse_layers
+from vtexport.pruning.decoder import DecoderMethod, Scheduled
+from vtexport.pruning.plan import Stage, round_half_up
+from vtexport.pruning.schedule import Budget, clamped, every_schedule, layers_of, nearest, parse_layers
 
 
+@dataclass(frozen=True)
 class PyramidDrop(DecoderMethod):
     """Stages after a quarter, half and three quarters of the layers, each keeping the same share of V.
 
@@ -21,12 +21,9 @@ class PyramidDrop(DecoderMethod):
     summary = "a share of the visual tokens leaves after each quarter of the decoder's layers (PyramidDrop, CVPR 2025)"
     scores = True
     attention_of = "next"
-    options: ClassVar[Mapping[str, Option]] = {"layers": "", "positions": "compact"}
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"positions": ("compact", "original")}
 
-    def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
-        asked = str(options["layers"])
-        layers = parse_layers(asked, budget.num_layers) if asked else _quarters(budget.num_layers)
+    def scheduled(self, budget: Budget) -> Scheduled:
+        layers = parse_layers(self.layers, budget.num_layers) if self.layers else _quarters(budget.num_layers)
 
         def schedule(share: float) -> tuple[Stage, ...]:
             entering = budget.entering
@@ -35,8 +32,7 @@ class PyramidDrop(DecoderMethod):
             )
 
         stages = nearest(every_schedule(schedule, 1.0), budget, self.name, layers)
-        options["layers"] = ",".join(str(stage.layer) for stage in stages)
-        return stages
+        return Scheduled(replace(self, layers=layers_of(stages)), stages)
 
 
 def _quarters(num_layers: int) -> tuple[int, ...]:

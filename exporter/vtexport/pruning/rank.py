@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from vtexport.errors import InputError
 from vtexport.pruning.adaptive import AdaptiveTable
@@ -57,14 +58,8 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write it as TOML."""
-        lines = ["# Written by vtexport calibrate; see vtexport.pruning.rank for what the values are."]
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name != "adaptive":
-                lines.append(_entry(item.name, value))
-        for table in self.adaptive:
-            lines += ["", "[[adaptive]]", *(_entry(name, value) for name, value in vars(table).items())]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        about = "# Written by vtexport calibrate; see vtexport.pruning.rank for what the values are.\n"
+        path.write_text(about + msgspec.toml.encode(self).decode(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -74,14 +69,10 @@ class Calibration:
             InputError: no such file, or not a calibration.
         """
         try:
-            data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-            values["layers"] = tuple(tuple(map(int, entry)) for entry in values.get("layers", ()))
-            values["adaptive"] = tuple(_table(entry) for entry in values.get("adaptive", ()))
-            found = cls(**values)
+            found = msgspec.toml.decode(path.read_bytes(), type=cls)
         except OSError as error:
             raise InputError(f"{path}: no such calibration file; write one with vtexport calibrate") from error
-        except (tomllib.TOMLDecodeError, TypeError, ValueError, KeyError) as error:
+        except (tomllib.TOMLDecodeError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not a calibration ({error}); write it anew with vtexport calibrate") from error
         lengths = [{len(found.ranks), len(found.rank_spread), len(found.mass)}, {len(found.keeps), len(found.layers)}]
         for table in found.adaptive:
@@ -103,24 +94,3 @@ class Calibration:
             )
         if self.model != model:
             raise InputError(f"{path} was calibrated on another checkpoint of this size; calibrate this one")
-
-
-def _table(entry: dict[str, Any]) -> AdaptiveTable:
-    return AdaptiveTable(
-        method=str(entry["method"]),
-        keeps=tuple(map(float, entry["keeps"])),
-        spread=tuple(map(float, entry["spread"])),
-        agreement=tuple(tuple(map(float, row)) for row in entry["agreement"]),
-    )
-
-
-def _entry(name: str, value: Any) -> str:
-    """A line of TOML."""
-    return f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {_listed(value)}"
-
-
-def _listed(value: Any) -> str:
-    """Nested tuples of numbers as TOML arrays."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_listed, value))}]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

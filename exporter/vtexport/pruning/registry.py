@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vtexport.errors import InputError
+from vtexport.options import flag_of, option_fields, parse_options
 from vtexport.pruning.cdpruner import CDPruner
 from vtexport.pruning.decoder import DecoderMethod
 from vtexport.pruning.dense import Dense
@@ -10,7 +13,7 @@ from vtexport.pruning.divprune import DivPrune
 from vtexport.pruning.exit import Exit
 from vtexport.pruning.fastervlm import FasterVLM
 from vtexport.pruning.fastv import FastV
-from vtexport.pruning.method import Method
+from vtexport.pruning.method import Combination, Method, MethodChoice
 from vtexport.pruning.pool import Pool
 from vtexport.pruning.pyramiddrop import PyramidDrop
 from vtexport.pruning.random import Random
@@ -22,30 +25,30 @@ from vtexport.pruning.visionzip import VisionZip
 from vtexport.pruning.vispruner import VisPruner
 from vtexport.pruning.vtc_cls import VTCCls
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        Dense(),
-        SparseVLM(),
-        SparseVLMPlus(),
-        FastV(),
-        PyramidDrop(),
-        Exit(),
-        SGL(),
-        FasterVLM(),
-        VTCCls(),
-        VisPruner(),
-        VisionZip(),
-        DivPrune(),
-        CDPruner(),
-        Random(),
-        Pool(),
+        Dense,
+        SparseVLM,
+        SparseVLMPlus,
+        FastV,
+        PyramidDrop,
+        Exit,
+        SGL,
+        FasterVLM,
+        VTCCls,
+        VisPruner,
+        VisionZip,
+        DivPrune,
+        CDPruner,
+        Random,
+        Pool,
     )
 }
 DEFAULT_METHOD = SparseVLM.name
 
 
-def methods_of(name: str) -> tuple[VisionMethod, DecoderMethod | None]:
+def parts_of(name: str) -> tuple[type[VisionMethod], type[DecoderMethod] | None]:
     """The vision-stage and the decoder-stage method that `name` says: one method, or one of each as `a+b`.
 
     Raises:
@@ -55,16 +58,40 @@ def methods_of(name: str) -> tuple[VisionMethod, DecoderMethod | None]:
     for part in parts:
         if part not in METHODS:
             raise InputError(f"unknown method {part!r}; choose one of {', '.join(METHODS)}")
-    found = [METHODS[part] for part in parts]
-    vision = [method for method in found if isinstance(method, VisionMethod)]
-    decoder = [method for method in found if isinstance(method, DecoderMethod)]
-    dense = METHODS[Dense.name]
-    assert isinstance(dense, VisionMethod)
-    if len(found) == 1:
-        return (vision[0], None) if vision else (dense, decoder[0])
-    if len(vision) != 1 or len(decoder) != 1 or vision[0] is dense or found[0] is not vision[0]:
+    named = [METHODS[part] for part in parts]
+    vision = [method for method in named if issubclass(method, VisionMethod)]
+    decoder = [method for method in named if issubclass(method, DecoderMethod)]
+    if len(named) == 1:
+        return (vision[0], None) if vision else (Dense, decoder[0])
+    if len(vision) != 1 or len(decoder) != 1 or vision[0] is Dense or named[0] is not vision[0]:
         raise InputError(
             f"--method {name} cannot be combined; give one vision-stage method, then one decoder-stage method, such "
             f"as {FasterVLM.name}+{SparseVLM.name}"
         )
     return vision[0], decoder[0]
+
+
+def choose(name: str, given: Mapping[str, object], *, resolved: bool = False) -> MethodChoice:
+    """What `name` says, with the options `given` to its parts; those not given have their defaults.
+
+    Args:
+        name: see `parts_of`.
+        given: values by option name.
+        resolved: whether `given` are a plan's, which also has what only a build fills in.
+
+    Raises:
+        InputError: see `parts_of`; or an option that no part has, or a value that it cannot have.
+    """
+    vision, decoder = parts_of(name)
+    combined = decoder is not None and vision is not Dense
+    owners: list[type] = [vision, *([] if decoder is None else [decoder]), *([Combination] if combined else [])]
+    for option in given:
+        declared = [option_fields(owner)[option] for owner in owners if option in option_fields(owner)]
+        if not declared or (declared[0].extra.get("resolved") and not resolved):
+            raise InputError(f"{flag_of(option)} has no effect with method {name}; leave it out")
+    own = [{key: given[key] for key in given if key in option_fields(owner)} for owner in owners]
+    return MethodChoice(
+        vision.parse(own[0]),
+        None if decoder is None else decoder.parse(own[1]),
+        parse_options(Combination, own[2], f"method {name}") if combined else None,
+    )

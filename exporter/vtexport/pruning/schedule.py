@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from vtexport.errors import InputError
+from vtexport.pruning.geometry import Geometry
 from vtexport.pruning.plan import Stage, check_keep, round_half_up
+from vtexport.pruning.rank import Calibration
 
 #: how far, in visual tokens, the mean of a schedule may lie from keep * V
 TOLERANCE = 1.5
@@ -24,27 +26,28 @@ class Budget:
 
     Attributes:
         entering: visual tokens that enter the decoder.
-        total: visual tokens before any pruning; `keep` is a share of these.
-        num_layers: decoder layers.
-        keep: mean visual tokens over the decoder's layers, as a share of `total`.
-        ranks: calibrated rank of each decoder layer, or None (`vtexport.pruning.rank`).
-        auto_layers: pruning layers that the calibration proposes, or None.
-        exit_layer: the layer after which the calibration found no visual token to matter, or None.
-        reach: the greatest distance that sparsevlm-plus's RoPE weight bears (`vtexport.models.rope.rope_reach`), or
-            None where it is not known.
+        geometry: of the model.
+        keep: mean visual tokens over the decoder's layers, as a share of all visual tokens before any pruning.
+        calibration: of the model, or None.
     """
 
     entering: int
-    total: int
-    num_layers: int
+    geometry: Geometry
     keep: float
-    ranks: tuple[float, ...] | None = None
-    auto_layers: tuple[int, ...] | None = None
-    exit_layer: int | None = None
-    reach: int | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+
+    @property
+    def total(self) -> int:
+        """Visual tokens before any pruning."""
+        return self.geometry.tokens
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.geometry.layers
 
     @property
     def target(self) -> float:
@@ -118,6 +121,16 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def listed(layers: Sequence[int]) -> str:
+    """`parse_layers` backwards."""
+    return ",".join(map(str, layers))
+
+
+def layers_of(stages: Sequence[Stage]) -> str:
+    """The layers after which `stages` prune, as `listed` writes them."""
+    return ",".join(str(stage.layer) for stage in stages)
+
+
 def choose_layers(text: str, budget: Budget) -> tuple[int, ...]:
     """The pruning layers that option `layers` asks for: a list, `auto`, or empty.
 
@@ -129,12 +142,12 @@ def choose_layers(text: str, budget: Budget) -> tuple[int, ...]:
     """
     if text not in ("", "auto"):
         return parse_layers(text, budget.num_layers)
-    if budget.auto_layers is not None:
-        return budget.auto_layers
+    if budget.calibration is not None:
+        return budget.calibration.pruning_layers(budget.keep)
     if text == "auto":
         raise InputError(
             "--layers auto needs a calibration, which this model's recipe lacks; run vtexport calibrate and give its "
-            "file as --ranks"
+            "file as --calibration"
         )
     return default_layers(budget.num_layers)
 
@@ -199,7 +212,7 @@ def solve(
     Raises:
         InputError: no schedule comes within `TOLERANCE` of the budget.
     """
-    ranks = budget.ranks or nominal_ranks(budget)
+    ranks = nominal_ranks(budget) if budget.calibration is None else budget.calibration.ranks
     family = _family(rule, tuple(ranks[layer] for layer in layers), layers, budget.entering, recycling)
     return nearest(family, budget, method, layers)
 

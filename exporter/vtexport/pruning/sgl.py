@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
-from vtexport.pruning.decoder import DecoderMethod
-from vtexport.pruning.plan import Option, Stage
-from vtexport.pruning.schedule import Budget, default_layers, one_stage, parse_layers
+from vtexport.errors import InputError
+from vtexport.pruning.decoder import DecoderMethod, Positions, Scheduled
+from vtexport.pruning.extra import Extra
+from vtexport.pruning.plan import PruningPlan
+from vtexport.pruning.schedule import Budget, default_layers, listed, one_stage, parse_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vtexport.models.spec import ModelSpec
 
 
+class Ranking(Extra):
+    """How much another bundle's model attended to each visual token that enters the stage, [B, V] fp32."""
+
+    name = "ranking"
+    graph = "prefill"
+    dtype = "float32"
+
+    def shape(self, spec: ModelSpec, plan: PruningPlan) -> tuple[int, ...]:
+        (stage,) = plan.decoder_stages.values()
+        return (stage.tokens_in,)
+
+
+@dataclass(frozen=True)
 class SGL(DecoderMethod):
     """One stage by a ranking from outside: what another bundle's decoder attended to while it answered.
 
@@ -19,13 +40,20 @@ class SGL(DecoderMethod):
 
     name = "sgl"
     summary = "the visual tokens that another bundle's model attended to; give it as run --ranking-from"
-    raters = "given"
-    options: ClassVar[Mapping[str, Option]] = {"layers": "", "positions": "original"}
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"positions": ("original", "compact")}
+    raters = "none"
+    extras: ClassVar[tuple[Extra, ...]] = (Ranking(),)
+    adaptive = False
+    positions: Positions = "original"
 
-    def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
-        asked = str(options["layers"])
-        layers = parse_layers(asked, budget.num_layers) if asked else default_layers(budget.num_layers)[:1]
-        stages = one_stage(layers, budget, self.name)
-        options["layers"] = str(layers[0])
-        return stages
+    @classmethod
+    def check_model(cls, spec: ModelSpec) -> None:
+        if spec.views.counted:
+            raise InputError(f"method {cls.name} ranks the tokens of one image of one size; use another method")
+
+    def scheduled(self, budget: Budget) -> Scheduled:
+        first = default_layers(budget.num_layers)[:1]
+        layers = parse_layers(self.layers, budget.num_layers) if self.layers else first
+        return Scheduled(replace(self, layers=listed(layers)), one_stage(layers, budget, self.name))
+
+    def given_score(self, extras: Mapping[str, Tensor]) -> Tensor:
+        return extras[Ranking.name]

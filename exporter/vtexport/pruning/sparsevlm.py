@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from vtexport.errors import InputError
-from vtexport.pruning.decoder import DecoderMethod
+from vtexport.options import Meta, flag_of
+from vtexport.pruning.decoder import DecoderMethod, Scheduled
 from vtexport.pruning.layout import Layout
-from vtexport.pruning.plan import Option, PruningPlan, Stage
+from vtexport.pruning.plan import PruningPlan, Stage
 from vtexport.pruning.schedule import (
     Budget,
     Recycling,
     choose_layers,
+    layers_of,
     preset_stages,
     solve,
 )
@@ -21,7 +24,64 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SparseVLM(DecoderMethod):
+Own = TypeVar("Own", bound="TextGuided")
+
+
+@dataclass(frozen=True)
+class TextGuided(DecoderMethod):
+    """What both releases of SparseVLM share: text raters, pruning layers, and a schedule by ranks or a released one."""
+
+    scores = True
+    calibrated = True
+    raters = "text"
+    rule: Annotated[
+        Literal["rank", "proportional"],
+        Meta(
+            description="How the kept counts follow from the calibrated ranks r: rank drops a share of what exceeds r "
+            "(the paper's), proportional keeps a multiple of r."
+        ),
+    ] = "rank"
+    schedule: Annotated[
+        str,
+        Meta(
+            description="A released schedule in place of --keep, such as sparsevlm-192; for 576 visual tokens and 32 "
+            "layers.",
+            extra={"metavar": "NAME", "default": ""},
+        ),
+    ] = ""
+
+    @classmethod
+    def parse(cls: type[Own], given: Mapping[str, object]) -> Own:
+        for name in ("layers", "rule"):
+            if given.get("schedule") and name in given:
+                raise InputError(f"{flag_of(name)} has no effect with --schedule, which fixes the counts; leave it out")
+        return super().parse(given)
+
+    @property
+    def fixes_keep(self) -> str:
+        return "schedule" if self.schedule else ""
+
+    def scheduled(self, budget: Budget) -> Scheduled:
+        if self.schedule:
+            stages = preset_stages(self.schedule, self.name, budget, self.recycling)
+        else:
+            layers = choose_layers(self.layers, budget)
+            stages = solve(budget, layers, self.rule, self.recycling, self.name)
+        return Scheduled(replace(self, layers=layers_of(stages)), stages)
+
+    @property
+    def recycling(self) -> Recycling | None:
+        """How dropped tokens are merged; None if they are not."""
+        return None
+
+    def rating_rows(self, visual: Tensor, text: Tensor, layout: Layout) -> Tensor:
+        from vtexport.pruning.raters import text_raters
+
+        return text_raters(visual, text, layout.after_image(), layout.present())
+
+
+@dataclass(frozen=True)
+class SparseVLM(TextGuided):
     """Visual tokens by the attention that the prompt's text raters pay them at a few decoder layers.
 
     What leaves is recycled: the better part of it is merged into a few tokens behind the survivors.
@@ -29,70 +89,34 @@ class SparseVLM(DecoderMethod):
 
     name = "sparsevlm"
     summary = "the visual tokens that the question's own words attend to, at a few decoder layers (arXiv 2410.04417)"
-    scores = True
-    calibrated = True
-    raters = "text"
-    options: ClassVar[Mapping[str, Option]] = {
-        "layers": "",
-        "positions": "compact",
-        "rule": "rank",
-        "schedule": "",
-        "recycle": 1,
-        "recycle_pool": 0.3,
-        "recycle_clusters": 0.1,
-        "merge": "mean",
-    }
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "positions": ("compact", "original"),
-        "rule": ("rank", "proportional"),
-        "merge": ("mean", "sum"),
-    }
+    recycle: Annotated[bool, Meta(description="Merge the best of the dropped tokens into a few.")] = True
+    recycle_pool: Annotated[float, Meta(gt=0, le=1, description="Share of the dropped tokens that is merged.")] = 0.3
+    recycle_clusters: Annotated[
+        float, Meta(gt=0, le=1, description="Number of merged tokens, as a share of the tokens that they are made of.")
+    ] = 0.1
+    merge: Annotated[
+        Literal["mean", "sum"],
+        Meta(
+            description="How tokens are merged: mean averages those that are near (the released code), sum adds up those "
+            "alike by cosine (the paper)."
+        ),
+    ] = "mean"
 
-    def check_options(self, given: Mapping[str, Option]) -> None:
-        for flag in ("layers", "rule"):
-            if given.get("schedule") and flag in given:
-                raise InputError(f"--{flag} has no effect with --schedule, which fixes the counts; leave it out")
-        if not given.get("recycle", 1):
-            for flag in ("recycle_pool", "recycle_clusters", "merge"):
-                if flag in given:
-                    raise InputError(f"--{flag.replace('_', '-')} has no effect with --no-recycle; leave it out")
+    @classmethod
+    def parse(cls, given: Mapping[str, object]) -> SparseVLM:
+        parsed = super().parse(given)
+        for name in ("recycle_pool", "recycle_clusters", "merge"):
+            if not parsed.recycle and name in given:
+                raise InputError(f"{flag_of(name)} has no effect with --no-recycle; leave it out")
+        return parsed
 
-    def decides_keep(self, options: Mapping[str, Option]) -> str:
-        return "schedule" if options["schedule"] else ""
+    @property
+    def recycling(self) -> Recycling | None:
+        return Recycling(self.recycle_pool, self.recycle_clusters) if self.recycle else None
 
-    def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
-        recycling = self.recycling(options)
-        if options["schedule"]:
-            stages = preset_stages(str(options["schedule"]), self.name, budget, recycling)
-        else:
-            layers = choose_layers(str(options["layers"]), budget)
-            stages = solve(budget, layers, str(options["rule"]), recycling, self.name)
-        options["layers"] = ",".join(str(stage.layer) for stage in stages)
-        return stages
-
-    def rating_rows(self, visual: Tensor, text: Tensor, layout: Layout) -> Tensor:
-        from vtexport.pruning.raters import text_raters
-
-        return text_raters(visual, text, layout.after_image(), layout.present())
-
-    def merge(self, hidden: Tensor, score: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
+    def merged(self, hidden: Tensor, score: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
         from vtexport.pruning.ops import token_recycle
 
-        recycling = self.recycling(plan.options)
-        assert recycling is not None, "a plan that recycles says how"
-        pool, clusters = recycling.counts(stage.tokens_in - stage.kept)
-        return token_recycle(hidden, score, stage.kept, pool, clusters, plan.options["merge"] == "sum")
-
-    def recycling(self, options: Mapping[str, Option]) -> Recycling | None:
-        """How the options say to recycle.
-
-        Raises:
-            InputError: a fraction outside (0, 1].
-        """
-        if not options["recycle"]:
-            return None
-        for name in ("recycle_pool", "recycle_clusters"):
-            if not 0 < float(options[name]) <= 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} {options[name]} is out of range; give a share above 0, at most 1")
-        return Recycling(float(options["recycle_pool"]), float(options["recycle_clusters"]))
+        assert self.recycling is not None, "a plan that recycles says how"
+        pool, clusters = self.recycling.counts(stage.tokens_in - stage.kept)
+        return token_recycle(hidden, score, stage.kept, pool, clusters, self.merge == "sum")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
 
 from vtexport.errors import InputError
-from vtexport.pruning.decoder import Attention
+from vtexport.models.rope import rope_tables
+from vtexport.models.spec import ModelSpec
+from vtexport.options import Meta
+from vtexport.pruning.decoder import Attention, OnlyOriginalPositions, Scheduled
 from vtexport.pruning.layout import Layout
-from vtexport.pruning.plan import Option, Stage, round_half_up
-from vtexport.pruning.schedule import Budget, Recycling
-from vtexport.pruning.sparsevlm import SparseVLM
+from vtexport.pruning.plan import round_half_up
+from vtexport.pruning.schedule import Budget
+from vtexport.pruning.sparsevlm import TextGuided
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +23,18 @@ if TYPE_CHECKING:
 _HEADS, _OF = 14, 32
 
 
-class SparseVLMPlus(SparseVLM):
+def rope_reach(spec: ModelSpec) -> int:
+    """The first distance at which RoPE, applied to two vectors of ones, yields no positive product.
+
+    `max_positions` if every distance is positive.
+    """
+    cos, _ = rope_tables(spec)
+    negative = (cos.sum(dim=1) <= 0).nonzero()
+    return int(negative[0]) if len(negative) else spec.decoder.max_positions
+
+
+@dataclass(frozen=True)
+class SparseVLMPlus(TextGuided):
     """SparseVLM's raters; attention divided by what RoPE alone gives a distance, over the heads that see the image.
 
     The divisor at distance d is (1ᵀ R_d 1) / √D, the product of two vectors of ones after RoPE. It turns negative
@@ -29,30 +43,28 @@ class SparseVLMPlus(SparseVLM):
 
     name = "sparsevlm-plus"
     summary = "sparsevlm with RoPE's distance taken out of the scores, no recycling (SparseVLM's released v2.0)"
-    options: ClassVar[Mapping[str, Option]] = {
-        "layers": "",
-        "positions": "original",
-        "rule": "rank",
-        "schedule": "",
-        "reach": 0,
-    }
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "positions": ("original",),
-        "rule": ("rank", "proportional"),
-    }
+    positions: OnlyOriginalPositions = "original"
+    reach: Annotated[
+        int, Meta(description="The distance from which on its weights are of no use.", extra={"resolved": True})
+    ] = 0
 
-    def stages(self, budget: Budget, options: dict[str, Option]) -> tuple[Stage, ...]:
-        if budget.reach is not None:
-            if budget.entering >= budget.reach:
-                raise InputError(
-                    f"method {self.name} weighs distances below {budget.reach} positions only, and {budget.entering} "
-                    "visual tokens enter this decoder; use sparsevlm, or combine with a vision-stage method"
-                )
-            options["reach"] = budget.reach
-        return super().stages(budget, options)
+    def scheduled(self, budget: Budget) -> Scheduled:
+        if budget.geometry.model is None:
+            return super().scheduled(budget)
+        reach = rope_reach(budget.geometry.model)
+        if budget.entering >= reach:
+            raise InputError(
+                f"method {self.name} weighs distances below {reach} positions only, and {budget.entering} visual tokens "
+                "enter this decoder; use sparsevlm, or combine with a vision-stage method"
+            )
+        return super(SparseVLMPlus, replace(self, reach=reach)).scheduled(budget)
 
-    def recycling(self, options: Mapping[str, Option]) -> Recycling | None:
-        return None
+    def check_prompt(self, reach: int) -> None:
+        if self.reach and reach >= self.reach:
+            raise InputError(
+                f"the prompt's end lies {reach} positions behind the image's first token, and method {self.name} weighs "
+                f"distances below {self.reach} only; shorten the prompt"
+            )
 
     def score(self, attention: Attention, layout: Layout) -> Tensor:
         import torch

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from vtexport.errors import InputError
 from vtexport.pruning.method import Method
-from vtexport.pruning.plan import VISION, Option, PruningPlan, Stage, token_budget
+from vtexport.pruning.plan import VISION, PruningPlan, Stage, token_budget
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vtexport.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -113,22 +116,44 @@ class RowOrder:
     images: int
 
 
+@dataclass(frozen=True)
 class VisionMethod(Method):
     """A method that acts between vision tower and decoder."""
 
     #: whether the kept tokens are those of highest score
     ranked: ClassVar[bool] = True
-    #: whether it needs the question, embedded by CLIP's text tower
-    reads_question: ClassVar[bool] = False
     #: whether it needs the vision tower's CLS token
     reads_cls: ClassVar[bool] = False
     #: whether it leaves out patches that are padding, as a sequence laid out by rows asks for
     skips_padding: ClassVar[bool] = False
 
-    def resolve(self, options: dict[str, Option], tower_layers: int) -> None:
-        """Fill in, or refuse with an InputError, options that depend on the tower's layers up to the feature layer."""
+    @classmethod
+    def check_model(cls, spec: ModelSpec) -> None:
+        if cls.reads_cls and not spec.vision.class_token:
+            raise InputError(
+                f"method {cls.name} reads the vision tower's CLS token, and {spec.vision.kind} has none; use sparsevlm, "
+                "divprune, or another that reads none"
+            )
+        if spec.views.newlines and not cls.skips_padding:
+            raise InputError(
+                f"method {cls.name} cannot tell an image's padding from its content; add --arrangement views, which "
+                "leaves out the model's newlines and unpadding, or use another method"
+            )
 
-    def stages(self, tokens: int, keep: float, leading: int, options: Mapping[str, Option]) -> tuple[Stage, ...]:
+    def settled(self, tower_layers: int) -> VisionMethod:
+        """The method with every option filled in that the tower's layers up to the feature layer decide.
+
+        Raises:
+            InputError: an option that this tower does not allow.
+        """
+        return self
+
+    @property
+    def companion(self) -> str:
+        """The CLIP checkpoint whose text tower reads the question for this method, a folder or a hub id; "" for none."""
+        return ""
+
+    def stages(self, tokens: int, keep: float, leading: int) -> tuple[Stage, ...]:
         """The static counts for `tokens` visual tokens; see `vtexport.pruning.make_plan`."""
         return (Stage(VISION, tokens, token_budget(tokens, keep, leading)),)
 
@@ -142,13 +167,12 @@ class VisionMethod(Method):
 
 
 def prune(
-    method: VisionMethod,
     plan: PruningPlan,
     state: TowerState,
     constants: Mapping[str, Tensor],
     rows: RowOrder | None = None,
 ) -> Pruned:
-    """Apply the vision stage of `plan` to a tower's state; `constants` are `method.constants` as tensors.
+    """Apply the vision stage of `plan` to a tower's state; `constants` are those of its method as tensors.
 
     Every view is pruned by itself. Leading tokens (CLS under strategy `full`) stay in front of their view's and are never
     rated.
@@ -158,18 +182,18 @@ def prune(
         unpruned sequence, the index of those that stay as they were.
     """
     if rows is not None:
-        return _by_rows(method, plan, state, constants, rows)
+        return _by_rows(plan, state, constants, rows)
     if plan.vision_stage is None:
         features = state.features if plan.leading else state.patches
         return Pruned(_joined(state.project(features), plan.views), None, projected=True)
-    return _one_after_the_other(_of_views(method, plan, state, constants), plan, state)
+    return _one_after_the_other(_of_views(plan, state, constants), plan, state)
 
 
-def _of_views(method: VisionMethod, plan: PruningPlan, state: TowerState, constants: Mapping[str, Tensor]) -> Pruned:
+def _of_views(plan: PruningPlan, state: TowerState, constants: Mapping[str, Tensor]) -> Pruned:
     """Every view's own tokens, projected, leading ones in front."""
     import torch
 
-    pruned = method.select(state, plan, constants)
+    pruned = plan.methods.vision.select(state, plan, constants)
     # The projector works token by token: after pruning it yields the same and costs less.
     tokens = pruned.tokens if pruned.projected else state.project(pruned.tokens)
     index = pruned.index
@@ -215,9 +239,7 @@ def _padding(state: TowerState, rows: RowOrder) -> Tensor:
     return absent
 
 
-def _by_rows(
-    method: VisionMethod, plan: PruningPlan, state: TowerState, constants: Mapping[str, Tensor], rows: RowOrder
-) -> Pruned:
+def _by_rows(plan: PruningPlan, state: TowerState, constants: Mapping[str, Tensor], rows: RowOrder) -> Pruned:
     """The tokens of a prompt in the order of its rows, pruned or not."""
     import torch
 
@@ -225,7 +247,7 @@ def _by_rows(
     kept = _Kept(rows.sequence)
     if plan.vision_stage is not None:
         padding = _padding(state, rows)
-        pruned = method.select(replace(state, padding=padding), plan, constants)
+        pruned = plan.methods.vision.select(replace(state, padding=padding), plan, constants)
         kept = _kept_of_rows(pruned, plan, padding, rows)
     joined = _joined(state.patches, plan.views)
     source = kept.sequence.clamp(max=own - 1)[..., None].expand(-1, -1, joined.shape[2])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from vtexport.errors import InputError
-from vtexport.pruning.plan import VISION, Option, PruningPlan, Stage, round_half_up, token_budget
+from vtexport.options import Meta
+from vtexport.pruning.plan import VISION, PruningPlan, Stage, round_half_up, token_budget
 from vtexport.pruning.vision import Pruned, TowerState, VisionMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True)
 class VisionZip(VisionMethod):
     """`dominant` tokens by the CLS row summed over heads, then `contextual` ones made of the rest.
 
@@ -25,16 +27,14 @@ class VisionZip(VisionMethod):
     summary = "the patches CLS attends to most, and a few merged from the rest (VisionZip, CVPR 2025)"
     reads_cls = True
     scores = True
-    options: ClassVar[Mapping[str, Option]] = {"contextual": 0.15625}
+    contextual: Annotated[
+        float, Meta(ge=0, lt=1, description="Share of the tokens that are merged from the patches not kept.")
+    ] = 0.15625
 
-    def resolve(self, options: dict[str, Option], tower_layers: int) -> None:
-        if not 0 <= float(options["contextual"]) < 1:
-            raise InputError(f"--contextual {options['contextual']:g} is out of range; give a share from 0 to below 1")
-
-    def stages(self, tokens: int, keep: float, leading: int, options: Mapping[str, Option]) -> tuple[Stage, ...]:
+    def stages(self, tokens: int, keep: float, leading: int) -> tuple[Stage, ...]:
         budget = token_budget(tokens, keep, leading) - leading
         # Merging needs tokens to merge: at most as many contextual ones as are dropped.
-        contextual = min(round_half_up(budget * float(options["contextual"])), budget - 1, tokens - leading - budget)
+        contextual = min(round_half_up(budget * self.contextual), budget - 1, tokens - leading - budget)
         return (Stage(VISION, tokens, leading + budget - contextual, contextual),)
 
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from vtexport.errors import InputError
-from vtexport.pruning.plan import Option, PruningPlan
+from vtexport.options import Meta
+from vtexport.pruning.plan import PruningPlan
 from vtexport.pruning.vision import Pruned, TowerState, VisionMethod
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _ROUND = 8
 
 
+@dataclass(frozen=True)
 class VisPruner(VisionMethod):
     """int(K * important) patches by the CLS row; the others thinned of duplicates until K - K_imp are left.
 
@@ -29,11 +31,12 @@ class VisPruner(VisionMethod):
     reads_cls = True
     ranked = False
     scores = True
-    options: ClassVar[Mapping[str, Option]] = {"important": 0.5}
-
-    def resolve(self, options: dict[str, Option], tower_layers: int) -> None:
-        if not 0 <= float(options["important"]) <= 1:
-            raise InputError(f"--important {options['important']:g} is out of range; give a share from 0 to 1")
+    important: Annotated[
+        float,
+        Meta(
+            ge=0, le=1, description="Share of the kept tokens that is chosen by attention, the rest by dissimilarity."
+        ),
+    ] = 0.5
 
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
         import torch
@@ -42,7 +45,7 @@ class VisPruner(VisionMethod):
 
         score, patches = state.cls_score(), state.patches
         total, budget = patches.shape[1], plan.patch_budget
-        important = int(budget * float(plan.options["important"]))
+        important = int(budget * self.important)
         ranked = order(score)
         alike = cosine(patches, patches)
         others = ranked[:, important:]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
 
 from vtexport.errors import InputError
-from vtexport.pruning.plan import Option, PruningPlan
+from vtexport.options import Meta
+from vtexport.pruning.plan import PruningPlan
 from vtexport.pruning.vision import Pruned, TowerState, VisionMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True)
 class VTCCls(VisionMethod):
     """Top K patches by the head-mean CLS row, summed over tower layers l0 … the feature layer.
 
@@ -24,22 +27,29 @@ class VTCCls(VisionMethod):
     reads_cls = True
     skips_padding = True
     scores = True
-    options: ClassVar[Mapping[str, Option]] = {"tower_from": -1}
+    tower_from: Annotated[
+        int | None,
+        Meta(
+            ge=0,
+            description="First vision tower layer whose CLS attention counts.",
+            extra={"default": "the middle one"},
+        ),
+    ] = None
 
-    def resolve(self, options: dict[str, Option], tower_layers: int) -> None:
-        first = int(options["tower_from"])
-        if first == -1:
-            options["tower_from"] = tower_layers // 2
-        elif not 0 <= first < tower_layers:
+    def settled(self, tower_layers: int) -> VTCCls:
+        first = tower_layers // 2 if self.tower_from is None else self.tower_from
+        if first >= tower_layers:
             raise InputError(
                 f"--tower-from {first} is out of range: the tower has {tower_layers} layers up to the feature layer; "
                 f"give 0 to {tower_layers - 1}"
             )
+        return replace(self, tower_from=first)
 
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
         from vtexport.pruning.ops import token_select
 
-        first = int(plan.options["tower_from"])
+        first = self.tower_from
+        assert first is not None, "a plan settles its methods"
         score = state.cls_score(first)
         for layer in range(first + 1, len(state.layers)):
             score = score + state.cls_score(layer)

@@ -3,88 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from vtexport.arrays import Array
 from vtexport.errors import InputError
-from vtexport.models.prompt import Prompt
-from vtexport.models.views import Views
 from vtexport.pruning.plan import VISION, PruningPlan
+from vtexport.runtime.request import Decoding, Request, Result, Timings
 from vtexport.targets.base import Engine, PrefillInput, PrefillOutput, VisionInput, VisionOutput
 
 
-@dataclass(frozen=True)
-class Request:
-    """One question.
-
-    Attributes:
-        prompt: its prompt.
-        views: its images.
-        ranking: scores [V] fp32 from another model, for method sgl.
-        question_ids: the question [L] int64 in tokens of CLIP's text tower, for method cdpruner.
-    """
-
-    prompt: Prompt
-    views: Views
-    ranking: Array | None = None
-    question_ids: Array | None = None
-
-
-@dataclass
-class Result:
-    """One answer.
-
-    Attributes:
-        token_ids: the generated tokens, the end token included if it came.
-        kept: by stage (`Stage.where`), the tokens that stay as they were, indices [K'] int32 into its input.
-        debug: what else a debug build gives out: by stage `score` and `cluster`, and `raters` over the text.
-        logits: [len(token_ids), vocabulary] fp32 if asked for.
-        ranking: [V] attention to each visual token over prompt and answer, of a build that gives it.
-        bucket: the number of the plan that this row got.
-        spread: by what it was chosen, of a build with several plans.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    kept: dict[str, Array] = field(default_factory=dict)
-    debug: dict[str, Array] = field(default_factory=dict)
-    logits: Array | None = None
-    ranking: Array | None = None
-    bucket: int = 0
-    spread: float | None = None
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds of a batch, and the bytes of its KV cache."""
-
-    vision: float
-    prefill: float
-    decode: tuple[float, ...]
-    cache_bytes: int
-
-    @property
-    def per_token(self) -> float | None:
-        """Median time of a decode step; None if there was none."""
-        return float(np.median(self.decode)) if self.decode else None
-
-
 def look(engine: Engine, plan: PruningPlan, requests: Sequence[Request]) -> VisionOutput:
-    """The vision graph of `plan` on the images of `requests`, and on their questions if they carry them for it."""
-    questions = [request.question_ids for request in requests if request.question_ids is not None]
+    """The vision graph of `plan` on the images of `requests`."""
     pixels = np.stack([request.views.pixels for request in requests])
     rows = [request.views.rows for request in requests if request.views.rows is not None]
     pruned = rows and plan.vision_stage is not None
     return engine.vision(
         VisionInput(
             pixels[:, 0] if plan.views == 1 else pixels,
-            np.stack(questions) if questions else None,
             np.stack([row.sequence for row in rows]) if rows else None,
             np.stack([row.row_start for row in rows]) if pruned else None,
+            extras=_extras(plan, "vision", requests),
         )
     )
+
+
+def _extras(plan: PruningPlan, graph: str, requests: Sequence[Request]) -> dict[str, Array]:
+    """What the methods of `plan` ask for besides images and prompts, stacked over the batch."""
+    names = [extra.name for part in plan.methods.parts for extra in part.extras if extra.graph == graph]
+    return {name: np.stack([request.extras[name] for request in requests]) for name in names}
 
 
 def visual_lengths(plan: PruningPlan, vision: VisionOutput, requests: Sequence[Request]) -> Array:
@@ -95,119 +43,150 @@ def visual_lengths(plan: PruningPlan, vision: VisionOutput, requests: Sequence[R
     if rows:
         return np.stack([row.length for row in rows])
     images = len(requests[0].prompt.image_positions)
-    return np.full((len(requests), images), plan.vision_tokens // images, dtype=np.int64)
+    lengths: Array = np.full((len(requests), images), plan.vision_tokens // images, dtype=np.int64)
+    return lengths
+
+
+class Generation:
+    """One batch on its way: vision and prefill when it is made, a decode step per step of its iteration.
+
+    Args:
+        engine: an opened engine.
+        plan: the plan compiled into it, or into its prefill graph number `bucket`.
+        requests: at least one.
+        decoding: how far to go.
+        bucket: the number of the plan.
+        vision: what the vision graph gave for these requests, if it has run already; `Timings.vision` is then zero.
+
+    Raises:
+        InputError: prompt, visual and new tokens together exceed the model's positions, or the method refuses a prompt.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        plan: PruningPlan,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        *,
+        bucket: int = 0,
+        vision: VisionOutput | None = None,
+    ) -> None:
+        start = time.perf_counter()
+        self._seen = look(engine, plan, requests) if vision is None else vision
+        self._vision_ms = 1000 * (time.perf_counter() - start)
+        self._engine, self._plan, self._decoding = engine, plan, decoding
+        self._lengths = np.array([len(request.prompt.token_ids) for request in requests], dtype=np.int64)
+        self._filled = visual_lengths(plan, self._seen, requests)
+        _check_positions(self._lengths + self._filled.sum(axis=1), decoding)
+        _check_prompts(plan, requests)
+        inputs = self._prefill_input(requests, bucket)
+        start = time.perf_counter()
+        prefilled = engine.prefill(inputs, decoding.max_new_tokens, bucket)
+        self._prefill_ms = 1000 * (time.perf_counter() - start)
+        self._logits, self._cache = prefilled.logits, prefilled.cache
+        self._step_ms: list[float] = []
+        self.results = [_result(row, self._seen, prefilled, bucket) for row in range(len(requests))]
+
+    def _prefill_input(self, requests: Sequence[Request], bucket: int) -> PrefillInput:
+        input_ids = np.zeros((len(requests), int(self._lengths.max())), dtype=np.int64)
+        for row, request in enumerate(requests):
+            input_ids[row, : self._lengths[row]] = request.prompt.token_ids
+        at = np.array([request.prompt.image_positions for request in requests], dtype=np.int64)
+        several = at.shape[1] > 1
+        return PrefillInput(
+            input_ids,
+            at if several else at[:, 0],
+            self._lengths,
+            self._seen.seen(bucket).visual,
+            self._filled if several or self._plan.newlines else None,
+            extras=_extras(self._plan, "prefill", requests),
+        )
+
+    def __iter__(self) -> Iterator[Mapping[int, int]]:
+        """The next token of every row that still runs, by row; once for every step."""
+        decoding, results = self._decoding, self.results
+        history: list[list[Array]] = [[] for _ in results]
+        running = np.ones(len(results), dtype=bool)
+        # Every layer's cache holds all text and the visual tokens that entered it.
+        filled = self._filled.sum(axis=1)
+        visual = np.array(self._plan.entering(filled.tolist()), dtype=np.int64)
+        cached = self._lengths[None] + visual
+        ahead = 0 if self._plan.positions == "compact" else filled - visual
+        for step in range(decoding.max_new_tokens):
+            tokens = self._logits.argmax(axis=1)
+            given = {int(row): int(tokens[row]) for row in np.flatnonzero(running)}
+            for row, token in given.items():
+                results[row].token_ids.append(token)
+                if decoding.keep_logits:
+                    history[row].append(self._logits[row].copy())
+                running[row] = token not in decoding.eos_token_ids
+            yield given
+            if step + 1 == decoding.max_new_tokens or not running.any():
+                break
+            start = time.perf_counter()
+            # Rows that have ended go on with the batch; what they yield is not read.
+            self._logits = self._engine.decode(self._cache, tokens, cached + step, cached + step + ahead)
+            self._step_ms.append(1000 * (time.perf_counter() - start))
+            if self._cache.ranking is not None:
+                for row in map(int, np.flatnonzero(running)):
+                    results[row].ranking = results[row].ranking + self._cache.ranking[row]
+        for result, rows in zip(results, history, strict=True):
+            result.logits = np.stack(rows) if rows else None
+
+    @property
+    def timings(self) -> Timings:
+        """What the batch took so far."""
+        return Timings(self._vision_ms, self._prefill_ms, tuple(self._step_ms), self._cache.nbytes)
 
 
 def generate(
     engine: Engine,
     plan: PruningPlan,
     requests: Sequence[Request],
-    max_new_tokens: int,
+    decoding: Decoding,
     *,
-    eos_token_ids: Sequence[int],
-    max_positions: int,
     on_token: Callable[[int, int], None] | None = None,
-    keep_logits: bool = False,
     bucket: int = 0,
     vision: VisionOutput | None = None,
 ) -> tuple[list[Result], Timings]:
-    """Answer `requests` greedily, as one batch.
+    """Answer `requests` as one batch.
 
     Args:
-        engine: an opened engine.
-        plan: the plan compiled into it, or into its prefill graph number `bucket`.
-        requests: at least one.
-        max_new_tokens: at least 1.
-        eos_token_ids: tokens that end a row.
-        max_positions: the model's longest sequence.
+        engine: see `Generation`, as for all that is not said here.
+        plan: see there.
+        requests: see there.
+        decoding: see there.
         on_token: called with (row, token) as tokens come.
-        keep_logits: whether results carry logits.
-        bucket: the number of the plan.
-        vision: what the vision graph gave for these requests, if it has run already; `Timings.vision` is then zero.
+        bucket: see there.
+        vision: see there.
 
     Raises:
-        InputError: prompt, visual and new tokens together exceed `max_positions`.
+        InputError: see there.
     """
-    lengths = np.array([len(request.prompt.token_ids) for request in requests], dtype=np.int64)
-    start = time.perf_counter()
-    if vision is None:
-        vision = look(engine, plan, requests)
-    looked = time.perf_counter()
-    own = visual_lengths(plan, vision, requests)
-    filled = own.sum(axis=1)
-    longest = int((lengths + filled).max())
-    if longest + max_new_tokens > max_positions:
-        raise InputError(
-            f"{longest} prompt tokens and {max_new_tokens} new ones exceed the model's {max_positions} positions; "
-            "shorten the prompt or give a smaller --max-new-tokens"
-        )
-    _check_reach(plan, requests)
-    input_ids = np.zeros((len(requests), int(lengths.max())), dtype=np.int64)
-    for row, request in enumerate(requests):
-        input_ids[row, : lengths[row]] = request.prompt.token_ids
-    at = np.array([request.prompt.image_positions for request in requests], dtype=np.int64)
-
-    given = [request.ranking for request in requests if request.ranking is not None]
-    ranking = np.stack(given) if given else None
-
-    prompts = PrefillInput(
-        input_ids,
-        at if at.shape[1] > 1 else at[:, 0],
-        lengths,
-        vision.seen(bucket).visual,
-        ranking,
-        own if at.shape[1] > 1 or plan.newlines else None,
-    )
-    filling = time.perf_counter()
-    prefilled = engine.prefill(prompts, max_new_tokens, bucket)
-    logits, cache = prefilled.logits, prefilled.cache
-    filled_at = time.perf_counter()
-
-    results = [_result(row, vision, prefilled, bucket) for row in range(len(requests))]
-    history: list[list[Array]] = [[] for _ in requests]
-    running = np.ones(len(requests), dtype=bool)
-    # Every layer's cache holds all text and the visual tokens that entered it.
-    visual = np.array(plan.entering(filled.tolist()), dtype=np.int64)
-    cached = lengths[None] + visual
-    ahead = 0 if plan.positions == "compact" else filled - visual
-    steps: list[float] = []
-    for step in range(max_new_tokens):
-        tokens = logits.argmax(axis=1)
-        for row in map(int, np.flatnonzero(running)):
-            token = int(tokens[row])
-            results[row].token_ids.append(token)
-            if keep_logits:
-                history[row].append(logits[row].copy())
-            if on_token is not None:
+    generation = Generation(engine, plan, requests, decoding, bucket=bucket, vision=vision)
+    for tokens in generation:
+        if on_token is not None:
+            for row, token in tokens.items():
                 on_token(row, token)
-            running[row] = token not in eos_token_ids
-        if step + 1 == max_new_tokens or not running.any():
-            break
-        began = time.perf_counter()
-        # Rows that have ended go on with the batch; what they yield is not read.
-        logits = engine.decode(cache, tokens, cached, cached + ahead)
-        steps.append(1000 * (time.perf_counter() - began))
-        if cache.ranking is not None:
-            for row in map(int, np.flatnonzero(running)):
-                results[row].ranking = results[row].ranking + cache.ranking[row]
-        cached = cached + 1
-    if keep_logits:
-        for result, rows in zip(results, history, strict=True):
-            result.logits = np.stack(rows)
-    timings = Timings(1000 * (looked - start), 1000 * (filled_at - filling), tuple(steps), cache.nbytes)
-    return results, timings
+    return generation.results, generation.timings
 
 
-def _check_reach(plan: PruningPlan, requests: Sequence[Request]) -> None:
-    """Refuse prompts whose text lies farther from the image than the plan's method can weigh."""
-    reach = int(plan.options.get("reach", 0))
-    behind = max(len(request.prompt.token_ids) - request.prompt.image_positions[0] for request in requests)
-    farthest = behind + plan.vision_tokens
-    if reach and farthest >= reach:
+def _check_positions(lengths: Array, decoding: Decoding) -> None:
+    """Refuse rows of `lengths` prompt tokens that leave no room for the new ones."""
+    longest = int(lengths.max())
+    if longest + decoding.max_new_tokens > decoding.max_positions:
         raise InputError(
-            f"the prompt's end lies {farthest} positions behind the image's first token, and method {plan.method} "
-            f"weighs distances below {reach} only; shorten the prompt"
+            f"{longest} prompt tokens and {decoding.max_new_tokens} new ones exceed the model's {decoding.max_positions} "
+            "positions; shorten the prompt or give a smaller --max-new-tokens"
         )
+
+
+def _check_prompts(plan: PruningPlan, requests: Sequence[Request]) -> None:
+    """Refuse prompts that the plan's method cannot weigh."""
+    if plan.methods.decoder is not None:
+        behind = max(len(request.prompt.token_ids) - request.prompt.image_positions[0] for request in requests)
+        plan.methods.decoder.check_prompt(behind + plan.vision_tokens)
 
 
 def _result(row: int, vision: VisionOutput, prefill: PrefillOutput, bucket: int) -> Result:

@@ -1,11 +1,10 @@
-"""Images and questions in, answers out, over any bundle."""
+"""An opened bundle: images and questions in, answers out."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,67 +13,18 @@ import numpy as np
 from vtexport.arrays import Array
 from vtexport.bundle.folder import Bundle
 from vtexport.errors import InputError, TargetError
-from vtexport.models.clip import FOLDER as CLIP_FOLDER
-from vtexport.models.clip import ClipTokenizer
 from vtexport.models.prompt import Prompter
 from vtexport.models.views import Views
-from vtexport.pruning import PruningPlan, methods_of
-from vtexport.runtime.generate import Request, Result, Timings, generate, look, visual_lengths
-from vtexport.targets import get_target
-from vtexport.targets.base import Compiled
+from vtexport.pruning import PruningPlan
+from vtexport.runtime.answer import Answer, stage_reports
+from vtexport.runtime.generate import Generation, generate, look, visual_lengths
+from vtexport.runtime.ranking import Ranker, check_needed
+from vtexport.runtime.request import Decoding, Request, Result, Timings
+from vtexport.runtime.text import TextStream
+from vtexport.targets.base import Compiled, VisionOutput
 
-
-@dataclass(frozen=True)
-class StageReport:
-    """What one stage did with one image.
-
-    Attributes:
-        where: the stage.
-        tokens_in: visual tokens that entered it.
-        kept: tokens that survived as they were.
-        recycled: tokens made by merging others.
-        index: the kept tokens, as indices into the stage's input.
-        grid: for each token that leaves the stage the (row, column) of its image cell, of several views (view, row,
-            column); None where it has none.
-    """
-
-    where: str
-    tokens_in: int
-    kept: int
-    recycled: int
-    index: list[int]
-    grid: list[tuple[int, ...] | None]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer, and how it came about.
-
-    Attributes:
-        text: the answer.
-        token_ids: its tokens, the end token included if it came.
-        keep: the keep ratio that this image got.
-        spread: by what it was chosen, of a build with `--keep auto`: how many patches share CLS's attention.
-        visual_tokens: see README.
-        stages: what each stage did.
-        timings_ms: of the rows that ran together: all of a batch, or with `--keep auto` those of equal keep ratio
-            (vision always all).
-    """
-
-    text: str
-    token_ids: list[int]
-    keep: float
-    spread: float | None
-    visual_tokens: dict[str, float]
-    stages: list[StageReport]
-    timings_ms: dict[str, float | None]
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that `vtexport run --json` prints."""
-        data = asdict(self)
-        for stage in data["stages"]:
-            stage["in"] = stage.pop("tokens_in")
-        return data
+#: tokens of an answer, where nothing else is said
+MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -87,7 +37,7 @@ class Embedded:
 
 
 class Runner:
-    """An opened bundle, ready to answer."""
+    """An opened bundle, ready to answer; see `Runner.open`."""
 
     def __init__(self, bundle: Bundle, threads: int = 0, ranking_from: Bundle | None = None) -> None:
         """Open `bundle` on its target.
@@ -95,14 +45,14 @@ class Runner:
         Args:
             bundle: the bundle.
             threads: threads of the runtime; 0 leaves the number to it.
-            ranking_from: the bundle that ranks visual tokens for method sgl.
+            ranking_from: the bundle that ranks visual tokens, for a method such as sgl.
 
         Raises:
             TargetError: the target cannot run here.
             InputError: a ranking is missing, has no effect, or is of another length.
         """
         manifest = bundle.manifest
-        target = get_target(manifest.target.name)
+        target = bundle.target()
         available = target.can_run()
         if not available.works:
             raise TargetError(f"{bundle.folder} cannot run here: {available.reason}")
@@ -113,25 +63,31 @@ class Runner:
         self.engine = target.open(bundle.folder, compiled, threads)
         self.spec = bundle.spec()
         self.prompter = Prompter(bundle.processor_folder, self.spec)
-        vision, _ = methods_of(self.plan.method)
-        self.questions = None
-        if vision.reads_question:
-            assert self.spec.clip is not None, "a build with such a method writes its CLIP's files"
-            self.questions = ClipTokenizer(bundle.processor_folder / CLIP_FOLDER, self.spec.clip.length)
-        self.ranker = None if ranking_from is None else self._ranker(ranking_from, threads)
+        extras = [extra for part in self.plan.methods.parts for extra in part.extras]
+        makers = {extra.name: extra.of_questions(bundle.processor_folder, self.spec) for extra in extras}
+        self._makers = {name: maker for name, maker in makers.items() if maker is not None}
+        #: what another bundle has to give for every request, by name
+        self.given = [name for name, maker in makers.items() if maker is None]
+        self._ranker: Ranker | None = None
+        if ranking_from is not None:
+            check_needed(self.plan, self.given)
+            self._ranker = Ranker(Runner(ranking_from, threads), self.plan, bundle.folder)
 
-    def _ranker(self, bundle: Bundle, threads: int) -> Runner:
-        if not self.needs_ranking:
-            raise InputError(f"--ranking-from has no effect with method {self.plan.method}; leave it out")
-        ranker, (stage,) = Runner(bundle, threads), self.plan.decoder_stages.values()
-        if not bundle.manifest.gives_ranking:
-            raise InputError(f"{bundle.folder} gives no ranking; build it with --method dense --give-ranking")
-        if ranker.plan.num_visual_tokens != stage.tokens_in:
-            raise InputError(
-                f"{bundle.folder} ranks {ranker.plan.num_visual_tokens} visual tokens but {stage.tokens_in} enter "
-                f"{self.bundle.folder}'s pruning layer; give a model with the same visual tokens"
-            )
-        return ranker
+    @classmethod
+    def open(cls, folder: Path | str, threads: int = 0, ranking_from: Path | str | None = None) -> Runner:
+        """Open the bundle in `folder`.
+
+        Args:
+            folder: a bundle.
+            threads: threads of the runtime; 0 leaves the number to it.
+            ranking_from: a bundle that ranks visual tokens, for a method such as sgl.
+
+        Raises:
+            BundleError: no bundle, or a damaged one.
+            TargetError: its target cannot run here.
+            InputError: a ranking has no effect, or is of another length.
+        """
+        return cls(Bundle.open(folder), threads, None if ranking_from is None else Bundle.open(ranking_from))
 
     @property
     def plan(self) -> PruningPlan:
@@ -139,20 +95,14 @@ class Runner:
         return self.plans[0]
 
     @property
-    def needs_ranking(self) -> bool:
-        """Whether the bundle prunes by another one's ranking."""
-        _, decoder = methods_of(self.plan.method)
-        return decoder is not None and decoder.raters == "given"
-
-    @classmethod
-    def open(cls, folder: Path, threads: int = 0, ranking_from: Path | None = None) -> Runner:
-        """Open the bundle in `folder`; see `Bundle.open` and `Runner`."""
-        return cls(Bundle.open(folder), threads, None if ranking_from is None else Bundle.open(ranking_from))
+    def reads_question(self) -> bool:
+        """Whether the vision stage itself reads the question."""
+        return bool(self._makers)
 
     def request(self, image: Any, question: str) -> Request:
         """The request that asks `question` about `image`, a PIL image or several; see `Prompter.views`."""
-        ids = None if self.questions is None else self.questions.ids(question)
-        return Request(self.prompter.prompt(question), self.prompter.views(image), question_ids=ids)
+        extras = {name: maker(question) for name, maker in self._makers.items()}
+        return Request(self.prompter.prompt(question), self.prompter.views(image), extras)
 
     def need_language_model(self) -> None:
         """Refuse to answer with a vision engine alone.
@@ -162,9 +112,68 @@ class Runner:
         """
         if "decode" not in self.bundle.manifest.graphs:
             raise InputError(
-                f"{self.bundle.folder} holds a vision engine alone, for {self.bundle.manifest.target.name}; see README, "
-                "Deploying LLaVA-1.5-7B"
+                f"{self.bundle.folder} holds a vision engine alone, for {self.bundle.manifest.target.name}; see "
+                "docs/tensorrt-llm.md"
             )
+
+    def ask(
+        self,
+        pairs: Sequence[tuple[Any, str]],
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[Answer]:
+        """Answer (image, question) pairs as one batch.
+
+        Args:
+            pairs: an image (PIL; several, or the frames of a video, as a list) and a question each.
+            max_new_tokens: tokens per answer at most.
+            on_token: called with (row, token) as tokens come.
+
+        Returns:
+            an answer per pair, in their order.
+
+        Raises:
+            InputError: an image or a question that the bundle cannot take, or a bundle without a language model.
+        """
+        self.need_language_model()
+        self.engine.load()
+        start = time.perf_counter()
+        requests = [self.request(image, question) for image, question in pairs]
+        spent = {"preprocess": 1000 * (time.perf_counter() - start)}
+        if self.given:
+            start = time.perf_counter()
+            requests = self._completed(requests, pairs, max_new_tokens)
+            spent["ranking"] = 1000 * (time.perf_counter() - start)
+        results, timings = self.generate(requests, self.decoding(max_new_tokens), on_token)
+        return [
+            self._answer(result, request.views, {**spent, **_milliseconds(times)})
+            for result, request, times in zip(results, requests, timings, strict=True)
+        ]
+
+    def stream(self, image: Any, question: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str]:
+        """Answer one question, yielding its text piece by piece as it is made.
+
+        Args:
+            image: a PIL image; several, or the frames of a video, as a list.
+            question: the question.
+            max_new_tokens: tokens at most.
+
+        Raises:
+            InputError: as `ask`.
+        """
+        self.need_language_model()
+        requests = [self.request(image, question)]
+        if self.given:
+            requests = self._completed(requests, [(image, question)], max_new_tokens)
+        vision = look(self.engine, self.plan, requests)
+        bucket = int(self.buckets(vision)[0])
+        decoding, text = self.decoding(max_new_tokens), TextStream(self.prompter)
+        generation = Generation(self.engine, self.plans[bucket], requests, decoding, bucket=bucket, vision=vision)
+        for tokens in generation:
+            if piece := text.add(tokens[0]):
+                yield piece
+        if piece := text.rest():
+            yield piece
 
     def embed(self, pairs: Sequence[tuple[Any, str]]) -> list[Embedded]:
         """The vision stage alone: prompts and their images' tokens, for a language model that runs elsewhere.
@@ -179,42 +188,71 @@ class Runner:
             )
         requests = [self.request(image, question) for image, question in pairs]
         vision = look(self.engine, self.plan, requests)
-        chosen = [0] * len(requests) if self.policy is None else self.policy.choose(vision.spread)
-        found = []
-        for row, (request, (_, question)) in enumerate(zip(requests, pairs, strict=True)):
-            bucket = int(chosen[row])
+        embedded = []
+        for row, bucket in enumerate(map(int, self.buckets(vision))):
             lengths = visual_lengths(self.plans[bucket], vision, requests)[row]
             visual, ends = vision.seen(bucket).visual[row], np.cumsum(lengths)
             images = [visual[end - count : end] for end, count in zip(ends, lengths, strict=True)]
-            found.append(Embedded(request.prompt.text, question, images))
-        return found
+            embedded.append(Embedded(requests[row].prompt.text, pairs[row][1], images))
+        return embedded
 
-    def ask(
+    def buckets(self, vision: VisionOutput) -> Array:
+        """The number of the plan that each row of `vision` gets, [B] int64."""
+        if self.policy is None:
+            return np.zeros(len(next(iter(vision.arrays.values()))), dtype=np.int64)
+        return self.policy.choose(vision.spread)
+
+    def decoding(self, max_new_tokens: int) -> Decoding:
+        """Up to the model's own end tokens and positions."""
+        model = self.bundle.manifest.model
+        return Decoding(max_new_tokens, model.max_positions, model.eos_token_ids)
+
+    def generate(
         self,
-        pairs: Sequence[tuple[Any, str]],
-        max_new_tokens: int = 64,
+        requests: Sequence[Request],
+        decoding: Decoding,
         on_token: Callable[[int, int], None] | None = None,
-    ) -> list[Answer]:
-        """Answer (image, question) pairs as one batch; see `vtexport.generate.generate`.
+    ) -> tuple[list[Result], list[Timings]]:
+        """`vtexport.runtime.generate.generate` with this bundle's engine and plans.
 
-        Raises:
-            InputError: the bundle holds no language model.
+        With several plans the images are looked at once, and rows of equal plan go on as one batch.
+
+        Returns:
+            results in the order of `requests`, and the timings of the batch that each was in.
         """
-        self.need_language_model()
-        self.engine.load()
+        if self.policy is None:
+            results, timings = generate(self.engine, self.plan, requests, decoding, on_token=on_token)
+            return results, [timings] * len(results)
         start = time.perf_counter()
-        requests = [self.request(image, question) for image, question in pairs]
-        preprocess = 1000 * (time.perf_counter() - start)
-        ranking: float | None = None
-        if self.needs_ranking:
-            start = time.perf_counter()
-            requests = self._ranked(requests, pairs, max_new_tokens)
-            ranking = 1000 * (time.perf_counter() - start)
-        results, timings = self.generate(requests, max_new_tokens, on_token)
-        return [
-            self._answer(result, request.views, _milliseconds(preprocess, ranking, times))
-            for result, request, times in zip(results, requests, timings, strict=True)
-        ]
+        vision = look(self.engine, self.plan, requests)
+        looked = 1000 * (time.perf_counter() - start)
+        chosen, answered = self.buckets(vision), {}
+        for bucket in map(int, np.unique(chosen)):
+            rows = [int(row) for row in np.flatnonzero(chosen == bucket)]
+            results, timings = generate(
+                self.engine,
+                self.plans[bucket],
+                [requests[row] for row in rows],
+                decoding,
+                on_token=_renumbered(on_token, rows),
+                bucket=bucket,
+                vision=vision.rows(np.array(rows)),
+            )
+            for row, result in zip(rows, results, strict=True):
+                result.spread = float(vision.spread[row])
+                answered[row] = result, replace(timings, vision=looked)
+        ordered = [answered[row] for row in range(len(requests))]
+        return [result for result, _ in ordered], [timings for _, timings in ordered]
+
+    def _completed(
+        self, requests: Sequence[Request], pairs: Sequence[tuple[Any, str]], max_new_tokens: int
+    ) -> list[Request]:
+        """`requests` with what the ranking bundle gives for the same pairs."""
+        if self._ranker is None:
+            raise InputError(
+                f"{self.bundle.folder} prunes by another bundle's ranking; give that bundle as --ranking-from"
+            )
+        return self._ranker.ranked(requests, pairs, max_new_tokens)
 
     def _answer(self, result: Result, views: Views, times: dict[str, float | None]) -> Answer:
         plan = self.plans[result.bucket]
@@ -229,56 +267,8 @@ class Runner:
                 "mean_sparsevlm_count": plan.mean_visual_tokens_sparsevlm,
             },
             stages=stage_reports(plan, self.bundle.manifest.model.grid, result.kept, views),
-            timings_ms=times,
+            timings_ms={name: None if spent is None else round(spent, 3) for name, spent in times.items()},
         )
-
-    def generate(
-        self,
-        requests: Sequence[Request],
-        max_new_tokens: int,
-        on_token: Callable[[int, int], None] | None = None,
-    ) -> tuple[list[Result], list[Timings]]:
-        """`vtexport.generate.generate` with this bundle's engine, plans, end tokens and positions.
-
-        With several plans the images are looked at once, and rows of equal plan go on as one batch.
-
-        Returns:
-            results in the order of `requests`, and the timings of the batch that each was in.
-        """
-        model = self.bundle.manifest.model
-        answer = partial(generate, self.engine, eos_token_ids=model.eos_token_ids, max_positions=model.max_positions)
-        if self.policy is None:
-            results, timings = answer(self.plan, requests, max_new_tokens, on_token=on_token)
-            return results, [timings] * len(results)
-        start = time.perf_counter()
-        vision = look(self.engine, self.plan, requests)
-        looked = 1000 * (time.perf_counter() - start)
-        chosen, found = self.policy.choose(vision.spread), {}
-        for bucket in np.unique(chosen):
-            rows = [int(row) for row in np.flatnonzero(chosen == bucket)]
-            results, timings = answer(
-                self.plans[bucket],
-                [requests[row] for row in rows],
-                max_new_tokens,
-                on_token=_renumbered(on_token, rows),
-                bucket=int(bucket),
-                vision=vision.rows(np.array(rows)),
-            )
-            for row, result in zip(rows, results, strict=True):
-                result.spread = float(vision.spread[row])
-                found[row] = result, replace(timings, vision=looked)
-        return [found[row][0] for row in range(len(requests))], [found[row][1] for row in range(len(requests))]
-
-    def _ranked(
-        self, requests: Sequence[Request], pairs: Sequence[tuple[Any, str]], max_new_tokens: int
-    ) -> list[Request]:
-        """`requests` with what the ranking bundle attended to while it answered the same pairs."""
-        if self.ranker is None:
-            raise InputError(
-                f"{self.bundle.folder} prunes by another bundle's ranking; give that bundle as --ranking-from"
-            )
-        results, _ = self.ranker.generate([self.ranker.request(*pair) for pair in pairs], max_new_tokens)
-        return [replace(request, ranking=found.ranking) for request, found in zip(requests, results, strict=True)]
 
 
 def _renumbered(on_token: Callable[[int, int], None] | None, rows: Sequence[int]) -> Callable[[int, int], None] | None:
@@ -286,45 +276,5 @@ def _renumbered(on_token: Callable[[int, int], None] | None, rows: Sequence[int]
     return None if on_token is None else lambda row, token: on_token(rows[row], token)
 
 
-def stage_reports(plan: PruningPlan, grid: int, kept: Mapping[str, Array], views: Views) -> list[StageReport]:
-    """What `plan` did with the images `views`, given the kept indices of each stage by its name (`Result.kept`)."""
-    reports = []
-    cells = _cells(plan, grid, views)
-    entering = len(cells)
-    for stage in plan.stages:
-        # A stage that merges every patch lists none; leading tokens stay all the same.
-        each = plan.num_visual_tokens // plan.views
-        every = [i for i in range(each * plan.views) if i % each < plan.leading] if stage.layer is None else []
-        index = [int(i) for i in kept.get(stage.where, np.array(every))]
-        cells = [cells[i] for i in index] + [None] * stage.recycled
-        reports.append(StageReport(stage.where, entering, len(index), stage.recycled, index, cells))
-        entering = len(cells)
-    return reports
-
-
-def _cells(plan: PruningPlan, grid: int, views: Views) -> list[tuple[int, ...] | None]:
-    """The image cell of every visual token before pruning; see `StageReport.grid`."""
-    patches = grid * grid
-
-    def cell(number: int) -> tuple[int, ...]:
-        view, patch = divmod(number, patches)
-        return divmod(patch, grid) if plan.views == 1 else (view, *divmod(patch, grid))
-
-    if views.rows is None:
-        first: list[tuple[int, ...] | None] = [None] * plan.leading
-        return [
-            place for view in range(plan.views) for place in first + [cell(view * patches + i) for i in range(patches)]
-        ]
-    sequence = views.rows.sequence[: int(views.rows.length.sum())]
-    return [cell(int(token)) if token < plan.views * patches else None for token in sequence]
-
-
-def _milliseconds(preprocess: float, ranking: float | None, timings: Timings) -> dict[str, float | None]:
-    per_token = timings.per_token
-    return {
-        "preprocess": round(preprocess, 3),
-        **({} if ranking is None else {"ranking": round(ranking, 3)}),
-        "vision": round(timings.vision, 3),
-        "prefill": round(timings.prefill, 3),
-        "per_token": None if per_token is None else round(per_token, 3),
-    }
+def _milliseconds(timings: Timings) -> dict[str, float | None]:
+    return {"vision": timings.vision, "prefill": timings.prefill, "per_token": timings.per_token}

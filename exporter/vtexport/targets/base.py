@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from vtexport.arrays import Array
+from vtexport.options import Option
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -58,7 +60,7 @@ class VisionOutput:
 
     @property
     def visual_length(self) -> Array | None:
-        """How many of K visual tokens are each image's, [B, n]; None where that is not the image's own size's doing."""
+        """Visual tokens of each image among the K, [B, n]; None unless they depend on the image's size."""
         return self.arrays.get("visual_length")
 
     @property
@@ -71,12 +73,20 @@ class VisionOutput:
         return VisionOutput({name: array[rows] for name, array in self.arrays.items()})
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Input:
-    """A graph's inputs, those None that it has not."""
+    """A graph's inputs; one that the graph does not have is None.
+
+    Attributes:
+        extras: what the plan's method has besides (`vtexport.pruning.extra`), by name, [B, …] each.
+    """
+
+    extras: Mapping[str, Array] = field(default_factory=dict)
 
     def feeds(self) -> dict[str, Array]:
         """The graph's inputs by name."""
-        return {name: array for name, array in vars(self).items() if array is not None}
+        own = {name: array for name, array in vars(self).items() if name != "extras" and array is not None}
+        return {**own, **self.extras}
 
 
 @dataclass(frozen=True)
@@ -85,13 +95,11 @@ class VisionInput(_Input):
 
     Attributes:
         pixel_values: [B, 3, S, S] fp32, of several views a prompt [B, T, 3, S, S].
-        question_ids: [B, L] int64, for a method that reads the question.
         sequence: [B, V] int64, for a sequence laid out by rows.
         row_start: [B, V] int64, for one that is pruned.
     """
 
     pixel_values: Array
-    question_ids: Array | None = None
     sequence: Array | None = None
     row_start: Array | None = None
 
@@ -105,7 +113,6 @@ class PrefillInput(_Input):
         image_position: [B] int64, text tokens before the image; of n images a prompt [B, n].
         text_length: [B] int64, text tokens of each prompt.
         visual: [B, K, C], what the vision graph gave.
-        ranking: [B, V] fp32, for a method that is given its scores.
         visual_length: [B, n] int64, visual tokens of each image, where rows differ in that or have several.
     """
 
@@ -113,7 +120,6 @@ class PrefillInput(_Input):
     image_position: Array
     text_length: Array
     visual: Array
-    ranking: Array | None = None
     visual_length: Array | None = None
 
 
@@ -188,7 +194,6 @@ class CompileJob:
         folder: the bundle under construction; graphs and weights lie in `engine/`.
         models: the traced graphs by name, weights attached.
         spec, plans, dtype: what they were traced from.
-        options: the target's own options, every one resolved.
         report: called with (line, steps) when a piece of work begins; steps None if unknown.
         advance: called with steps done.
         warn: called with a runtime's own warnings and errors.
@@ -199,7 +204,6 @@ class CompileJob:
     spec: ModelSpec
     plans: Sequence[PruningPlan]
     dtype: str
-    options: Mapping[str, str | int]
     report: Callable[[str, int | None], None]
     advance: Callable[[int], None]
     warn: Callable[[str], None]
@@ -207,57 +211,75 @@ class CompileJob:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a target made: files by graph, relative to the bundle, and facts for the manifest."""
+    """What a target made: files by graph, relative to the bundle, and what of this machine the manifest keeps."""
 
     files: Mapping[str, str]
     versions: Mapping[str, str]
-    facts: Mapping[str, str | int] = field(default_factory=dict)
+    facts: Mapping[str, Option] = field(default_factory=dict)
 
 
-class Target(Protocol):
-    """To add one: a class with these members in a folder of its own, listed in `vtexport.targets.TARGETS`."""
+@dataclass(frozen=True)
+class Target(ABC):
+    """A runtime to compile for, with its options.
+
+    To add one: a subclass in a folder of its own, a frozen dataclass whose annotated fields are its options
+    (`vtexport.options`), listed in `vtexport.targets.TARGETS`.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
     #: whether its engines hold their weights, rather than point at them
-    weights_inside: ClassVar[bool]
+    weights_inside: ClassVar[bool] = False
     #: whether the language model is left to another program, so that there is a vision graph alone
-    vision_only: ClassVar[bool]
-    #: names and defaults of the options that the target takes
-    options: ClassVar[Mapping[str, str | int]]
+    vision_only: ClassVar[bool] = False
 
-    def can_build(self) -> Availability: ...
+    @classmethod
+    @abstractmethod
+    def can_build(cls) -> Availability:
+        """Whether this machine can compile for it."""
 
-    def can_run(self) -> Availability: ...
+    @classmethod
+    def can_run(cls) -> Availability:
+        """Whether this machine can run what was compiled for it."""
+        return cls.can_build()
 
-    def check_options(self, options: Mapping[str, str | int]) -> None:
-        """Raise InputError for an option's value that cannot be."""
-        ...
+    def check(self) -> None:  # noqa: B027 - not every target has something to refuse
+        """Refuse options that this machine or each other do not allow.
 
-    def check_plans(self, spec: ModelSpec, plans: Sequence[PruningPlan], options: Mapping[str, str | int]) -> None:
-        """Raise InputError for plans of a model that the target has no place for."""
-        ...
+        Raises:
+            InputError: an option, with what to do about it.
+        """
 
-    def scheme(self, options: Mapping[str, str | int]) -> Scheme | None:
-        """How the options say to hold the weights of the decoder's layers; None for as they are."""
-        ...
+    def check_plans(self, spec: ModelSpec, plans: Sequence[PruningPlan]) -> None:  # noqa: B027 - as above
+        """Refuse plans that the target has no place for.
 
+        Raises:
+            InputError: one of them.
+        """
+
+    def scheme(self) -> Scheme | None:
+        """How the weights of the decoder's linear layers are held; None for as they are."""
+        return None
+
+    @abstractmethod
     def compile(self, job: CompileJob) -> Compiled:
-        """Turn the graphs of `job` into what the runtime loads, in `job.folder`."""
-        ...
+        """Turn the graphs of `job` into what the runtime loads, in `job.folder`.
 
-    def finish(self, folder: Path, compiled: Compiled) -> None:
+        Raises:
+            TargetError: the runtime refuses them.
+        """
+
+    def finish(self, folder: Path, compiled: Compiled) -> None:  # noqa: B027 - as above
         """Remove from the bundle what only compiling and verifying needed."""
-        ...
 
+    @abstractmethod
     def open(self, folder: Path, compiled: Compiled, threads: int) -> Engine:
         """Open what was compiled; `threads` 0 leaves the number to the runtime.
 
         Raises:
             TargetError: it was compiled for another version or device than there is here.
         """
-        ...
 
 
 def prefill_names(plans: int) -> list[str]:

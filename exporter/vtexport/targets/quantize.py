@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from vtexport.arrays import Array
-from vtexport.errors import InputError
 from vtexport.graph.weights import Lazy
 
 _LAYER = re.compile(r"decoder\.layers\.\d+\..*\.weight")
@@ -46,18 +45,6 @@ class Scheme(ABC):
     def opset(self) -> Mapping[str, int]:
         """Domains and versions that `product` needs."""
         return {}
-
-
-def chosen(schemes: Mapping[str, Scheme], options: Mapping[str, str | int], target: str) -> Scheme | None:
-    """What option `quantize` of `target` says, one of its `schemes`; None for weights as they are.
-
-    Raises:
-        InputError: a word that is none of them.
-    """
-    kind = str(options.get("quantize", ""))
-    if kind and kind not in schemes:
-        raise InputError(f"--quantize {kind} is not for target {target}; choose one of {', '.join(schemes)}")
-    return schemes.get(kind)
 
 
 def quantize(models: Sequence[ir.Model], scheme: Scheme) -> dict[str, Lazy]:

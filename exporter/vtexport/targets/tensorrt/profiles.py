@@ -4,52 +4,44 @@ from __future__ import annotations
 
 from typing import Any
 
-from vtexport.targets.base import CompileJob, prefill_names
+from vtexport.targets.base import CompileJob
+
+#: how many tokens of text are usual in a prompt, and how many of text and answer in a cache
+_PROMPT, _CACHE = 48, 128
 
 
-def profile_shapes(job: CompileJob, name: str) -> dict[str, tuple[Any, Any, Any]]:
-    """Smallest, usual and largest shape of every input of graph `name`; text and batch by the job's options."""
-    names = {value.name for value in job.models[name].graph.inputs}
-    batch, text = int(job.options["max_batch"]), int(job.options["max_text"])
-    d = job.spec.decoder
-    usual_text = min(48, text)
+def profile_shapes(
+    job: CompileJob, name: str, max_batch: int, max_text: int
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Smallest, usual and largest shape of every input of graph `name`.
 
-    def shapes(*axes: tuple[int, int, int]) -> tuple[Any, Any, Any]:
-        low, usual, high = zip(*axes, strict=True)
-        return low, usual, high
+    The traced graph says which extents are fixed and what the others are: `batch`, `text`, or `capacity_i`, the room in
+    the cache of decoder layer i.
 
-    def fixed(extent: int) -> tuple[int, int, int]:
-        return extent, extent, extent
+    Args:
+        job: what is compiled.
+        name: one of its graphs.
+        max_batch: prompts per batch at most.
+        max_text: text tokens per prompt, and of prompt and answer together, at most.
+    """
 
-    rows = (1, 1, batch)
-    if name == "vision":
-        from vtexport.graph.export import vision_extents
+    def between(extent: Any) -> tuple[int, int, int]:
+        if isinstance(extent, int):
+            return extent, extent, extent
+        kind, _, layer = str(extent.value).partition("_")
+        if kind == "batch":
+            return 1, 1, max_batch
+        if kind == "text":
+            return 1, min(_PROMPT, max_text), max_text
+        assert kind == "capacity", f"graph {name} has an extent of no known kind: {extent.value}"
+        visual = max(plan.per_layer[int(layer)] for plan in job.plans)
+        room = min(visual + max_text, job.spec.decoder.max_positions)
+        return 1, min(visual + min(_CACHE, max_text), room), room
 
-        extents = vision_extents(job.spec)
-        return {port: shapes(rows, *map(fixed, own)) for port, own in extents.items() if port in names}
-    if name != "decode":
-        images = job.spec.views.images
-        plan = job.plans[prefill_names(len(job.plans)).index(name)]
-        inputs = {
-            "input_ids": shapes(rows, (1, usual_text, text)),
-            "image_position": shapes(rows) if images == 1 else shapes(rows, fixed(images)),
-            "text_length": shapes(rows),
-            "visual": shapes(rows, fixed(plan.vision_tokens), fixed(d.hidden_size)),
-        }
-        if "ranking" in names:
-            inputs["ranking"] = shapes(rows, fixed(plan.vision_tokens))
-        if "visual_length" in names:
-            inputs["visual_length"] = shapes(rows, fixed(images))
-        return inputs
-    from vtexport.graph.graphs import cache_names
-
-    layers = fixed(d.num_layers)
-    inputs = {"input_ids": shapes(rows, fixed(1)), "length": shapes(layers, rows), "position": shapes(layers, rows)}
-    if "image_position" in names:
-        inputs["image_position"] = shapes(rows)
-    for number, cache in enumerate(cache_names("past", d.num_layers)):
-        visual = max(plan.per_layer[number // 2] for plan in job.plans)
-        room = min(visual + text, d.max_positions)
-        usual = min(visual + min(128, text), room)
-        inputs[cache] = shapes(rows, fixed(d.num_kv_heads), (1, usual, room), fixed(d.head_size))
-    return inputs
+    shapes = {}
+    for value in job.models[name].graph.inputs:
+        assert value.name is not None, "inputs have names"
+        assert value.shape is not None, "traced graphs have shapes"
+        low, usual, high = zip(*(between(extent) for extent in value.shape), strict=True)
+        shapes[value.name] = (low, usual, high)
+    return shapes

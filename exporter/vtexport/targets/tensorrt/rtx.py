@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from vtexport.errors import InputError
+from vtexport.options import Meta
 from vtexport.targets.base import Availability, Compiled
-from vtexport.targets.tensorrt.target import OPTIONS, AnyTensorRT, Device, inline_functions, this_gpu
+from vtexport.targets.tensorrt.target import (
+    AnyTensorRT,
+    Device,
+    Quantize,
+    inline_functions,
+    quantize_scheme,
+    this_gpu,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from vtexport.targets.quantize import Scheme
     from vtexport.targets.tensorrt.builder import Settings
 
 #: compute capabilities to compile for; TensorRT for RTX also knows 75, but has no fp32 matmul there, and scores
@@ -20,15 +29,21 @@ if TYPE_CHECKING:
 ARCHITECTURES = (80, 86, 89, 120, 121)
 
 
+@dataclass(frozen=True)
 class TensorRTRTXTarget(AnyTensorRT):
     """TensorRT for RTX. Pruning runs as the ops' function bodies: its parser ends the process at a plugin's node."""
 
     name: ClassVar[str] = "tensorrt-rtx"
     summary: ClassVar[str] = "TensorRT for RTX: built without a GPU, runs on RTX GPUs"
     package: ClassVar[str] = "tensorrt_rtx_bindings"
-    options: ClassVar[Mapping[str, str | int]] = {"sm": "86,89,120", **OPTIONS}
 
-    def can_build(self) -> Availability:
+    sm: Annotated[
+        str, Meta(description="Compute capabilities of the GPUs to build for.", extra={"metavar": "LIST"})
+    ] = "86,89,120"
+    quantize: Quantize = ""
+
+    @classmethod
+    def can_build(cls) -> Availability:
         for module in ("tensorrt_rtx_bindings", "tensorrt_rtx_libs"):
             if importlib.util.find_spec(module) is None:
                 return Availability(
@@ -39,27 +54,26 @@ class TensorRTRTXTarget(AnyTensorRT):
 
         return Availability(True, f"TensorRT for RTX {version('tensorrt-rtx-cu13-bindings')}")
 
-    def settings(self, options: Mapping[str, str | int]) -> Settings:
+    def scheme(self) -> Scheme | None:
+        return quantize_scheme(self.quantize)
+
+    def settings(self) -> Settings:
         from vtexport.targets.tensorrt.builder import Settings
 
-        if options["strip_weights"] and this_gpu() is None:
+        if self.strip_weights and this_gpu() is None:
             # TensorRT for RTX 1.7.1 fails to build even a single MatMul so.
             raise InputError(
                 "--strip-weights works on a machine with a GPU only with target tensorrt-rtx; leave it out"
             )
-        return Settings(
-            architectures=parse_architectures(str(options["sm"])), strip_weights=bool(options["strip_weights"])
-        )
+        return Settings(architectures=parse_architectures(self.sm), strip_weights=self.strip_weights)
 
-    def prepare(self, model: ir.Model, options: Mapping[str, str | int]) -> None:
+    def prepare(self, model: ir.Model) -> None:
         inline_functions(model)
 
-    def facts(self, options: Mapping[str, str | int]) -> dict[str, str | int]:
-        return {"sm": str(options["sm"]), **super().facts(options)}
-
     def check_gpu(self, gpu: Device, compiled: Compiled) -> str | None:
-        built = str(compiled.facts["sm"])
-        return None if gpu.capability in parse_architectures(built) else f"was built for compute capabilities {built}"
+        if gpu.capability in parse_architectures(self.sm):
+            return None
+        return f"was built for compute capabilities {self.sm}"
 
 
 def parse_architectures(text: str) -> tuple[int, ...]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vtexport.errors import InputError, TargetError
-from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Engine
+from vtexport.options import Meta, Option
+from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Engine, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from vtexport.models.spec import ModelSpec
-    from vtexport.pruning import PruningPlan
     from vtexport.targets.quantize import Scheme
     from vtexport.targets.tensorrt.bindings import Bindings
     from vtexport.targets.tensorrt.builder import Settings
@@ -23,8 +22,11 @@ if TYPE_CHECKING:
 
 #: input -> its smallest, usual and largest shape
 Shapes = Mapping[str, tuple[Any, Any, Any]]
-#: options of every TensorRT target
-OPTIONS: Mapping[str, str | int] = {"max_batch": 4, "max_text": 512, "strip_weights": 0, "quantize": ""}
+#: how the targets that hold a decoder may hold its weights
+Quantize = Annotated[
+    Literal["", "int8", "fp8", "int4"],
+    Meta(description="Hold the weights of the decoder's linear layers in fewer bits."),
+]
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,31 @@ def this_gpu() -> Device | None:
     return Device(torch.cuda.get_device_name(), 10 * major + minor)
 
 
-class AnyTensorRT(ABC):
-    """One plan a graph, weights inside unless stripped, profiles over batch, text and cache length."""
+@dataclass(frozen=True)
+class AnyTensorRT(Target):
+    """One plan per graph, weights inside unless stripped, profiles over batch, text and cache length."""
 
-    name: ClassVar[str]
     weights_inside: ClassVar[bool] = True
-    vision_only: ClassVar[bool] = False
     dtypes: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
     #: the module of its Python bindings
     package: ClassVar[str]
+    #: whether later versions of TensorRT load its plans
+    version_compatible = False
+
+    max_batch: Annotated[int, Meta(ge=1, description="Prompts per batch at most.")] = 4
+    max_text: Annotated[
+        int, Meta(ge=1, description="Text tokens per prompt, and of prompt and answer together, at most.")
+    ] = 512
+    strip_weights: Annotated[
+        bool, Meta(description="Keep one copy of the weights for all plans, put in when a bundle is opened.")
+    ] = False
 
     @abstractmethod
-    def can_build(self) -> Availability: ...
-
-    @abstractmethod
-    def settings(self, options: Mapping[str, str | int]) -> Settings:
+    def settings(self) -> Settings:
         """The builder's settings by this target's options."""
 
     @abstractmethod
-    def prepare(self, model: ir.Model, options: Mapping[str, str | int]) -> None:
+    def prepare(self, model: ir.Model) -> None:
         """Change `model` into what this TensorRT's parser takes."""
 
     @abstractmethod
@@ -74,44 +82,36 @@ class AnyTensorRT(ABC):
         """What TensorRT is given to parse, and its profile, where that is not the bundle's own graph."""
         return model, shapes
 
-    def plan_file(self, name: str, options: Mapping[str, str | int]) -> str:
+    def plan_file(self, name: str) -> str:
         """Where the plan of graph `name` goes, from the bundle's folder."""
         return f"{ENGINE_FOLDER}/{name}.plan"
 
-    def engine(self, compiled: Compiled) -> type[TensorRTEngine]:
+    def engine(self) -> type[TensorRTEngine]:
         """What runs the plans."""
         from vtexport.targets.tensorrt.engine import TensorRTEngine
 
         return TensorRTEngine
 
-    def check_plans(  # noqa: B027 - one of three has something to refuse
-        self, spec: ModelSpec, plans: Sequence[PruningPlan], options: Mapping[str, str | int]
-    ) -> None:
-        """Every plan is welcome."""
+    def facts(self) -> dict[str, Option]:
+        """What of this machine a plan depends on, for the manifest."""
+        return {}
 
-    def scheme(self, options: Mapping[str, str | int]) -> Scheme | None:
-        from vtexport.targets.quantize import chosen
-        from vtexport.targets.tensorrt.quantize import SCHEMES
-
-        return chosen(SCHEMES, options, self.name)
-
-    def facts(self, options: Mapping[str, str | int]) -> dict[str, str | int]:
-        """What the manifest says of a build with these options."""
-        return {"weights": "stripped" if options["strip_weights"] else "inside"}
-
-    def before(self, folder: Path, options: Mapping[str, str | int]) -> None:  # noqa: B027 - one of two needs nothing
+    def before(self, folder: Path) -> None:
         """What must be done before the first graph is parsed."""
 
-    def load(self, folder: Path, compiled: Compiled) -> None:  # noqa: B027 - as above
+    def load(self, folder: Path, compiled: Compiled) -> None:
         """What must be done before the first plan is opened."""
 
-    def bindings(self) -> Bindings:
+    @classmethod
+    def bindings(cls) -> Bindings:
+        """TensorRT's Python module."""
         from vtexport.targets.tensorrt.bindings import bindings
 
-        return bindings(self.package)
+        return bindings(cls.package)
 
-    def can_run(self) -> Availability:
-        available = self.can_build()
+    @classmethod
+    def can_run(cls) -> Availability:
+        available = cls.can_build()
         if not available.works:
             return available
         gpu = this_gpu()
@@ -121,12 +121,9 @@ class AnyTensorRT(ABC):
             )
         return Availability(True, f"{available.reason} on {gpu.name}")
 
-    def check_options(self, options: Mapping[str, str | int]) -> None:
-        self.settings(options)
-        for name in ("max_batch", "max_text"):
-            if int(options[name]) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {options[name]} is too small; give at least 1")
-        if self.scheme(options) is not None and options["strip_weights"]:
+    def check(self) -> None:
+        self.settings()
+        if self.scheme() is not None and self.strip_weights:
             raise InputError("--strip-weights cannot go with --quantize; leave one of them out")
 
     def compile(self, job: CompileJob) -> Compiled:
@@ -135,24 +132,24 @@ class AnyTensorRT(ABC):
         from vtexport.targets.tensorrt.builder import Build, build_plan
         from vtexport.targets.tensorrt.profiles import profile_shapes
 
-        bindings, settings = self.bindings(), self.settings(job.options)
-        self.before(job.folder, job.options)
+        bindings, settings = self.bindings(), self.settings()
+        self.before(job.folder)
         files = {}
         for name, model in job.models.items():
             source = job.folder / ENGINE_FOLDER / f"{name}.onnx"
-            self.prepare(model, job.options)
+            self.prepare(model)
             ir.save(model, source)
-            parsed, shapes = self.parsed(model, profile_shapes(job, name), job)
+            parsed, shapes = self.parsed(model, profile_shapes(job, name, self.max_batch, self.max_text), job)
             if parsed is not model:
                 source = source.with_name(f"{name}-parsed.onnx")
                 ir.save(parsed, source)
-            files[name] = self.plan_file(name, job.options)
+            files[name] = self.plan_file(name)
             build = Build(name, shapes, settings, job.report, job.advance, job.warn)
             (job.folder / files[name]).write_bytes(build_plan(bindings, source, build))
-        return Compiled(files, {self.name: bindings.version}, self.facts(job.options))
+        return Compiled(files, {self.name: bindings.version}, self.facts())
 
     def finish(self, folder: Path, compiled: Compiled) -> None:
-        if compiled.facts["weights"] == "stripped":
+        if self.strip_weights:
             return
         plans = {folder / file for file in compiled.files.values()}
         engines = folder / ENGINE_FOLDER
@@ -166,7 +163,7 @@ class AnyTensorRT(ABC):
 
         bindings, gpu = self.bindings(), this_gpu()
         built_with, here = compiled.versions[self.name], bindings.version
-        later = bool(compiled.facts.get("version_compatible")) and _numbers(here) >= _numbers(built_with)
+        later = self.version_compatible and _numbers(here) >= _numbers(built_with)
         if built_with != here and not later:
             raise TargetError(
                 f"{folder} was built with {self.name} {built_with}, here is {here}; install that one, or build again"
@@ -176,11 +173,18 @@ class AnyTensorRT(ABC):
             raise TargetError(f"{folder} {refusal}, not for {gpu.name}; build again for it")
         self.load(folder, compiled)
         how = Opening(
-            stripped=compiled.facts.get("weights") == "stripped",
+            stripped=self.strip_weights,
             # A plan that later versions load carries code of its own for them to run.
-            host_code=bool(compiled.facts.get("version_compatible")),
+            host_code=self.version_compatible,
         )
-        return self.engine(compiled)(bindings, {name: folder / file for name, file in compiled.files.items()}, how)
+        return self.engine()(bindings, {name: folder / file for name, file in compiled.files.items()}, how)
+
+
+def quantize_scheme(kind: str) -> Scheme | None:
+    """What `--quantize` says of a TensorRT target; None for weights as they are."""
+    from vtexport.targets.tensorrt.quantize import SCHEMES
+
+    return SCHEMES.get(kind)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -38,10 +38,11 @@ def renamed(model: ir.Model, dtype: str) -> ir.Model:
     return made
 
 
-def write_layout(job: CompileJob) -> None:
-    """Write what stands beside the engine: its config.json, and the script that builds the language model."""
+def write_layout(job: CompileJob, batch: int, text: int) -> None:
+    """Write what stands beside the engine: its config.json, and the script that builds the language model
+    for `batch` prompts of `text` text tokens at most.
+    """
     (plan,), hidden = job.plans, job.spec.decoder.hidden_size
-    batch, text = int(job.options["max_batch"]), int(job.options["max_text"])
     config = {
         "builder_config": {
             "model_type": job.spec.family,

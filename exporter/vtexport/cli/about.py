@@ -1,0 +1,70 @@
+"""vtexport inspect, vtexport list and vtexport doctor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import cloup
+
+from vtexport.cli.arguments import BUNDLE, JSON
+
+
+@cloup.command("inspect")
+@BUNDLE
+@cloup.option("--verify", is_flag=True, help="Also hash every file against the manifest.")
+@JSON
+def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
+    """Say what a bundle is, and with --verify whether its files are unchanged.
+
+    \b
+    vtexport inspect micro --verify
+    """
+    from vtexport.bundle.folder import Bundle
+    from vtexport.bundle.manifest import encode
+    from vtexport.cli.console import stage_progress, stdout
+    from vtexport.cli.report.bundle import bundle_table
+
+    opened = Bundle.open(bundle)
+    if verify:
+        with stage_progress() as progress:
+            progress.stage("hash files", opened.size())
+            opened.verify(progress.advance)
+    if as_json:
+        click.echo(encode(opened.manifest), nl=False)
+    else:
+        stdout.print(bundle_table(opened, verified=verify))
+
+
+@cloup.command("list")
+@JSON
+def list_(as_json: bool) -> None:
+    """List models, methods and targets."""
+    from vtexport.cli.console import stdout
+    from vtexport.cli.report.catalogue import catalogue, catalogue_tables
+
+    if as_json:
+        click.echo(json.dumps(catalogue()))
+    else:
+        stdout.print(catalogue_tables())
+
+
+@cloup.command("doctor")
+@JSON
+def doctor(as_json: bool) -> None:
+    """Say which targets work on this machine, and what is missing for the others."""
+    from vtexport.cli.console import stdout
+    from vtexport.cli.report.catalogue import health_tables
+    from vtexport.measure.doctor import examine, kernels, versions
+
+    if as_json:
+        health = {"versions": versions(), "targets": [asdict(target) for target in examine()]}
+        native = {name.replace(" ", "_").lower(): asdict(state) for name, state in kernels().items()}
+        click.echo(json.dumps({**health, **native}))
+    else:
+        stdout.print(health_tables())
+
+
+COMMANDS = {"inspect": inspect, "list": list_, "doctor": doctor}

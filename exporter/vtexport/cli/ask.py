@@ -1,0 +1,75 @@
+"""vtexport run and vtexport show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import cloup
+
+from vtexport.cli.arguments import BUNDLE, PATH, RANKING
+from vtexport.errors import InputError
+
+
+@cloup.command("run")
+@BUNDLE
+@cloup.option("--image", "images", multiple=True, type=PATH, help="An image file, or a video.")
+@cloup.option("--prompt", "prompts", multiple=True, help="The question about it; <image> says where the image stands.")
+@cloup.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1), help="Tokens per answer.")
+@RANKING
+@cloup.option("--json", "as_json", is_flag=True, help="Print one JSON object per question, each on a line.")
+def run(
+    bundle: Path,
+    images: tuple[Path, ...],
+    prompts: tuple[str, ...],
+    max_new_tokens: int,
+    ranking_from: Path | None,
+    as_json: bool,
+) -> None:
+    """Answer questions about images; several --image/--prompt pairs make a batch.
+
+    \b
+    vtexport run micro --image photo.png --prompt "what digit is red?"
+    """
+    from vtexport.cli.console import stderr
+    from vtexport.cli.report.answers import Printer, run_summary
+    from vtexport.runtime.runner import Runner
+
+    if not prompts:
+        raise InputError("--prompt is missing; ask something about the image")
+    runner = Runner.open(bundle, ranking_from=ranking_from)
+    pairs = runner.prompter.pairs(images, prompts)
+    if as_json:
+        for answer in runner.ask(pairs, max_new_tokens):
+            click.echo(json.dumps(answer.to_json()))
+        return
+    printer = Printer(runner.prompter, len(pairs), click.echo)
+    answers = runner.ask(pairs, max_new_tokens, printer.add)
+    printer.close()
+    stderr.print(run_summary(answers), style="dim", soft_wrap=True)
+
+
+@cloup.command("show")
+@BUNDLE
+@cloup.option("--image", "images", required=True, multiple=True, type=PATH, help="An image file, or a video.")
+@cloup.option("--prompt", help="A question, asked too and shown with its answer.")
+@RANKING
+@cloup.option("-o", "--out", required=True, type=PATH, help="Picture to write, such as kept.png.")
+def show(bundle: Path, images: tuple[Path, ...], prompt: str | None, ranking_from: Path | None, out: Path) -> None:
+    """Draw which parts of an image a bundle keeps.
+
+    \b
+    vtexport show micro --image photo.png --prompt "what digit is red?" -o kept.png
+    """
+    from vtexport.measure.files import check_picture
+    from vtexport.measure.show import draw, save
+    from vtexport.runtime.runner import Runner
+
+    check_picture(out, "-o")
+    runner = Runner.open(bundle, ranking_from=ranking_from)
+    save(draw(runner, runner.prompter.open_pictures(images), prompt), out)
+    click.echo(out)
+
+
+COMMANDS = {"run": run, "show": show}

@@ -1,0 +1,1 @@
+"""What the command line prints: tables and summaries, made from the library's results."""

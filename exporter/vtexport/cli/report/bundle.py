@@ -1,0 +1,126 @@
+"""What build, build --dry-run and inspect print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+
+from vtexport.builder.estimate import Estimate
+from vtexport.bundle.folder import Bundle
+from vtexport.cli.report.layout import facts, make_table, megabytes
+from vtexport.models.spec import ModelSpec
+from vtexport.pruning import PruningPlan, dense_plan
+from vtexport.pruning.flops import NOMINAL_TEXT_TOKENS, plan_flops
+
+
+def build_summary(bundle: Bundle) -> RenderableType:
+    """What `vtexport build` ends with: tokens, cost, sizes, verification, and the next command to type."""
+    target = bundle.manifest.target
+    rows = [
+        *_plan_rows(bundle),
+        ("target", f"{target.name}, {target.dtype}"),
+        ("size", ", ".join(f"{name} {megabytes(size)}" for name, size in _sizes(bundle).items())),
+        ("verified", _verification(bundle)),
+        ("next", _next(bundle)),
+    ]
+    return facts([("bundle", str(bundle.folder)), *rows])
+
+
+def dry_run_summary(found: Estimate) -> RenderableType:
+    """What `vtexport build --dry-run` prints."""
+    weights = f"{megabytes(found.weight_bytes)} of weights " + ("converted" if found.converts else "as they are")
+    check = (
+        "this model" if found.checked_in_full else "a small model of the same layers, for this one does not fit here"
+    )
+    rows = [row for plan in found.engines.plans for row in _one_plan(plan, found.spec)]
+    return facts(
+        [
+            *rows,
+            ("target", f"{found.target.name}, {found.engines.dtype}"),
+            ("size", f"{weights}, about {megabytes(found.graph_bytes)} of graphs"),
+            ("peak memory", f"about {megabytes(found.peak_memory)}"),
+            ("checked on", check),
+            ("written", "nothing: a dry run"),
+        ]
+    )
+
+
+def bundle_table(bundle: Bundle, *, verified: bool) -> RenderableType:
+    """What `vtexport inspect` prints."""
+    manifest = bundle.manifest
+    files = make_table("file", "bytes", "sha256")
+    for entry in manifest.files:
+        files.add_row(entry.path, f"{entry.bytes:,}", entry.sha256[:16])
+    rows = [
+        ("model", f"{manifest.model.name} ({manifest.model.family})"),
+        *_plan_rows(bundle),
+        ("target", f"{manifest.target.name}, {manifest.target.dtype}"),
+        (
+            "versions",
+            ", ".join(f"{n} {v}" for n, v in {"vtexport": manifest.vtexport, **manifest.target.versions}.items()),
+        ),
+        ("verified", _verification(bundle)),
+    ]
+    if verified:
+        rows.append(("files", "all as they were built"))
+    return Group(facts(rows), "", files)
+
+
+def _plan_rows(bundle: Bundle) -> list[tuple[str, str]]:
+    """The plan; of several, what chooses, and then each."""
+    spec, policy = bundle.spec(), bundle.manifest.policy()
+    plans = bundle.manifest.pruning_plans()
+    rows: list[tuple[str, str]] = []
+    if policy is not None:
+        rows.append(("keep auto", f"{policy.accuracy:.1%} of answers as dense ones at calibration"))
+        for number, plan in enumerate(plans):
+            limit = f"spread up to {policy.limits[number - 1]:.4g} patches" if number else "any other image"
+            rows.append((f"  keep {plan.keep:g}", limit))
+    return rows + [row for plan in plans for row in _one_plan(plan, spec)]
+
+
+def _one_plan(plan: PruningPlan, spec: ModelSpec) -> list[tuple[str, str]]:
+    dense = dense_plan(plan)
+    cost, full = plan_flops(spec, plan), plan_flops(spec, dense)
+    flops = (
+        f"{cost.first_token / 1e9:.4g} GFLOPs to the first token, {cost.first_token / full.first_token:.0%} of dense "
+        f"(decoder alone {cost.prefill / full.prefill:.0%}; {NOMINAL_TEXT_TOKENS} text tokens)"
+    )
+    mean = f"{plan.mean_visual_tokens:.5g} of {plan.num_visual_tokens}, mean over decoder layers"
+    if plan.decoder_stages:
+        mean += f" ({plan.mean_visual_tokens_sparsevlm:.5g} by SparseVLM's count)"
+    options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.options.items() if value != "")
+    rows = [("method", f"{plan.method}, keep {plan.keep:g}" + (f" ({options})" if options else ""))]
+    rows.append(("mean visual tokens", mean))
+    rows += [(f"  {s.where}", f"{s.tokens_in} in, {s.kept} kept, {s.recycled} merged") for s in plan.stages]
+    return [*rows, ("cost", flops)]
+
+
+def _verification(bundle: Bundle) -> str:
+    found = bundle.manifest.verification
+    if found is None:
+        return "not checked"
+    kept = "same kept tokens" if found.same_kept else "kept tokens equal up to rounding"
+    answers = "same greedy tokens" if found.same_tokens else "greedy tokens equal up to rounding"
+    return (
+        f"{kept}, {answers}, largest logit error {found.max_logit_error:.1e} of {found.tolerance:g} allowed "
+        f"({found.samples} samples x {found.tokens} tokens; {found.ran} against {found.against})"
+    )
+
+
+def _next(bundle: Bundle) -> str:
+    """What to do with a bundle."""
+    model = bundle.manifest.model
+    if "decode" not in bundle.manifest.graphs:
+        return "give it to TensorRT-LLM: docs/tensorrt-llm.md"
+    images = " ".join(["--image FILE"] * model.views.images)
+    return f'vtexport run {bundle.folder} {images} --prompt "what is in the image?"'
+
+
+def _sizes(bundle: Bundle) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for entry in bundle.manifest.files:
+        place = Path(entry.path).parts[0] if "/" in entry.path else "manifest"
+        sizes[place] = sizes.get(place, 0) + entry.bytes
+    return {**sizes, "total": bundle.size()}

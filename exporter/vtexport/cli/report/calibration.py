@@ -1,0 +1,30 @@
+"""What calibrate prints."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from vtexport.cli.report.layout import make_table
+from vtexport.pruning.adaptive import AdaptiveTable
+from vtexport.pruning.rank import Calibration
+
+
+def calibration_table(found: Calibration) -> RenderableType:
+    """What `vtexport calibrate` prints."""
+    layers = make_table("layer", "rank", "spread", "attention on the image")
+    for layer, (rank, spread, mass) in enumerate(zip(found.ranks, found.rank_spread, found.mass, strict=True)):
+        layers.add_row(str(layer), f"{rank:.1f}", f"{spread:.1f}", f"{mass:.1%}")
+    choices = make_table("keep", "--layers auto", "same next token")
+    for keep, chosen, agreement in zip(found.keeps, found.layers, found.agreement, strict=True):
+        choices.add_row(f"{keep:g}", ",".join(map(str, chosen)), f"{agreement:.1%}")
+    notes = f"{found.pairs} pairs; visual tokens may leave after layer {found.exit_layer}"
+    return Group(layers, "", choices, *(part for table in found.adaptive for part in ("", _spread(table))), "", notes)
+
+
+def _spread(table: AdaptiveTable) -> Table:
+    """Unchanged answers by keep ratio and spread of CLS's attention."""
+    shown = make_table(f"{table.method}, spread up to", *(f"{limit:.3g}" for limit in table.spread))
+    for keep, row in zip(table.keeps, table.agreement, strict=True):
+        shown.add_row(f"keep {keep:g}", *(f"{share:.0%}" for share in row))
+    return shown

@@ -1,0 +1,75 @@
+"""Reports as pictures; matplotlib draws them, which the extra `plots` brings."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vtexport.errors import MissingDependencyError
+from vtexport.measure.files import check_picture
+from vtexport.measure.profile import STAGES, Report
+from vtexport.pruning.rank import Calibration
+
+
+def check_plot(path: Path) -> None:
+    """Refuse, before any work, a plot that cannot be drawn.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        InputError: the suffix of `path` names no image format.
+        StorageError: the folder of `path` is not there.
+    """
+    if find_spec("matplotlib") is None:
+        raise MissingDependencyError("matplotlib", extra="plots")
+    check_picture(path, "--plot")
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_profile(report: Report, path: Path) -> None:
+    """Draw the medians as bars, a row a stage, into `path` (see `check_plot`)."""
+    pyplot = _pyplot()
+    sides = [side for side in (report.this, report.against) if side is not None]
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    stages = [stage for stage in STAGES if stage in report.this.stages]
+    height = 0.8 / len(sides)
+    for number, side in enumerate(sides):
+        places = [i + number * height for i in range(len(stages))]
+        medians = [side.stages[stage].median for stage in stages]
+        spread = [side.stages[stage].p90 - side.stages[stage].median for stage in stages]
+        label = f"{side.method}, keep {side.keep:g} ({side.mean_visual_tokens:g} visual tokens)"
+        bars = axes.barh(places, medians, height * 0.92, xerr=[[0] * len(spread), spread], label=label)
+        axes.bar_label(bars, fmt="%.2f", padding=6)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(stages))], [s.replace("_", " ") for s in stages])
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(f"median ms, whisker to p90; batch {report.batch}, {report.runs} runs; {report.device}")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_calibration(calibration: Calibration, path: Path) -> None:
+    """Draw rank and attention mass by layer into `path` (see `check_plot`)."""
+    pyplot = _pyplot()
+    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(7, 5), sharex=True, layout="constrained")
+    layers = range(len(calibration.ranks))
+    upper.errorbar(layers, calibration.ranks, yerr=calibration.rank_spread, fmt="o-", capsize=3)
+    upper.set_ylabel("rank of raters x visual")
+    upper.set_ylim(bottom=0)
+    lower.plot(layers, calibration.mass, "o-")
+    lower.set_ylim(0, 1)
+    lower.axvline(calibration.exit_layer, color="grey", linestyle=":")
+    lower.set_ylabel("attention of raters\non the image")
+    lower.set_xlabel("decoder layer; dotted: visual tokens may leave after it")
+    upper.set_title(f"{calibration.pairs} pairs")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

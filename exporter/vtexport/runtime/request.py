@@ -1,0 +1,82 @@
+"""What a generation is given, and what it yields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vtexport.arrays import Array
+from vtexport.models.prompt import Prompt
+from vtexport.models.views import Views
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question.
+
+    Attributes:
+        prompt: its prompt.
+        views: its images.
+        extras: what the plan's method has besides them (`vtexport.pruning.extra`), by name, without the batch's axis.
+    """
+
+    prompt: Prompt
+    views: Views
+    extras: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How far to decode, greedily.
+
+    Attributes:
+        max_new_tokens: at least 1.
+        max_positions: the model's longest sequence.
+        eos_token_ids: tokens that end a row; with none every row runs to `max_new_tokens`.
+        keep_logits: whether results carry logits.
+    """
+
+    max_new_tokens: int
+    max_positions: int
+    eos_token_ids: Sequence[int] = ()
+    keep_logits: bool = False
+
+
+@dataclass
+class Result:
+    """One answer.
+
+    Attributes:
+        token_ids: the generated tokens, the end token included if it came.
+        kept: by stage (`Stage.where`), the tokens that stay as they were, indices [K'] int32 into its input.
+        debug: what else a debug build gives out: by stage `score` and `cluster`, and `raters` over the text.
+        logits: [len(token_ids), vocabulary] fp32 if asked for.
+        ranking: [V] attention to each visual token over prompt and answer, of a build that gives it.
+        bucket: the number of the plan that this row got.
+        spread: the spread of CLS attention by which that plan was chosen; None where there is one plan.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    kept: dict[str, Array] = field(default_factory=dict)
+    debug: dict[str, Array] = field(default_factory=dict)
+    logits: Array | None = None
+    ranking: Array | None = None
+    bucket: int = 0
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds of a batch, and the bytes of its KV cache."""
+
+    vision: float
+    prefill: float
+    decode: tuple[float, ...]
+    cache_bytes: int
+
+    @property
+    def per_token(self) -> float | None:
+        """Median time of a decode step; None if there was none."""
+        return float(np.median(self.decode)) if self.decode else None
