@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from vtexport.graph.functions import OPSET, attach_functions
+from vtexport.graph.domains import OPSET, PRUNING
+from vtexport.graph.functions import attach_functions
 from vtexport.models import ModelSpec
 from vtexport.pruning import PruningPlan
-from vtexport.pruning.onnx_node import PRUNING
 from vtexport.pruning.schedule import Recycling
 
 Feeds = dict[str, np.ndarray[Any, Any]]

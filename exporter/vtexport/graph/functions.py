@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from vtexport.graph.domains import DOMAIN_VERSION
 from vtexport.graph.nn_functions import NN_FUNCTIONS
 from vtexport.graph.pruning_functions import PRUNING_FUNCTIONS
-from vtexport.pruning.onnx_node import DOMAIN_VERSION
 
-OPSET = 18
 FUNCTIONS = (*PRUNING_FUNCTIONS, *NN_FUNCTIONS)
 
 

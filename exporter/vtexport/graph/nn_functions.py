@@ -9,7 +9,7 @@ from onnxscript import FLOAT, FLOAT16, INT64, script
 from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
-from vtexport.pruning.onnx_node import DOMAIN_VERSION, NN
+from vtexport.graph.domains import DOMAIN_VERSION, NN
 
 nn = Opset(NN, DOMAIN_VERSION)
 T = TypeVar("T", bound=Union[FLOAT, FLOAT16])  # noqa: UP007 - onnxscript reads typing.Union only

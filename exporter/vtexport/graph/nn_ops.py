@@ -1,7 +1,7 @@
 """Composite ops of the domain `vtexport.nn`: parts of a transformer that runtimes have kernels for.
 
-Under tracing each becomes one node, so that a target can put its own fused kernel in their place
-(`vtexport.targets.onnxruntime.lowering`) and any other runtime runs the ONNX function body
+Under tracing each becomes one node (`vtexport.graph.own_ops`), so that a target can put its own fused kernel in their
+place (`vtexport.targets.onnxruntime.lowering`) and any other runtime runs the ONNX function body
 (`vtexport.graph.functions`). Each function here is the eager statement of the same contract.
 
 Shapes: hidden rows are [B, S, H * D], caches [B, G, M, D]; H query heads share G key heads in groups.
@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from vtexport.pruning.onnx_node import NN, node, nodes
+from torch.overrides import handle_torch_function, has_torch_function
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
@@ -29,8 +28,8 @@ def _merge(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root-mean-square norm over the last axis, x / sqrt(mean(x²) + epsilon) * weight, the mean in fp32; [..., C]."""
-    if torch.onnx.is_in_onnx_export():
-        return node(NN, "RMSNorm", (x, weight), {"epsilon": epsilon}, like=x)
+    if has_torch_function((x, weight)):
+        return handle_torch_function(rms_norm, (x, weight), x, weight, epsilon)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     return weight * normed.to(x.dtype)
@@ -46,8 +45,9 @@ def rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, num_heads: in
         sin: [max_positions, D / 2].
         num_heads: H.
     """
-    if torch.onnx.is_in_onnx_export():
-        return node(NN, "Rotary", (x, positions, cos, sin), {"num_heads": num_heads}, like=x)
+    inputs = (x, positions, cos, sin)
+    if has_torch_function(inputs):
+        return handle_torch_function(rotary, inputs, *inputs, num_heads)
     low, high = _split(x, num_heads).chunk(2, dim=-1)
     c, s = cos[positions][:, None], sin[positions][:, None]
     return _merge(torch.cat([low * c - high * s, high * c + low * s], dim=-1))
@@ -55,9 +55,8 @@ def rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, num_heads: in
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float) -> Tensor:
     """Attention without a mask, [B, S, H * D] each; returns [B, S, H * D]."""
-    if torch.onnx.is_in_onnx_export():
-        attributes = {"num_heads": num_heads, "scale": scale}
-        return node(NN, "FullAttention", (query, key, value), attributes, like=query)
+    if has_torch_function((query, key, value)):
+        return handle_torch_function(full_attention, (query, key, value), query, key, value, num_heads, scale)
     q, k, v = (_split(x, num_heads) for x in (query, key, value))
     return _merge(F.scaled_dot_product_attention(q, k, v, scale=scale))
 
@@ -78,12 +77,9 @@ def causal_attention(
     Returns:
         output [B, S, H * D] and the cache entries key, value [B, G, S, D].
     """
-    if torch.onnx.is_in_onnx_export():
-        batch, rows, width = key.shape
-        cache = key.new_empty(batch, kv_heads, rows, width // kv_heads)
-        attributes = {"num_heads": num_heads, "kv_heads": kv_heads, "scale": scale}
-        output, keys, values = nodes(NN, "CausalAttention", (query, key, value), attributes, like=(query, cache, cache))
-        return output, keys, values
+    inputs = (query, key, value)
+    if has_torch_function(inputs):
+        return handle_torch_function(causal_attention, inputs, *inputs, num_heads, kv_heads, scale)
     q, k, v = _split(query, num_heads), _split(key, kv_heads), _split(value, kv_heads)
     output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return _merge(output), k, v
@@ -116,11 +112,9 @@ def cached_attention(
     Returns:
         output [B, 1, H * D] and the caches with the new token at place `length`.
     """
-    if torch.onnx.is_in_onnx_export():
-        inputs = (query, key, value, past_key, past_value, length)
-        attributes = {"num_heads": num_heads, "kv_heads": kv_heads, "scale": scale}
-        output, keys, values = nodes(NN, "CachedAttention", inputs, attributes, like=(query, past_key, past_value))
-        return output, keys, values
+    inputs = (query, key, value, past_key, past_value, length)
+    if has_torch_function(inputs):
+        return handle_torch_function(cached_attention, inputs, *inputs, num_heads, kv_heads, scale)
     q, k, v = _split(query, num_heads), _split(key, kv_heads), _split(value, kv_heads)
     place = torch.arange(past_key.shape[2], device=length.device)
     new = (place == length[:, None])[:, None, :, None]

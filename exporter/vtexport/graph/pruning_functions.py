@@ -9,7 +9,7 @@ from onnxscript import BOOL, FLOAT, FLOAT16, INT32, INT64, script
 from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
-from vtexport.pruning.onnx_node import DOMAIN_VERSION, PRUNING
+from vtexport.graph.domains import DOMAIN_VERSION, PRUNING
 
 pruning = Opset(PRUNING, DOMAIN_VERSION)
 T = TypeVar("T", bound=Union[FLOAT, FLOAT16])  # noqa: UP007 - onnxscript reads typing.Union only

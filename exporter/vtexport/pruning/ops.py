@@ -2,8 +2,8 @@
 
 The arithmetic stands in `vtexport.pruning.plain`. Each op is registered with `torch.library` and has a fake kernel, so
 that `torch.compile` and `torch.export` go through it; tensors on a GPU go to the CUDA kernels where this installation has
-them. Under tracing to ONNX it becomes one node of the same name, whose function body stands in
-`vtexport.graph.pruning_functions`.
+them. Each obeys torch's protocol for functions on what is not a tensor, by which tracing turns it into one ONNX node of
+the same name (`vtexport.graph.own_ops`); the node's function body stands in `vtexport.graph.pruning_functions`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef  # type: ignore[attr-defined]  # it says itself where it is from
+from torch.overrides import handle_torch_function, has_torch_function
 
 from vtexport.native import kernels as native
 from vtexport.pruning import plain
-from vtexport.pruning.onnx_node import PRUNING, node, nodes
 
 
 def _registered(name: str) -> CustomOpDef:
@@ -55,11 +55,10 @@ def token_score(
     Returns:
         score [B, V] fp32.
     """
-    if torch.onnx.is_in_onnx_export():
-        attributes = {"count": count, "scale": scale}
-        score = query.new_empty(query.shape[0], count, dtype=torch.float32)
-        return node(PRUNING, "TokenScore", (query, key, rows, places, start), attributes, like=score)
-    result: Tensor = torch.ops.vtexport.token_score(query, key, rows, places, start, count, scale)
+    inputs = (query, key, rows, places, start)
+    if has_torch_function(inputs):
+        return handle_torch_function(token_score, inputs, *inputs, count=count, scale=scale)
+    result: Tensor = torch.ops.vtexport.token_score(*inputs, count, scale)
     return result
 
 
@@ -111,10 +110,8 @@ def token_score_heads(
         score [B, V] fp32.
     """
     inputs = (query, key, rows, places, start, divisor)
-    if torch.onnx.is_in_onnx_export():
-        attributes = {"count": count, "scale": scale, "heads": heads}
-        score = query.new_empty(query.shape[0], count, dtype=torch.float32)
-        return node(PRUNING, "TokenScoreHeads", inputs, attributes, like=score)
+    if has_torch_function(inputs):
+        return handle_torch_function(token_score_heads, inputs, *inputs, count=count, scale=scale, heads=heads)
     result: Tensor = torch.ops.vtexport.token_score_heads(*inputs, count, scale, heads)
     return result
 
@@ -147,11 +144,8 @@ def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tens
     Returns:
         kept [B, K, C] and index [B, K] int32, ascending.
     """
-    if torch.onnx.is_in_onnx_export():
-        kept = hidden.new_empty(hidden.shape[0], keep, hidden.shape[2])
-        index = score.new_empty(score.shape[0], keep, dtype=torch.int32)
-        kept, index = nodes(PRUNING, "TokenSelect", (hidden, score), {"keep": keep}, like=(kept, index))
-        return kept, index
+    if has_torch_function((hidden, score)):
+        return handle_torch_function(token_select, (hidden, score), hidden, score, keep)
     result: tuple[Tensor, Tensor] = torch.ops.vtexport.token_select(hidden, score, keep)
     return result
 
@@ -187,16 +181,8 @@ def token_recycle(
         merged [B, c, C], centres [B, c] int32 ascending, and for every token the number of the merged token that it
         joined or -1, [B, V] int32.
     """
-    if torch.onnx.is_in_onnx_export():
-        batch, number, width = hidden.shape
-        merged = hidden.new_empty(batch, clusters, width)
-        centres = score.new_empty(batch, clusters, dtype=torch.int32)
-        cluster = score.new_empty(batch, number, dtype=torch.int32)
-        attributes = {"keep": keep, "pool": pool, "clusters": clusters, "paper": int(paper)}
-        merged, centres, cluster = nodes(
-            PRUNING, "TokenRecycle", (hidden, score), attributes, like=(merged, centres, cluster)
-        )
-        return merged, centres, cluster
+    if has_torch_function((hidden, score)):
+        return handle_torch_function(token_recycle, (hidden, score), hidden, score, keep, pool, clusters, paper)
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.vtexport.token_recycle(hidden, score, keep, pool, clusters, paper)
     return result
 

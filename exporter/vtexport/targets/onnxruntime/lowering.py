@@ -15,7 +15,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir import passes
 
-from vtexport.pruning.onnx_node import NN
+from vtexport.graph.domains import NN
 
 _MS = "com.microsoft"
 
