@@ -1,61 +1,158 @@
-"""The package's surface: one import name, errors in one tree, and dependencies that point one way."""
+"""The package's surface: its public names, one tree of errors, and imports that point one way."""
 
 from __future__ import annotations
 
 import ast
-from importlib.metadata import packages_distributions
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import files
+from importlib.resources import files as resources
 from pathlib import Path
+
+import pytest
 
 import vtexport
 from vtexport import errors
 
 PACKAGE = Path(vtexport.__file__).parent
+MODULES = {
+    ".".join(("vtexport", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def ran(code: str) -> str:
+    """What a fresh Python that runs `code` prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+# Names
 
 
 def test_the_distribution_has_one_import_name() -> None:
-    names = {name for name, owners in packages_distributions().items() if "vtexport" in owners}
-    assert {name for name in names if not name.startswith(("_", "__"))} <= {"vtexport"}
+    installed = {path.parts[0] for path in files("vtexport") or []}
+    modules = {name for name in installed if not name.startswith("_") and not name.endswith(".dist-info")}
+    assert modules - {"..", "__pycache__"} == {"vtexport"}
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    assert vtexport.__all__ == sorted(vtexport.__all__)
+    assert {"build", "BuildOptions", "Bundle", "Runner", "Answer"} <= set(vtexport.__all__)
+    assert dir(vtexport) == vtexport.__all__
+    for name in vtexport.__all__:
+        public = getattr(vtexport, name)
+        assert public.__name__ == name
+        assert inspect.getdoc(public), f"{name} has no docstring"
+
+
+def test_every_error_is_public() -> None:
+    every = {name for name, value in vars(errors).items() if inspect.isclass(value)}
+    assert every
+    assert every <= set(vtexport.__all__)
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Compiled'"):
+        vtexport.Compiled  # noqa: B018 - looked up, that is all
+
+
+def test_types_are_published() -> None:
+    assert resources("vtexport").joinpath("py.typed").is_file()
 
 
 def test_every_error_is_in_the_tree_its_docstring_draws() -> None:
-    found = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
-    assert all(name in (errors.__doc__ or "") for name in found)
-    assert all(issubclass(getattr(errors, name), errors.VtexportError) for name in found)
+    tree = errors.__doc__ or ""
+    every = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, Exception)]
+    assert len(every) >= 8
+    for error in every:
+        assert issubclass(error, errors.VtexportError)
+        assert error.__name__ in tree
 
 
-def imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+@pytest.mark.parametrize(
+    "code", ["import vtexport", "import vtexport.cli.main", "import vtexport.pruning, vtexport.targets"]
+)
+def test_what_is_imported_at_once_leaves_torch_alone(code: str) -> None:
+    heavy = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib")
+    assert ran(f"{code}; import sys; print([name for name in {heavy} if name in sys.modules])") == "[]\n"
+
+
+# Imports
+
+
+def imports(module: str, *, typed: bool) -> Iterator[str]:
+    """The modules of the package that `module` imports, wherever in it; with `typed` those for type checking too."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not typed:
+            skipped |= {id(inner) for part in node.body for inner in ast.walk(part)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "vtexport"}
-    return found
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "") in MODULES:
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else str(node.module) for name in submodules)
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    """Not even those inside functions, which only put a circle off."""
+    edges = {module: set(imports(module, typed=False)) - {module} for module in MODULES}
+    done: set[str] = set()
+
+    def follow(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above[above.index(module) :], module))
+        if module not in done:
+            for other in sorted(edges[module]):
+                follow(other, (*above, module))
+            done.add(module)
+
+    for module in sorted(edges):
+        follow(module, ())
+    assert len(done) == len(MODULES) > 100
+
+
+#: what each package imports besides itself, so that a new dependency is a decision; types alone are none
+IMPORTS = {
+    "arrays": "",
+    "errors": "",
+    "progress": "",
+    "options": "errors",
+    "native": "errors",
+    "models": "arrays errors options",
+    "pruning": "arrays errors models native options",
+    "graph": "arrays errors models pruning",
+    "targets": "arrays errors graph native options",
+    "bundle": "errors models options pruning targets",
+    "runtime": "arrays bundle errors models pruning targets",
+    "check": "arrays bundle errors models pruning runtime targets",
+    "builder": "bundle check errors graph models options progress pruning targets",
+    "micro": "arrays errors",
+    "measure": "arrays builder check errors micro models native options pruning runtime targets",
+    "cli": "builder bundle errors measure micro models options pruning runtime targets",
+    "vtexport": "",
+    "__main__": "cli",
+}
 
 
 def test_dependencies_point_one_way() -> None:
-    allowed = {
-        "pruning": {"pruning", "errors", "models", "native"},
-        "models": {"models", "errors"},
-        "graph": {"graph", "pruning", "models", "errors", "targets"},
-        "targets": {"targets", "graph", "pruning", "models", "errors", "plugins"},
-    }
-    for layer, may in allowed.items():
-        for path in (PACKAGE / layer).rglob("*.py"):
-            used = {name.split(".")[1] for name in imports(path) if name.startswith("vtexport.")}
-            assert used <= may, f"{path.name} imports {used - may}"
+    used: dict[str, set[str]] = {name: set() for name in IMPORTS}
+    for module in MODULES:
+        own = module.split(".")[1] if "." in module else module
+        used[own] |= {name.split(".")[1] for name in imports(module, typed=False) if "." in name} - {own}
+    assert {name: " ".join(sorted(others)) for name, others in used.items()} == IMPORTS
 
 
-def test_pruning_is_listed_without_torch() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, vtexport.pruning; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
-
-
-def test_files_stay_small() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
+def test_files_and_functions_stay_small() -> None:
+    for module, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 320, module
+        for node in ast.walk(ast.parse(text)):
+            # An ONNX function body is one expression after another, and cannot call a helper.
+            if isinstance(node, ast.FunctionDef) and not module.endswith("_functions"):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 60, f"{module}: {node.name} has {lines} lines"

@@ -35,6 +35,8 @@ class Extent(int):
         return cls({name: 1})
 
     def __add__(self, other: int) -> int:
+        if not isinstance(other, int):
+            return NotImplemented
         terms, constant = _parts(other)
         names = {*self.terms, *terms}
         return _made({name: self.terms.get(name, 0) + terms.get(name, 0) for name in names}, self.constant + constant)
@@ -45,12 +47,14 @@ class Extent(int):
         return self * -1
 
     def __sub__(self, other: int) -> int:
-        return self + -other
+        return self + -other if isinstance(other, int) else NotImplemented
 
     def __rsub__(self, other: int) -> int:
         return other + -self
 
     def __mul__(self, factor: int) -> int:
+        if not isinstance(factor, int):
+            return NotImplemented
         if isinstance(factor, Extent):
             raise TypeError(f"the extent ({self}) * ({factor}) is no sum")
         return _made({name: factor * number for name, number in self.terms.items()}, factor * self.constant)
