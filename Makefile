@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BUNDLE := engines/builds/micro-llava-0.25
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-all check bench clean
 
 demo: $(VENV)/base.stamp
 	$(BIN)/vtexport build --model micro-llava --keep 0.25 --out $(BUNDLE) --force
@@ -14,6 +14,10 @@ demo: $(VENV)/base.stamp
 
 test: check
 	$(BIN)/python -m pytest
+
+# The longer suite, of which `make test` runs a sample: every case of every table, property tests at length.
+test-all: check
+	$(BIN)/python -m pytest -m '' --hypothesis-profile=long
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -31,7 +35,7 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -C cmake.define.VTEXPORT_TWINS=ON -e '.[dev]'
 	# TensorRT's headers and the names in its Python bindings, for tests; what they would install besides is a GPU's.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt kernel-lens tensorrt-cu13-bindings
 	touch $@

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,36 +16,18 @@ from PIL import Image
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tests.checkpoints import MICRO, random_checkpoint
-from vtexport.builder.build import BuildOptions, build
+from vtexport.builder.build import build
+from vtexport.builder.options import BuildOptions
 from vtexport.cli import main as cli
 from vtexport.micro import heldout
-from vtexport.models import ModelSpec
+from vtexport.runtime.generate import generate
+from vtexport.runtime.request import Decoding, Request, Result
 from vtexport.runtime.runner import Runner
 
 BuildBundle = Callable[..., Path]
 
 # Tests run in as many processes as there are cores (pytest-xdist): one thread each.
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _trace_each_decode_graph_once() -> Iterator[None]:
-    """A decode graph knows no plan: bundles of one model and dtype differ in their other graphs only."""
-    from vtexport.graph import export
-
-    traced: dict[str, export.TracedGraph] = {}
-    trace = export.trace_decode
-
-    def remembered(spec: ModelSpec, dtype: str, ranks: int = 0) -> export.TracedGraph:
-        key = repr((spec, dtype, ranks))
-        if key not in traced:
-            traced[key] = trace(spec, dtype, ranks)
-        # A target changes the graph it compiles.
-        return replace(traced[key], model=traced[key].model.clone())
-
-    export.trace_decode = remembered
-    yield
-    export.trace_decode = trace
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +86,12 @@ def noise_images(count: int, size: tuple[int, int] = (120, 90), seed: int = 7) -
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, 9, 12, 3), dtype=np.uint8)
     return [Image.fromarray(one).resize(size, Image.Resampling.BICUBIC) for one in coarse]
+
+
+def greedy(runner: Runner, requests: Sequence[Request], new_tokens: int) -> list[Result]:
+    """Answers to one batch with their logits, cut short by no end token."""
+    decoding = Decoding(new_tokens, runner.bundle.manifest.model.max_positions, keep_logits=True)
+    return generate(runner.engine, runner.plan, requests, decoding)[0]
 
 
 class Outcome(NamedTuple):

@@ -15,23 +15,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtexport
 from tests.checkpoints import random_clip
-from tests.conftest import BuildBundle, noise_images
+from tests.conftest import BuildBundle, greedy, noise_images
 from vtexport.measure import profile as profiling
-from vtexport.pruning import METHODS, VisionMethod, make_plan, methods_of, ops
+from vtexport.pruning import METHODS, Geometry, VisionMethod, make_plan, ops
 from vtexport.pruning.layout import Layout
 from vtexport.pruning.raters import text_raters
 from vtexport.pruning.vision import TowerLayer, TowerState, prune
-from vtexport.runtime.generate import Request, generate
+from vtexport.runtime.generate import generate
+from vtexport.runtime.request import Decoding, Request
 from vtexport.runtime.runner import Runner
 
 QUESTIONS = ("how many?", "what digit is red, and where is the 3 beside <image> it?", "<image> where?")
 KEEP = 0.6
-
-
-def answer(runner: Runner, requests: list[Request], new_tokens: int = 12):
-    return generate(
-        runner.engine, runner.plan, requests, new_tokens, eos_token_ids=(), max_positions=512, keep_logits=True
-    )[0]
+NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +41,9 @@ def requests(runner: Runner) -> list[Request]:
 
 
 def test_trap_batch_size_1_only(runner: Runner, requests: list[Request]) -> None:
-    together = answer(runner, requests)
+    together = greedy(runner, requests, NEW_TOKENS)
     for request, row in zip(requests, together, strict=True):
-        (alone,) = answer(runner, [request])
+        (alone,) = greedy(runner, [request], NEW_TOKENS)
         assert alone.token_ids == row.token_ids
         np.testing.assert_allclose(alone.logits, row.logits, atol=1e-4)
         assert {k: v.tolist() for k, v in alone.kept.items()} == {k: v.tolist() for k, v in row.kept.items()}
@@ -91,7 +87,7 @@ def test_trap_no_rater_gives_nan_and_an_arbitrary_top_k(words: int) -> None:
 
 
 def test_trap_random_density_noise(runner: Runner, requests: list[Request]) -> None:
-    first, second = answer(runner, requests), answer(runner, requests)
+    first, second = greedy(runner, requests, NEW_TOKENS), greedy(runner, requests, NEW_TOKENS)
     for one, two in zip(first, second, strict=True):
         np.testing.assert_array_equal(one.logits, two.logits)
         assert any(name.startswith("cluster") for name in one.debug)
@@ -114,8 +110,8 @@ def test_trap_all_of_l_x_l_attention_materialised_to_read_a_few_rows(runner: Run
 
 
 def test_trap_timing_that_leaves_out_the_vision_tower_or_the_selection(runner: Runner) -> None:
-    lane = profiling._Lane(runner.bundle.folder, "", 1)
-    lane.run(2, record=True)
+    lane = profiling._Lane(runner.bundle.folder, "", profiling.Settings(new_tokens=2))
+    lane.run(record=True)
     parts = sum(lane.times[name][0] for name in ("preprocess", "vision", "prefill"))
     assert lane.times["first_token"][0] == pytest.approx(parts)
     assert all(lane.times[name][0] > 0 for name in ("preprocess", "vision", "prefill"))
@@ -152,10 +148,10 @@ def test_trap_decode_positions_that_ignore_per_layer_cache_lengths(
     positions: str, tiny_checkpoint: Path, build_bundle: BuildBundle
 ) -> None:
     options = {"positions": positions}
-    runner = Runner.open(build_bundle(tiny_checkpoint, KEEP, "sparsevlm", method_options=options, verify=False))
+    runner = Runner.open(build_bundle(tiny_checkpoint, KEEP, "sparsevlm", method_options=options, self_check=False))
     requests = [runner.request(image, text) for image, text in zip(noise_images(3), QUESTIONS, strict=True)]
     recording = Recording(runner)
-    generate(recording, runner.plan, requests, 3, eos_token_ids=(), max_positions=512)  # type: ignore[arg-type]
+    generate(recording, runner.plan, requests, Decoding(3, 512))  # type: ignore[arg-type]
     text = np.array([len(request.prompt.token_ids) for request in requests])
     assert len(set(runner.plan.per_layer)) > 1
     for step, (length, position) in enumerate(zip(recording.lengths, recording.positions, strict=True)):
@@ -168,10 +164,10 @@ def test_trap_decode_positions_that_ignore_per_layer_cache_lengths(
 def test_trap_the_kv_of_the_layer_before_pruning_appended_twice(
     tiny_checkpoint: Path, build_bundle: BuildBundle
 ) -> None:
-    runner = Runner.open(build_bundle(tiny_checkpoint, 0.8, "fastv", verify=False))
+    runner = Runner.open(build_bundle(tiny_checkpoint, 0.8, "fastv", self_check=False))
     request = runner.request(noise_images(1)[0], QUESTIONS[1])
     recording = Recording(runner)
-    generate(recording, runner.plan, [request], 2, eos_token_ids=(), max_positions=512)  # type: ignore[arg-type]
+    generate(recording, runner.plan, [request], Decoding(2, 512))  # type: ignore[arg-type]
     text, visual = len(request.prompt.token_ids), runner.plan.num_visual_tokens
     kept = runner.plan.decoder_stages[1].kept
     assert recording.filled == [text + visual, text + visual, text + kept]
@@ -184,12 +180,12 @@ def test_trap_pruning_silently_switched_off(
     # fastv's two unpruned layers of three leave it little to choose from.
     keep = 0.8 if method == "fastv" else KEEP
     own = {"clip": str(random_clip(tmp_path, 5, 48))} if method == "cdpruner" else {}
-    runner = Runner.open(build_bundle(tiny_checkpoint, keep, method, method_options=own, verify=False))
+    runner = Runner.open(build_bundle(tiny_checkpoint, keep, method, method_options=own, self_check=False))
     recording = Recording(runner)
     request = runner.request(noise_images(1)[0], QUESTIONS[0])
-    if runner.needs_ranking:
-        request = replace(request, ranking=np.arange(25, dtype=np.float32))
-    generate(recording, runner.plan, [request], 2, eos_token_ids=(), max_positions=512)  # type: ignore[arg-type]
+    if runner.given:
+        request = replace(request, extras={"ranking": np.arange(25, dtype=np.float32)})
+    generate(recording, runner.plan, [request], Decoding(2, 512))  # type: ignore[arg-type]
     # What the caches really hold, not what the plan says.
     held = [filled - len(request.prompt.token_ids) for filled in recording.filled]
     total = runner.plan.num_visual_tokens
@@ -208,20 +204,18 @@ class Fixed:
         return torch.nn.functional.linear(torch.nn.functional.linear(x, self.weight), self.second)
 
 
-@pytest.mark.parametrize("method", [n for n, m in METHODS.items() if isinstance(m, VisionMethod) and m.name != "dense"])
+@pytest.mark.parametrize("method", [n for n, m in METHODS.items() if issubclass(m, VisionMethod) and m.name != "dense"])
 def test_trap_selection_slower_than_what_it_saves(method: str) -> None:
     # Counted, not timed: at LLaVA-1.5-7B's size selection costs at most a hundredth of the prefill FLOPs it saves.
     own = {"clip": "given"} if method == "cdpruner" else {}
-    plan = make_plan(method, tokens=576, layers=32, keep=0.25, options=own, tower_layers=23)
-    chosen, _ = methods_of(method)
-    assert isinstance(chosen, VisionMethod)
+    plan = make_plan(method, Geometry(576, 32, tower_layers=23), keep=0.25, options=own)
     layer = TowerLayer(torch.empty(1, 16, 1, 64, device="meta"), torch.empty(1, 16, 577, 64, device="meta"))
     features = torch.empty(1, 577, 1024, device="meta")
     relevance = torch.empty(1, 576, device="meta")
     state = TowerState(features, [layer] * 23, 0.125, 24, Fixed(), relevance)
     constants: dict[str, Any] = {
         name: torch.empty(array.shape, dtype=torch.from_numpy(array[:0]).dtype, device="meta")
-        for name, array in chosen.constants(plan, 24).items()
+        for name, array in plan.methods.vision.constants(plan, 24).items()
     }
 
     def flops(kept: int) -> float:
@@ -229,7 +223,7 @@ def test_trap_selection_slower_than_what_it_saves(method: str) -> None:
         return 32 * 2 * (4 * n * 4096**2 + 2 * n * n * 4096 + 3 * n * 4096 * 11008)
 
     with FlopCounterMode(display=False) as counter:
-        prune(chosen, plan, state, constants)
+        prune(plan, state, constants)
     saved = flops(576) - flops(plan.vision_tokens)
     assert counter.get_total_flops() <= 0.01 * saved
 
@@ -238,9 +232,10 @@ def test_trap_unequal_output_lengths_compared_as_speed(
     runner: Runner, tiny_checkpoint: Path, build_bundle: BuildBundle
 ) -> None:
     other = build_bundle(tiny_checkpoint, 1.0, "dense")
-    report_lanes = [profiling._Lane(folder, "", 1) for folder in (runner.bundle.folder, other)]
+    settings = profiling.Settings(new_tokens=5)
+    report_lanes = [profiling._Lane(folder, "", settings) for folder in (runner.bundle.folder, other)]
     for lane in report_lanes:
-        lane.run(5, record=True)
+        lane.run(record=True)
     # Five tokens are four steps on either side, whatever end tokens say.
     assert [len(lane.times["per_token"]) for lane in report_lanes] == [4, 4]
 

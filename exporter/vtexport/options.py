@@ -81,20 +81,20 @@ class OptionField:
         """
         if value is None and self.default is None:
             return None
+        read = _read(value, self.kind) if isinstance(value, str) else value
         try:
-            listed = value.split(",") if self.kind is tuple and isinstance(value, str) else value
-            return msgspec.convert(listed, self.type, strict=False, dec_hook=lambda kind, text: kind(text))
+            return msgspec.convert(read, self.type, strict=False, dec_hook=lambda kind, text: kind(text))
         except msgspec.ValidationError as error:
-            raise InputError(self._refusal(value, owner)) from error
+            raise InputError(self._refusal(value, read, owner)) from error
 
-    def _refusal(self, value: object, owner: str) -> str:
+    def _refusal(self, value: object, read: object, owner: str) -> str:
         shown = f"{value:g}" if isinstance(value, float) else str(value)
         choices = ", ".join(choice for choice in self.choices if choice)
         if self.kind is str and choices:
             return f"{self.flag} {shown} is unknown to {owner}; choose one of {choices}"
         kind = _KINDS[self.kind]
         try:
-            msgspec.convert(value, self.kind, strict=False)
+            msgspec.convert(read, tuple[float, ...] if self.kind is tuple else self.kind, strict=False)
         except msgspec.ValidationError:
             wanted = f"{kind} or {choices}" if choices else kind
             return f"{self.flag} {shown!r} is not {wanted}; give {wanted}"
@@ -140,20 +140,31 @@ def parse_options(owner: type[Owner], given: Mapping[str, object], name: str, **
 
 
 def validate(instance: object, name: str) -> None:
-    """Refuse options of `instance`, a dataclass, that are not what it declares.
+    """Bring the options of `instance`, a dataclass, into the types that it declares; text may stand for a value.
 
     Raises:
-        InputError: one of them, `name` being what to call the owner.
+        InputError: one of them is not what it declares, `name` being what to call the owner.
     """
     for option in option_fields(type(instance)).values():
         value = getattr(instance, option.name)
         if value != option.default:
-            option.parse(value, name)
+            # An instance that is frozen is not yet so while it is made.
+            object.__setattr__(instance, option.name, option.parse(value, name))
 
 
 def option_values(instance: object) -> dict[str, Option]:
     """The options of `instance` by name, for a manifest."""
     return {name: getattr(instance, name) for name in option_fields(type(instance))}
+
+
+def _read(text: str, kind: type) -> object:
+    """The number, or list of numbers, that `text` spells as Python does (.5 is none to JSON); else `text` itself."""
+    try:
+        if kind is tuple:
+            return [float(part) for part in text.split(",")]
+        return kind(text) if kind in (int, float) else text
+    except ValueError:
+        return text
 
 
 def _required(hint: Any, meta: Meta) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPModel
+from transformers import AutoTokenizer, CLIPModel
 
 from tests.checkpoints import MICRO, random_checkpoint, random_clip
 from tests.conftest import BuildBundle, check_refused, noise_images
@@ -78,16 +78,16 @@ def test_kept_tokens_are_the_greedy_determinants(
     clip_folder = clips(read_spec(folder).vision.hidden_size, eos)
     runner = Runner.open(build_bundle(folder, keep, "cdpruner", method_options={"clip": str(clip_folder)}, debug=True))
     model, clip = llava.load(folder), CLIPModel.from_pretrained(clip_folder, attn_implementation="eager").eval()
-    assert runner.questions is not None
+    tokenizer = AutoTokenizer.from_pretrained(clip_folder)
+    assert runner.reads_question
     images = noise_images(4, seed=6)
     if folder == MICRO:
         images = [Image.fromarray(example.image) for example in heldout.examples(16)][::4]
     requests = [runner.request(image, text) for image, text in zip(images, QUESTIONS, strict=True)]
-    results, _ = runner.generate(requests, 4)
+    results, _ = runner.generate(requests, runner.decoding(4))
     leading = runner.plan.leading
     for request, text, result in zip(requests, QUESTIONS, results, strict=True):
         tower = methods.tower_of(model, torch.from_numpy(request.views.pixels))
-        tokenizer = runner.questions.tokenizer
         ids = torch.tensor([tokenizer(text.replace("<image>", " ").strip())["input_ids"]])
         with torch.inference_mode():
             weight = relevance(clip, tower.features[1:], ids)

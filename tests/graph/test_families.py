@@ -16,11 +16,11 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.utils import logging
 
 from tests.checkpoints import family_checkpoint
-from tests.conftest import BuildBundle, noise_images
+from tests.conftest import BuildBundle, greedy, noise_images
 from tests.reference import methods
-from vtexport.models.spec import Asked
+from vtexport.models.spec import ViewChoice
 from vtexport.pruning.rank import Calibration
-from vtexport.runtime.generate import Request, Result, generate
+from vtexport.runtime.request import Request, Result
 from vtexport.runtime.runner import Runner
 
 NEW_TOKENS = 32
@@ -32,19 +32,19 @@ class Case:
     """A checkpoint, and what was asked of its views; `size` bounds images' sides."""
 
     checkpoint: str
-    asked: Asked = field(default_factory=Asked)
+    asked: ViewChoice = field(default_factory=ViewChoice)
     size: tuple[int, int] = (20, 160)
 
 
 CASES = {
-    "next-vicuna-2x2": Case("llava_next-vicuna", Asked(grid="2x2")),
-    "next-mistral-1x2": Case("llava_next-mistral", Asked(grid="1x2")),
-    "next-llama3-3x1": Case("llava_next-llama3", Asked(grid="3x1")),
-    "next-two-images": Case("llava_next-mistral", Asked(grid="2x1", images=2)),
+    "next-vicuna-2x2": Case("llava_next-vicuna", ViewChoice(grid="2x2")),
+    "next-mistral-1x2": Case("llava_next-mistral", ViewChoice(grid="1x2")),
+    "next-llama3-3x1": Case("llava_next-llama3", ViewChoice(grid="3x1")),
+    "next-two-images": Case("llava_next-mistral", ViewChoice(grid="2x1", images=2)),
     "video": Case("video_llava"),
-    "onevision-2x2": Case("llava_onevision", Asked(grid="2x2")),
-    "onevision-two-images": Case("llava_onevision", Asked(images=2)),
-    "llava-three-images": Case("llava", Asked(images=3)),
+    "onevision-2x2": Case("llava_onevision", ViewChoice(grid="2x2")),
+    "onevision-two-images": Case("llava_onevision", ViewChoice(images=2)),
+    "llava-three-images": Case("llava", ViewChoice(images=3)),
 }
 
 
@@ -144,15 +144,7 @@ def answers(runner: Runner, prompts: list[list[Any]]) -> tuple[list[Request], li
     requests = [runner.request(pictures[0] if len(pictures) == 1 else pictures, QUESTION) for pictures in prompts]
     results = []
     for start in range(0, len(requests), 5):
-        results += generate(
-            runner.engine,
-            runner.plan,
-            requests[start : start + 5],
-            NEW_TOKENS,
-            eos_token_ids=(),
-            max_positions=runner.bundle.manifest.model.max_positions,
-            keep_logits=True,
-        )[0]
+        results += greedy(runner, requests[start : start + 5], NEW_TOKENS)
     return requests, results
 
 
@@ -160,7 +152,7 @@ def answers(runner: Runner, prompts: list[list[Any]]) -> tuple[list[Request], li
 def test_dense_answers_are_transformers_token_for_token(name: str, made, build_bundle: BuildBundle) -> None:
     case = CASES[name]
     folder, model = made(case.checkpoint)
-    runner = Runner.open(build_bundle(folder, 1.0, "dense", views=case.asked, verify=False))
+    runner = Runner.open(build_bundle(folder, 1.0, "dense", views=case.asked, self_check=False))
     prompts = pictures_of(case, model, 20)
     requests, results = answers(runner, prompts)
     for pictures, request, result in zip(prompts, requests, results, strict=True):
@@ -238,7 +230,7 @@ def pruned_rows(model: Model, pictures: list[Any], keep: int) -> tuple[list[int]
 def test_pruning_by_rows_is_its_reference(method: str, name: str, made, build_bundle: BuildBundle) -> None:
     case = CASES[name]
     folder, model = made(case.checkpoint)
-    runner = Runner.open(build_bundle(folder, 0.5, method, views=case.asked, verify=False))
+    runner = Runner.open(build_bundle(folder, 0.5, method, views=case.asked, self_check=False))
     prompts = pictures_of(case, model, 10)
     requests, results = answers(runner, prompts)
     scheme = methods.Scheme({n: stage.kept for n, stage in runner.plan.decoder_stages.items()}, recycle=(0.3, 0.1))
@@ -284,7 +276,7 @@ def test_pruning_inside_the_decoder_is_its_reference(
 ) -> None:
     case = CASES[name]
     folder, model = made(case.checkpoint)
-    runner = Runner.open(build_bundle(folder, 0.6, method, views=case.asked, verify=False))
+    runner = Runner.open(build_bundle(folder, 0.6, method, views=case.asked, self_check=False))
     prompts = pictures_of(case, model, 6)
     requests, results = answers(runner, prompts)
     stages = methods.Scheme({n: stage.kept for n, stage in runner.plan.decoder_stages.items()}, **scheme)
@@ -302,7 +294,8 @@ def test_pruning_inside_the_decoder_is_its_reference(
 def test_every_method_prunes_a_view_as_it_would_alone(method: str, made, build_bundle: BuildBundle) -> None:
     folder, _ = made("llava")
     three, one = (
-        Runner.open(build_bundle(folder, 0.4, method, views=Asked(images=count), verify=False)) for count in (3, 1)
+        Runner.open(build_bundle(folder, 0.4, method, views=ViewChoice(images=count), self_check=False))
+        for count in (3, 1)
     )
     pictures = noise_images(3, (60, 50), seed=8)
     (together,) = three.embed([(pictures, QUESTION)])
@@ -316,7 +309,7 @@ def test_every_method_prunes_a_view_as_it_would_alone(method: str, made, build_b
 def test_views_one_after_the_other_are_pruned_each(name: str, made, build_bundle: BuildBundle) -> None:
     case = CASES[name]
     folder, model = made(case.checkpoint)
-    runner = Runner.open(build_bundle(folder, 0.3, "fastervlm", views=case.asked, verify=False))
+    runner = Runner.open(build_bundle(folder, 0.3, "fastervlm", views=case.asked, self_check=False))
     leading, each = runner.plan.leading, runner.plan.num_visual_tokens // runner.plan.views
     prompts = pictures_of(case, model, 5)
     requests, results = answers(runner, prompts)
@@ -377,7 +370,7 @@ def test_what_a_family_cannot_do_is_refused(made, vtexport, tmp_path: Path) -> N
 
 def test_an_image_may_have_fewer_tokens_than_a_stage_keeps(made, build_bundle: BuildBundle) -> None:
     folder, model = made("llava_next-vicuna")
-    runner = Runner.open(build_bundle(folder, 0.9, "sparsevlm", views=Asked(grid="2x2"), verify=False))
+    runner = Runner.open(build_bundle(folder, 0.9, "sparsevlm", views=ViewChoice(grid="2x2"), self_check=False))
     scheme = fitted(
         methods.Scheme({n: s.kept for n, s in runner.plan.decoder_stages.items()}, recycle=(0.3, 0.1)), runner
     )
@@ -435,7 +428,7 @@ def test_videos_are_read_from_animations_and_folders(made, tmp_path: Path) -> No
 def test_cells_of_several_views_are_where_their_tokens_came_from(made, build_bundle: BuildBundle) -> None:
     folder, model = made("llava_next-vicuna")
     case = CASES["next-vicuna-2x2"]
-    runner = Runner.open(build_bundle(folder, 0.5, "fastervlm", views=case.asked, verify=False))
+    runner = Runner.open(build_bundle(folder, 0.5, "fastervlm", views=case.asked, self_check=False))
     for pictures in pictures_of(case, model, 3):
         (answer,) = runner.ask([(pictures[0], QUESTION)], 2)
         (stage,) = answer.stages
@@ -448,12 +441,12 @@ def test_cells_of_several_views_are_where_their_tokens_came_from(made, build_bun
 
 @pytest.mark.parametrize("name", ["next-two-images", "video"])
 def test_several_views_are_profiled(name: str, made, build_bundle: BuildBundle) -> None:
-    from vtexport.measure.profile import profile
+    from vtexport.measure.profile import Settings, profile
 
     case = CASES[name]
     folder, _ = made(case.checkpoint)
-    bundle = build_bundle(folder, 0.5, "fastervlm", views=case.asked, verify=False)
-    found = profile(bundle, runs=1, new_tokens=2)
+    bundle = build_bundle(folder, 0.5, "fastervlm", views=case.asked, self_check=False)
+    found = profile(bundle, settings=Settings(runs=1, new_tokens=2))
     assert found.this.mean_visual_tokens == Runner.open(bundle).plan.mean_visual_tokens
     assert found.this.stages["vision"].median > 0
 
@@ -474,8 +467,8 @@ def test_several_images_are_calibrated_together(made, build_bundle: BuildBundle,
     # No raters x visual attention has a higher rank than it has visual tokens.
     assert all(0 < rank <= found.num_visual_tokens for rank in found.ranks)
     assert all(0 < mass < 1 for mass in found.mass)
-    asked = Asked(grid="2x1", images=2)
-    build_bundle(folder, 0.5, "sparsevlm", views=asked, ranks=tmp_path / "ranks.toml", verify=False)
+    asked = ViewChoice(grid="2x1", images=2)
+    build_bundle(folder, 0.5, "sparsevlm", views=asked, calibration=tmp_path / "ranks.toml", self_check=False)
     outcome = vtexport(
         "calibrate", "--model", folder, "--data", "pairs.jsonl", "-o", "r.toml", *views, "--method", "fastervlm"
     )
@@ -485,7 +478,7 @@ def test_several_images_are_calibrated_together(made, build_bundle: BuildBundle,
 
 def test_the_picture_of_a_video_has_its_frames(made, build_bundle: BuildBundle, vtexport, tmp_path: Path) -> None:
     folder, _ = made("video_llava")
-    bundle = build_bundle(folder, 0.3, "fastervlm", views=Asked(), verify=False)
+    bundle = build_bundle(folder, 0.3, "fastervlm", views=ViewChoice(), self_check=False)
     frames = noise_images(8, (30, 20))
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
     outcome = vtexport("show", bundle, "--image", tmp_path / "clip.gif", "-o", "kept.png")

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from vtexport.graph import nn_ops
-from vtexport.graph.functions import FUNCTIONS, OPSET, attach_functions
-from vtexport.pruning.onnx_node import DOMAIN_VERSION, NN
+from vtexport.graph.domains import DOMAIN_VERSION, NN, OPSET
+from vtexport.graph.functions import FUNCTIONS, attach_functions
 from vtexport.targets.onnxruntime.lowering import LowerToContrib
 
 
@@ -158,10 +158,10 @@ def test_onnxruntime_fuses_every_norm(micro_bundle: Path, tmp_path: Path) -> Non
 def test_tracing_is_reproducible(tiny_checkpoint: Path) -> None:
     from vtexport.graph.export import trace_vision
     from vtexport.models import read_spec
-    from vtexport.pruning import make_plan
+    from vtexport.pruning import Geometry, make_plan
 
     spec = read_spec(tiny_checkpoint)
-    plan = make_plan("fastervlm", tokens=25, layers=3, keep=0.4)
+    plan = make_plan("fastervlm", Geometry(25, 3), keep=0.4)
     graphs = [trace_vision(spec, [plan], "fp32", False).model.graph for _ in range(2)]
     texts = [[(n.op_type, [v and v.name for v in n.inputs], n.outputs[0].name) for n in g] for g in graphs]
     assert texts[0] == texts[1]

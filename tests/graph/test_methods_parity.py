@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from tests.checkpoints import MICRO, random_checkpoint
-from tests.conftest import BuildBundle, noise_images
+from tests.conftest import BuildBundle, greedy, noise_images
 from tests.graph.test_parity import GEOMETRIES, QUESTIONS
 from tests.reference import llava, methods
 from vtexport.micro import heldout
-from vtexport.runtime.generate import Result, generate
+from vtexport.runtime.request import Result
 from vtexport.runtime.runner import Runner
 
 NEW_TOKENS = 64
@@ -57,18 +57,19 @@ def compiled(build_bundle: BuildBundle, folder: Path, method: str, keep: float, 
     """The runner of a bundle, four requests that differ in length and place of the image, and their results."""
     runner = Runner.open(
         build_bundle(
-            folder, keep, method, method_options=options, debug=method != "exit" and method != "divprune", verify=False
+            folder,
+            keep,
+            method,
+            method_options=options,
+            debug=method != "exit" and method != "divprune",
+            self_check=False,
         )
     )
     images = noise_images(4, seed=6)
     if folder == MICRO:
         images = [Image.fromarray(example.image) for example in heldout.examples(16)][::4]
     requests = [runner.request(image, text) for image, text in zip(images, QUESTIONS, strict=True)]
-    maximum = runner.bundle.manifest.model.max_positions
-    results, _ = generate(
-        runner.engine, runner.plan, requests, NEW_TOKENS, eos_token_ids=(), max_positions=maximum, keep_logits=True
-    )
-    return runner, requests, results
+    return runner, requests, greedy(runner, requests, NEW_TOKENS)
 
 
 def check_answer(result: Result, trace: methods.Trace) -> None:
@@ -181,10 +182,10 @@ def test_a_combination_is_one_stage_after_the_other(name: str, checkpoint, build
 
 def test_a_bundle_ranks_what_its_decoder_attended_to(checkpoint, build_bundle: BuildBundle) -> None:
     folder, model = checkpoint("grouped-heads")
-    bundle = build_bundle(folder, 1.0, "dense", give_ranking=True, verify=False)
+    bundle = build_bundle(folder, 1.0, "dense", give_ranking=True, self_check=False)
     runner = Runner.open(bundle)
     requests = [runner.request(image, text) for image, text in zip(noise_images(4, seed=6), QUESTIONS, strict=True)]
-    results, _ = runner.generate(requests, 12)
+    results, _ = runner.generate(requests, runner.decoding(12))
     for request, result in zip(requests, results, strict=True):
         visual = llava.visual_tokens(model, torch.from_numpy(request.views.pixels), None)[0]
         trace = methods.Decoder(model).generate(request.prompt, visual, methods.Scheme({}), len(result.token_ids))
@@ -199,14 +200,13 @@ def test_sgl_keeps_what_it_was_told_to(name: str, checkpoint, build_bundle: Buil
     (layer, stage), *_ = runner.plan.decoder_stages.items()
     rankings = np.random.default_rng(5).random((4, stage.tokens_in), dtype=np.float32)
     requests = [
-        replace(runner.request(image, text), ranking=ranking)
+        replace(runner.request(image, text), extras={"ranking": ranking})
         for image, text, ranking in zip(noise_images(4, seed=6), QUESTIONS, rankings, strict=True)
     ]
-    results, _ = generate(
-        runner.engine, runner.plan, requests, NEW_TOKENS, eos_token_ids=(), max_positions=256, keep_logits=True
-    )
-    for request, result in zip(requests, results, strict=True):
-        scheme = methods.Scheme({layer: stage.kept}, given=torch.from_numpy(request.ranking), positions="original")
+    assert runner.given == ["ranking"]
+    results = greedy(runner, requests, NEW_TOKENS)
+    for request, ranking, result in zip(requests, rankings, results, strict=True):
+        scheme = methods.Scheme({layer: stage.kept}, given=torch.from_numpy(ranking), positions="original")
         visual = llava.visual_tokens(model, torch.from_numpy(request.views.pixels), None)[0]
         trace = methods.Decoder(model).generate(request.prompt, visual, scheme, NEW_TOKENS)
         assert result.kept[stage.where].tolist() == trace.kept[layer]

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.checkpoints import LLAMA3_ROPE, MICRO, random_checkpoint, rename_tensors
-from tests.conftest import BuildBundle, noise_images
+from tests.conftest import BuildBundle, greedy, noise_images
 from tests.reference import fastervlm, llava
-from vtexport.runtime.generate import Request, generate
+from vtexport.runtime.generate import generate
+from vtexport.runtime.request import Decoding
 from vtexport.runtime.runner import Runner
 from vtexport.targets.base import VisionInput
 
@@ -60,18 +61,6 @@ def kept_by_reference(model: Any, runner: Runner, pixels: np.ndarray) -> np.ndar
     return np.concatenate([cls, patches + plan.leading], axis=1)
 
 
-def answers(runner: Runner, requests: list[Request], new_tokens: int):
-    return generate(
-        runner.engine,
-        runner.plan,
-        requests,
-        new_tokens,
-        eos_token_ids=(),
-        max_positions=runner.bundle.manifest.model.max_positions,
-        keep_logits=True,
-    )[0]
-
-
 def test_kept_indices_are_the_definition_on_200_images(micro_runner: Runner) -> None:
     model = llava.load(MICRO)
     images = noise_images(200)
@@ -98,10 +87,10 @@ def check_against_reference(runner: Runner, model: Any, new_tokens: int) -> None
     images = noise_images(4, seed=11)
     requests = [runner.request(image, text) for image, text in zip(images, QUESTIONS, strict=True)]
     assert len({(len(r.prompt.token_ids), r.prompt.image_positions[0]) for r in requests}) == 4
-    batch = answers(runner, requests, new_tokens)
+    batch = greedy(runner, requests, new_tokens)
     for request, result in zip(requests, batch, strict=True):
         pixels = request.views.pixels
-        (alone,) = answers(runner, [request], new_tokens)
+        (alone,) = greedy(runner, [request], new_tokens)
         assert alone.token_ids == result.token_ids
         np.testing.assert_array_equal(alone.kept["vision"], result.kept["vision"])
         np.testing.assert_allclose(alone.logits, result.logits, atol=1e-4)
@@ -130,7 +119,7 @@ def test_dense_is_transformers_generate(strategy: str, build_bundle: BuildBundle
                 eos_token_id=None,
                 pad_token_id=3,
             )
-        (result,) = answers(runner, [request], 32)
+        (result,) = greedy(runner, [request], 32)
         assert result.token_ids == out[0, whole.shape[1] :].tolist()
         assert result.kept == {}
 
@@ -168,13 +157,14 @@ def test_baselines_do_what_they_say(method: str, tiny_checkpoint: Path, build_bu
     ids=["transformers-4.52", "llava-hf"],
 )  # fmt: skip
 def test_every_naming_of_a_checkpoint_is_read(rules: dict[str, str], tmp_path: Path) -> None:
-    from vtexport.builder.build import BuildOptions, build
+    from vtexport.builder.build import build
+    from vtexport.builder.options import BuildOptions
 
     folder = random_checkpoint(tmp_path / "model", seed=9)
     # In another dtype than the checkpoint's every weight is written, under our names.
-    plain = build(BuildOptions(str(folder), 0.5, dtype="fp16", verify=False), tmp_path / "plain")
+    plain = build(BuildOptions(str(folder), 0.5, dtype="fp16", self_check=False), tmp_path / "plain")
     rename_tensors(folder, rules)
-    renamed = build(BuildOptions(str(folder), 0.5, dtype="fp16", verify=False), tmp_path / "renamed")
+    renamed = build(BuildOptions(str(folder), 0.5, dtype="fp16", self_check=False), tmp_path / "renamed")
     weights = [
         [entry.sha256 for entry in bundle.manifest.files if entry.path.endswith("weights.safetensors")]
         for bundle in (plain, renamed)
@@ -187,7 +177,7 @@ def test_fp16_keeps_the_same_tokens_and_answers(build_bundle: BuildBundle) -> No
     half = Runner.open(build_bundle(dtype="fp16"))
     full = Runner.open(build_bundle())
     requests = [full.request(image, QUESTIONS[0]) for image in noise_images(4, seed=2)]
-    for one, two in zip(answers(half, requests, 8), answers(full, requests, 8), strict=True):
+    for one, two in zip(greedy(half, requests, 8), greedy(full, requests, 8), strict=True):
         kept = two.kept["vision"]
         assert len(np.intersect1d(one.kept["vision"], kept)) >= 0.95 * len(kept)
         assert np.abs(one.logits[0] - two.logits[0]).max() <= 0.03 * np.abs(two.logits[0]).max()
@@ -195,11 +185,10 @@ def test_fp16_keeps_the_same_tokens_and_answers(build_bundle: BuildBundle) -> No
 
 def test_a_row_ends_at_its_own_end_token(micro_runner: Runner) -> None:
     requests = [micro_runner.request(image, "what digit is red?") for image in noise_images(3, seed=4)]
-    free = answers(micro_runner, requests, 8)
+    free = greedy(micro_runner, requests, 8)
     end = free[0].token_ids[1]
-    stopped, timings = generate(
-        micro_runner.engine, micro_runner.plan, requests, 8, eos_token_ids=(end,), max_positions=2048
-    )
+    decoding = Decoding(8, 2048, eos_token_ids=(end,))
+    stopped, timings = generate(micro_runner.engine, micro_runner.plan, requests, decoding)
     for before, after in zip(free, stopped, strict=True):
         ids = before.token_ids
         assert after.token_ids == (ids[: ids.index(end) + 1] if end in ids else ids)
@@ -211,7 +200,7 @@ def test_a_sequence_beyond_the_models_positions_is_refused(micro_runner: Runner)
 
     request = micro_runner.request(noise_images(1)[0], "what digit is red?")
     with pytest.raises(InputError, match="exceed the model's 2048 positions"):
-        generate(micro_runner.engine, micro_runner.plan, [request], 2048, eos_token_ids=(), max_positions=2048)
+        generate(micro_runner.engine, micro_runner.plan, [request], Decoding(2048, 2048))
 
 
 def test_scores_of_a_debug_build_explain_the_choice(build_bundle: BuildBundle) -> None:

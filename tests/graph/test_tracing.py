@@ -116,6 +116,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "new tensors": (
         lambda m, x: (
             torch.arange(x.shape[1]) + torch.zeros(x.shape[0], x.shape[1], dtype=torch.int64),
+            torch.arange(x.shape[1], dtype=torch.int32) + torch.arange(x.shape[0], dtype=torch.int32)[:, None],
             torch.ones(x.shape[0], 1) + torch.arange(3),
             torch.full_like(x, 0.25),
             x.new_full((), torch.inf).expand(x.shape[0], 2),
@@ -203,6 +204,8 @@ def test_nodes_are_called_after_their_layers() -> None:
         (lambda m, x: x.reshape(x.shape[0] // 2, -1), TypeError, "not always a multiple of 2"),
         (lambda m, x: x + torch.ones(x.shape[0], 3, 4), ValueError, "do not broadcast"),
         (lambda m, x: x[:, 1:-1], NotImplementedError, "of rows elements"),
+        (lambda m, x: x[:, :-1], NotImplementedError, "of rows elements"),
+        (lambda m, x: x[:, :, : x.shape[1]], NotImplementedError, "of 4 elements"),
     ],
 )
 def test_what_cannot_be_recorded_is_an_error(function: Any, error: type[Exception], message: str) -> None:
@@ -231,6 +234,8 @@ def test_extents_add_up(one: Any, other: Any, factor: int, batch: int, rows: int
     assert value(a * factor) == value(factor * a) == value(a) * factor
     assert value(3 - a) == 3 - value(a)
     assert a - a == 0
+    if factor and isinstance(a, Extent):
+        assert a * factor // a == factor
     assert (a == b) is (one == other)
     if factor > 0:
         assert value(a * factor // factor) == value(a)

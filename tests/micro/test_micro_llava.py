@@ -9,13 +9,12 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from tests.checkpoints import MICRO
-from tests.conftest import BuildBundle
+from tests.conftest import BuildBundle, greedy
 from vtexport.measure.evaluate import evaluate
 from vtexport.micro import heldout
 from vtexport.models import read_spec
 from vtexport.pruning import dense_plan
 from vtexport.pruning.flops import plan_flops
-from vtexport.runtime.generate import generate
 from vtexport.runtime.runner import Runner
 
 KEEPS = (0.5, 0.15, 0.05)
@@ -85,7 +84,7 @@ def test_sparsevlms_raters_are_the_questions_own_words(build_bundle: BuildBundle
         ("how many digits are there?", {"how", "many", "digits", "there"}),
     ):
         request = runner.request(image, question)
-        (result,), _ = generate(runner.engine, runner.plan, [request], 1, eos_token_ids=(), max_positions=2048)
+        (result,) = greedy(runner, [request], 1)
         tokens = np.array(request.prompt.token_ids)[result.debug["raters"]]
         assert {runner.prompter.tokenizer.decode([token]).strip() for token in tokens} == words
 

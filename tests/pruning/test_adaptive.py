@@ -11,9 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vtexport.builder.options import BuildOptions
 from vtexport.errors import InputError
-from vtexport.pruning import PruningPlan, make_plan
-from vtexport.pruning.adaptive import AdaptiveTable, Policy, parse_buckets, solve_policy
+from vtexport.measure.calibrate import Trials
+from vtexport.options import parse_options
+from vtexport.pruning import Geometry, PruningPlan, make_plan
+from vtexport.pruning.adaptive import AdaptiveTable, Policy, solve_policy
 from vtexport.pruning.ops import spread
 from vtexport.pruning.rank import Calibration
 
@@ -21,7 +24,7 @@ KEEPS = (0.5, 0.25, 0.125)
 
 
 def plans() -> list[PruningPlan]:
-    return [make_plan("fastervlm", tokens=144, layers=12, keep=keep) for keep in KEEPS]
+    return [make_plan("fastervlm", Geometry(144, 12), keep=keep) for keep in KEEPS]
 
 
 def table(agreement: list[list[float]]) -> AdaptiveTable:
@@ -74,7 +77,7 @@ def test_targets_out_of_range(target: float) -> None:
 
 
 def test_buckets() -> None:
-    assert parse_buckets("0.125,.5,0.25") == KEEPS
+    assert Trials.parse((), "0.125,.5,0.25", 0.0).buckets == KEEPS
     for text, message in {
         "half": "is not a list of numbers",
         "0.5": "leaves nothing to choose from",
@@ -82,7 +85,9 @@ def test_buckets() -> None:
         "0.5,2": "--keep 2 is out of range",
     }.items():
         with pytest.raises(InputError, match=message):
-            parse_buckets(text)
+            Trials.parse((), text, 0.0)
+        with pytest.raises(InputError, match=message):
+            parse_options(BuildOptions, {"buckets": text}, "vtexport build", model="micro-llava")
 
 
 def test_tables_survive_their_file(tmp_path: Path) -> None:
@@ -102,7 +107,8 @@ def test_tables_survive_their_file(tmp_path: Path) -> None:
     )
     found.save(tmp_path / "ranks.toml")
     assert Calibration.load(tmp_path / "ranks.toml") == found
-    text = (tmp_path / "ranks.toml").read_text().replace("[0, 0]", "[0]")
+    row = " " * 8 + "0,\n"
+    text = (tmp_path / "ranks.toml").read_text().replace(2 * row, row)
     (tmp_path / "ranks.toml").write_text(text)
     with pytest.raises(InputError, match="lists of unequal length"):
         Calibration.load(tmp_path / "ranks.toml")

@@ -10,19 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.checkpoints import MICRO
 from tests.reference import llava
 from vtexport.models import read_spec
-from vtexport.pruning import make_plan
+from vtexport.pruning import Geometry, make_plan
 from vtexport.pruning.flops import plan_flops
 
 
 def micro_plan(method: str, keep: float):
     spec = read_spec(MICRO)
-    return spec, make_plan(method, tokens=144, layers=spec.decoder.num_layers, keep=keep)
+    return spec, make_plan(method, Geometry(144, spec.decoder.num_layers), keep=keep)
 
 
 def test_decoder_layers_follow_the_papers_formula_without_grouping(tiny_checkpoint: Path) -> None:
     spec = read_spec(tiny_checkpoint)
     d = spec.decoder
-    plan = make_plan("fastervlm", tokens=25, layers=d.num_layers, keep=0.4)
+    plan = make_plan("fastervlm", Geometry(25, d.num_layers), keep=0.4)
     n = plan.vision_tokens + 11
     # 4nd² + 2n²d + 3ndm multiply-adds a layer; grouped keys and values save a share of the 4nd².
     saved = 2 * n * d.hidden_size * d.head_size * (d.num_heads - d.num_kv_heads)
@@ -62,7 +62,7 @@ def test_each_layer_is_paid_for_the_tokens_that_enter_it() -> None:
     assert len(counts) > 1
     # A schedule costs what uniform plans of its layers' own counts would, layer by layer, and a little scoring.
     text = 13
-    layers = {n: plan_flops(spec, make_plan("fastervlm", tokens=144, layers=12, keep=n / 144), text) for n in counts}
+    layers = {n: plan_flops(spec, make_plan("fastervlm", Geometry(144, 12), keep=n / 144), text) for n in counts}
     head = 2 * spec.decoder.hidden_size * spec.decoder.vocab_size
     expected = sum((layers[n].prefill - head) / 12 for n in plan.per_layer) + head
     extra = plan_flops(spec, plan, text).prefill - expected

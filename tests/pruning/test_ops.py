@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.reference import methods
-from vtexport.graph.functions import OPSET, attach_functions
+from vtexport.graph.domains import DOMAIN_VERSION, OPSET, PRUNING
+from vtexport.graph.functions import attach_functions
 from vtexport.native import kernels as native
 from vtexport.pruning import ops
-from vtexport.pruning.onnx_node import DOMAIN_VERSION, PRUNING
 
 
 def run_function(op_type: str, feeds: dict[str, np.ndarray], outputs: int, **attributes: int | float) -> list:

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 
 from tests.checkpoints import MICRO
 from vtexport.errors import InputError
-from vtexport.pruning import PruningPlan, Stage, make_plan
+from vtexport.pruning import Geometry, PruningPlan, Stage, choose, make_plan
 from vtexport.pruning.rank import Calibration
 from vtexport.pruning.schedule import PRESETS, Recycling, default_layers, parse_layers
 
-CALIBRATED = Calibration.load(MICRO / "ranks.toml")
+CALIBRATED = Calibration.load(MICRO / "calibration.toml")
 
 
 def plan_7b(**given: object) -> PruningPlan:
-    options = {"tokens": 576, "layers": 32, "keep": None, **given}
-    return make_plan(str(options.pop("method", "sparsevlm")), **options)  # type: ignore[arg-type]
+    method, geometry = str(given.pop("method", "sparsevlm")), given.pop("geometry", Geometry(576, 32))
+    return make_plan(method, geometry, **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,7 @@ def test_every_budget_is_met_or_refused(tokens: int, layers: int, calibration: C
     for percent in range(12, 96):
         keep = percent / 100
         try:
-            plan = make_plan(
-                "sparsevlm", tokens=tokens, layers=layers, keep=keep, options=options, calibration=calibration
-            )
+            plan = make_plan("sparsevlm", Geometry(tokens, layers), keep=keep, options=options, calibration=calibration)
         except InputError as error:
             refused[percent] = str(error)
             continue
@@ -67,9 +65,7 @@ def test_every_budget_is_met_or_refused(tokens: int, layers: int, calibration: C
         assert plan.mean_visual_tokens >= before
         assert list(plan.per_layer) == sorted(plan.per_layer, reverse=True)
         before = plan.mean_visual_tokens
-        again = make_plan(
-            "sparsevlm", tokens=tokens, layers=layers, keep=keep, options=options, calibration=calibration
-        )
+        again = make_plan("sparsevlm", Geometry(tokens, layers), keep=keep, options=options, calibration=calibration)
         assert again == plan
     # Only the smallest budgets can be out of reach: recycling gives back what the first stage must drop.
     assert set(refused) <= {12}
@@ -90,7 +86,7 @@ def test_plans_never_grow_and_never_keep_more_than_enters(
 ) -> None:
     options = {"rule": rule} if method.startswith("sparsevlm") else {}
     try:
-        plan = make_plan(method, tokens=tokens, layers=layers, keep=keep, options=options)
+        plan = make_plan(method, Geometry(tokens, layers), keep=keep, options=options)
     except InputError:
         return
     assert list(plan.per_layer) == sorted(plan.per_layer, reverse=True)
@@ -150,21 +146,30 @@ def test_a_combination_splits_the_keep_ratio_and_says_so() -> None:
 
 
 def test_methods_share_no_option_that_means_two_things() -> None:
+    from vtexport.options import option_fields
     from vtexport.pruning import METHODS, DecoderMethod, VisionMethod
 
-    vision = {name for m in METHODS.values() if isinstance(m, VisionMethod) for name in m.options}
-    decoder = {name for m in METHODS.values() if isinstance(m, DecoderMethod) for name in m.options}
+    vision = {name for m in METHODS.values() if issubclass(m, VisionMethod) for name in option_fields(m)}
+    decoder = {name for m in METHODS.values() if issubclass(m, DecoderMethod) for name in option_fields(m)}
     assert not vision & decoder
 
 
-def test_sparsevlm_plus_refuses_distances_it_cannot_weigh() -> None:
+def test_sparsevlm_plus_refuses_distances_it_cannot_weigh(monkeypatch: pytest.MonkeyPatch) -> None:
     from vtexport.models import read_spec
-    from vtexport.models.rope import rope_reach
+    from vtexport.pruning import sparsevlm_plus
 
+    spec = read_spec(MICRO)
+    assert 144 < sparsevlm_plus.rope_reach(spec) < 2048
+    geometry = Geometry(576, 32, model=spec)
+    monkeypatch.setattr(sparsevlm_plus, "rope_reach", lambda _spec: 500)
     with pytest.raises(InputError, match="weighs distances below 500 positions only, and 576 visual tokens enter"):
-        plan_7b(method="sparsevlm-plus", keep=0.5, reach=500)
-    assert plan_7b(method="sparsevlm-plus", keep=0.5, reach=1707).options["reach"] == 1707
-    assert 144 < rope_reach(read_spec(MICRO)) < 2048
+        plan_7b(method="sparsevlm-plus", keep=0.5, geometry=geometry)
+    monkeypatch.setattr(sparsevlm_plus, "rope_reach", lambda _spec: 1707)
+    plan = plan_7b(method="sparsevlm-plus", keep=0.5, geometry=geometry)
+    assert plan.options["reach"] == 1707
+    plan.methods.decoder.check_prompt(1706)
+    with pytest.raises(InputError, match="lies 1707 positions behind the image's first token"):
+        plan.methods.decoder.check_prompt(1707)
 
 
 def test_layers_are_numbers_in_range_once_each() -> None:
@@ -176,10 +181,10 @@ def test_layers_are_numbers_in_range_once_each() -> None:
 
 def test_stages_stand_in_order_inside_the_decoder() -> None:
     with pytest.raises(ValueError, match="out of order or outside 4 layers"):
-        PruningPlan("sparsevlm", 0.5, 9, 4, stages=(Stage.decoder(2, 9, 5), Stage.decoder(1, 5, 3)))
+        PruningPlan(choose("sparsevlm", {}), 0.5, 9, 4, stages=(Stage.decoder(2, 9, 5), Stage.decoder(1, 5, 3)))
     with pytest.raises(ValueError, match="outside 4 layers"):
-        PruningPlan("sparsevlm", 0.5, 9, 4, stages=(Stage.decoder(4, 9, 5),))
+        PruningPlan(choose("sparsevlm", {}), 0.5, 9, 4, stages=(Stage.decoder(4, 9, 5),))
     with pytest.raises(ValueError, match="comes first"):
-        PruningPlan("sparsevlm", 0.5, 9, 4, stages=(Stage.decoder(1, 9, 5), Stage("vision", 5, 3)))
+        PruningPlan(choose("sparsevlm", {}), 0.5, 9, 4, stages=(Stage.decoder(1, 9, 5), Stage("vision", 5, 3)))
     with pytest.raises(ValueError, match="a stage stands at"):
         Stage("somewhere", 9, 5)

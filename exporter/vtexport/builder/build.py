@@ -19,7 +19,7 @@ from vtexport.models.names import fingerprint
 from vtexport.models.resolve import recipe_calibration, recipe_dtype
 from vtexport.models.spec import ViewChoice
 from vtexport.progress import Progress, Silent
-from vtexport.pruning import Geometry, PruningPlan, adaptive_plans, choose, dense_plan, make_plan
+from vtexport.pruning import Geometry, PruningPlan, adaptive_plans, dense_plan, make_plan
 from vtexport.pruning.adaptive import DEFAULT_BUCKETS, DEFAULT_TARGET_ACCURACY
 from vtexport.pruning.rank import Calibration
 from vtexport.targets.base import ENGINE_FOLDER
@@ -107,7 +107,7 @@ def _open(options: BuildOptions, *, config_only: bool) -> _Model:
     spec = read_spec(folder, options.views)
     _check_views(options, spec)
     checkpoint = None if config_only and not has_weights(folder) else Checkpoint.open(folder)
-    companion = choose(options.method, options.method_options).vision.companion
+    companion = options.methods.vision.companion
     if not companion:
         return _Model(folder, spec, checkpoint, None)
     clip = resolve_model(companion)

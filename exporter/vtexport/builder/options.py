@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from vtexport.errors import InputError, TargetError
 from vtexport.models.spec import ViewChoice
 from vtexport.options import Meta, Option, validate
-from vtexport.pruning import DEFAULT_METHOD, METHODS, Method, parts_of
+from vtexport.pruning import DEFAULT_METHOD, METHODS, Method, MethodChoice, choose, parts_of
 from vtexport.pruning.adaptive import AUTO, DEFAULT_BUCKETS, DEFAULT_TARGET_ACCURACY, check_buckets
 from vtexport.targets import DEFAULT_TARGET, TARGETS, Target, get_target
 
@@ -113,6 +113,15 @@ class BuildOptions:
         parts_of(self.method)
         return tuple(METHODS[name] for name in self.method.split("+"))
 
+    @cached_property
+    def methods(self) -> MethodChoice:
+        """The same with their options; those that a plan fills in are still open.
+
+        Raises:
+            InputError: see `parts`; or an option that none of them has, or a value that it cannot have.
+        """
+        return choose(self.method, self.method_options)
+
     @property
     def adaptive(self) -> bool:
         """Whether the keep ratio is chosen for every image."""
@@ -148,6 +157,8 @@ class BuildOptions:
             raise InputError("--quantize rounds weights in fp16 or fp32, not bf16; give another --dtype")
 
     def _check_method(self) -> None:
+        # Parsed here, so that a wrong option is refused before a model is looked for.
+        methods = self.methods
         if self.adaptive:
             fixed = next((part.name for part in self.parts if not part.adaptive), None)
             if fixed is not None:
@@ -157,6 +168,6 @@ class BuildOptions:
                 if value is not None:
                     raise InputError(f"--{flag} has no effect without --keep auto; leave it out")
         if self.debug and not any(part.scores for part in self.parts):
-            raise InputError(f"--debug has no effect with method {self.method}, which rates no tokens; leave it out")
+            raise InputError(f"--debug has no effect with method {methods.name}, which rates no tokens; leave it out")
         if self.give_ranking and self.method != "dense":
             raise InputError(f"--give-ranking ranks every visual token, but method {self.method} drops some; use dense")

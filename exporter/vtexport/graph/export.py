@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
+from vtexport.errors import ModelError
 from vtexport.graph.functions import attach_functions
 from vtexport.graph.graphs import DecodeGraph, PrefillGraph, VisionGraph, cache_names
 from vtexport.graph.tracing import Extent, Kind, Recorder
@@ -88,8 +89,13 @@ def trace_decode(spec: ModelSpec, dtype: str, ranked: int = 0) -> TracedGraph:
 def _trace(name: str, module: torch.nn.Module, inputs: Mapping[str, Kind], output_names: Sequence[str]) -> TracedGraph:
     recorder = Recorder(name, module)
     given = [recorder.input(own, kind) for own, kind in inputs.items()]
-    with recorder:
-        outputs = module(*given)
+    try:
+        with recorder:
+            outputs = module(*given)
+    except NotImplementedError as error:
+        raise ModelError(
+            f"the {name} graph of this model cannot be traced ({error}); please report this model"
+        ) from error
     for own, tensor in zip(output_names, outputs, strict=True):
         recorder.output(own, tensor)
     model = ir.Model(recorder.graph, ir_version=_IR_VERSION, producer_name="vtexport")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from vtexport.errors import ModelError
 #: safetensors' dtype -> the engine's dtype that its numbers go into, and that of an engine that takes them as they are
 NEAREST = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "fp16"}
 AS_STORED = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-# safetensors' names of the types a weight may have -> bytes an element.
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -111,39 +108,20 @@ def _shards(folder: Path) -> list[Path]:
     return paths
 
 
-def _read_header(path: Path) -> Iterator[TensorRecord]:
+def _read_header(path: Path) -> list[TensorRecord]:
+    from huggingface_hub import parse_local_safetensors_file_metadata
+    from huggingface_hub.errors import SafetensorsParsingError
+    from safetensors import SafetensorError, safe_open
+
     size = path.stat().st_size
-    problem = ModelError(f"{path} is truncated or not safetensors ({size} bytes); download it again")
-    with path.open("rb") as file:
-        lead = file.read(8)
-        if len(lead) < 8:
-            raise problem
-        (length,) = struct.unpack("<Q", lead)
-        if length > size - 8:
-            raise problem
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            records = [
-                TensorRecord(
-                    path,
-                    name,
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    8 + length + entry["data_offsets"][0],
-                    8 + length + entry["data_offsets"][1],
-                )
-                for name, entry in header.items()
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise problem from error
-    for record in records:
-        if not 8 + length <= record.start <= record.end <= size:
-            raise problem
-        if record.dtype in _BYTES:
-            elements = 1
-            for extent in record.shape:
-                elements *= extent
-            if elements * _BYTES[record.dtype] != record.end - record.start:
-                raise problem
-        yield record
+    try:
+        # Opening loads nothing, but holds every shape to its bytes, and all of them to the file.
+        with safe_open(path, framework="numpy"):
+            tensors = parse_local_safetensors_file_metadata(path).tensors
+    except (OSError, SafetensorError, SafetensorsParsingError) as error:
+        raise ModelError(f"{path} is truncated or not safetensors ({size} bytes); download it again") from error
+    begin = size - max((info.data_offsets[1] for info in tensors.values()), default=0)
+    return [
+        TensorRecord(path, name, info.dtype, tuple(info.shape), *(begin + offset for offset in info.data_offsets))
+        for name, info in tensors.items()
+    ]

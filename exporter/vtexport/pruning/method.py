@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
 
@@ -41,9 +41,16 @@ class Method:
         """The method with the options `given`, the others at their defaults.
 
         Raises:
-            InputError: an option that it does not have, cannot have, or that has no effect beside another one.
+            InputError: an option that it does not have, or a value that it cannot have.
         """
         return parse_options(cls, given, f"method {cls.name}")
+
+    def check_given(self, given: Collection[str]) -> None:
+        """Refuse options that a user gave although they have no effect beside others.
+
+        Raises:
+            InputError: one of `given`.
+        """
 
     @classmethod
     def check_model(cls, spec: ModelSpec) -> None:

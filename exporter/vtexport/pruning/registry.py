@@ -90,8 +90,13 @@ def choose(name: str, given: Mapping[str, object], *, resolved: bool = False) ->
         if not declared or (declared[0].extra.get("resolved") and not resolved):
             raise InputError(f"{flag_of(option)} has no effect with method {name}; leave it out")
     own = [{key: given[key] for key in given if key in option_fields(owner)} for owner in owners]
-    return MethodChoice(
+    choice = MethodChoice(
         vision.parse(own[0]),
         None if decoder is None else decoder.parse(own[1]),
         parse_options(Combination, own[2], f"method {name}") if combined else None,
     )
+    if not resolved:
+        # A plan has all options, so of its own none can be told from a default.
+        for part in choice.parts:
+            part.check_given(given)
+    return choice

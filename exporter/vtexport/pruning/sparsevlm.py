@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from vtexport.errors import InputError
 from vtexport.options import Meta, flag_of
@@ -22,9 +22,6 @@ from vtexport.pruning.schedule import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-Own = TypeVar("Own", bound="TextGuided")
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,10 @@ class TextGuided(DecoderMethod):
         ),
     ] = ""
 
-    @classmethod
-    def parse(cls: type[Own], given: Mapping[str, object]) -> Own:
+    def check_given(self, given: Collection[str]) -> None:
         for name in ("layers", "rule"):
-            if given.get("schedule") and name in given:
+            if self.schedule and name in given:
                 raise InputError(f"{flag_of(name)} has no effect with --schedule, which fixes the counts; leave it out")
-        return super().parse(given)
 
     @property
     def fixes_keep(self) -> str:
@@ -102,13 +97,11 @@ class SparseVLM(TextGuided):
         ),
     ] = "mean"
 
-    @classmethod
-    def parse(cls, given: Mapping[str, object]) -> SparseVLM:
-        parsed = super().parse(given)
+    def check_given(self, given: Collection[str]) -> None:
+        super().check_given(given)
         for name in ("recycle_pool", "recycle_clusters", "merge"):
-            if not parsed.recycle and name in given:
+            if not self.recycle and name in given:
                 raise InputError(f"{flag_of(name)} has no effect with --no-recycle; leave it out")
-        return parsed
 
     @property
     def recycling(self) -> Recycling | None:

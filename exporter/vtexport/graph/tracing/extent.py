@@ -62,10 +62,14 @@ class Extent(int):
     __rmul__ = __mul__
 
     def __floordiv__(self, divisor: int) -> int:
-        numbers = (*self.terms.values(), self.constant)
-        if isinstance(divisor, Extent) or any(number % divisor for number in numbers):
-            raise TypeError(f"the extent {self} is not always a multiple of {divisor}")
-        return _made({name: number // divisor for name, number in self.terms.items()}, self.constant // divisor)
+        if isinstance(divisor, Extent):
+            name, number = next(iter(divisor.terms.items()))
+            quotient = self.terms.get(name, 0) // number
+            if divisor * quotient == self:
+                return quotient
+        elif not any(number % divisor for number in (*self.terms.values(), self.constant)):
+            return _made({name: number // divisor for name, number in self.terms.items()}, self.constant // divisor)
+        raise TypeError(f"the extent {self} is not always a multiple of {divisor}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Extent) and (self.terms, self.constant) == (other.terms, other.constant)

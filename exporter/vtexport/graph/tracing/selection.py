@@ -125,18 +125,20 @@ def _getitem(r: Recorder, source: Any, key: Any) -> Traced:
 
 
 def _slice(r: Recorder, x: Traced, axis: int, part: slice) -> Traced:
-    size, step = x.shape[axis], part.step or 1
+    size = x.shape[axis]
     if part == slice(None):
         return x
-    if isinstance(size, Extent):
-        # Of a dynamic extent only what lies at an end can be told.
-        start, stop = part.start or 0, part.stop
-        if step != 1 or (stop is None) == (start == 0):
-            raise NotImplementedError(f"{part} of {size} elements")
-        length = stop if stop is not None else size - start if start >= 0 else -start
-        stop = np.iinfo(np.int64).max if stop is None else stop
-    else:
-        start, stop, _ = part.indices(size)
+    known = not any(isinstance(bound, Extent) for bound in (part.start, part.stop))
+    if not isinstance(size, Extent) and known:
+        start, stop, step = part.indices(size)
         length = max(0, -(-(stop - start) // step))
+    elif isinstance(size, Extent) and part.step is None and part.stop is None and known:
+        start, stop, step = part.start, np.iinfo(np.int64).max, 1
+        length = size - start if start >= 0 else -start
+    elif isinstance(size, Extent) and part.step is None and part.start is None and known and part.stop >= 0:
+        start, stop, step = 0, part.stop, 1
+        length = part.stop
+    else:  # how many elements that is depends on the extents' values
+        raise NotImplementedError(f"{part} of {size} elements")
     bounds = [r.constant([number]) for number in (start, stop, axis, step)]
     return emit(r, "Slice", [x, *bounds], Kind(x.dtype, with_extents(x.shape, axis, length)))

@@ -124,11 +124,11 @@ def _chunk(r: Recorder, x: Traced, chunks: int, dim: int = 0) -> tuple[Traced, .
 
 
 @converts("arange")
-def _arange(r: Recorder, number: int, *, device: Any = None) -> Traced:
+def _arange(r: Recorder, number: int, *, dtype: torch.dtype = torch.int64, device: Any = None) -> Traced:
     if not isinstance(number, Extent):
-        return r.constant(np.arange(number))
-    zero, one = r.constant(0), r.constant(1)
-    return emit(r, "Range", [zero, r.scalar(number), one], Kind(torch.int64, (number,)))
+        return r.constant(np.arange(number), dtype)
+    places = emit(r, "Range", [r.constant(0), r.scalar(number), r.constant(1)], Kind(torch.int64, (number,)))
+    return cast(r, places, dtype)
 
 
 def _full(r: Recorder, shape: Sequence[int], value: float, dtype: torch.dtype) -> Traced:
