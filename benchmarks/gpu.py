@@ -165,7 +165,7 @@ class Bench:
         return {
             "vision": lambda: vision(*seen),
             "prefill": lambda: prefill(ids, on((self.batch,), 5), on((self.batch,), self.text), visual, *lengths),
-            "per_token": lambda: self.decode(ids[:, :1], length, length, past),
+            "per_token": lambda: self.decode(ids[:, :1], length, length, *past),
             **({"pruning": self._pruning(plan)} if plan.method in PRICED else {}),
         }
 

@@ -14,7 +14,8 @@ from PIL import Image
 from tests.checkpoints import MICRO
 from tests.conftest import BuildBundle, check_refused, noise_images
 from tests.graph.test_parity import QUESTIONS
-from vtexport.builder.build import BuildOptions, build
+from vtexport.builder.build import build
+from vtexport.builder.options import BuildOptions
 from vtexport.bundle.folder import Bundle
 from vtexport.errors import InputError
 from vtexport.measure.evaluate import evaluate
@@ -35,7 +36,7 @@ EXAMPLES = list(heldout.examples(8))
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """micro-llava's own, with a table by which images of spread up to 9.5 patches get a quarter of the tokens."""
-    own = Calibration.load(MICRO / "ranks.toml")
+    own = Calibration.load(MICRO / "calibration.toml")
     path = tmp_path_factory.mktemp("ranks") / "ranks.toml"
     replace(own, adaptive=(AdaptiveTable("sparsevlm", KEEPS, (9.5, 20.0), ((1.0, 1.0), (1.0, 0.0))),)).save(path)
     return path
@@ -65,7 +66,7 @@ def tiny_calibration(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def adaptive_bundle(calibration: Path, build_bundle: BuildBundle) -> Path:
-    return build_bundle(keep="auto", method="sparsevlm", buckets=KEEPS, ranks=calibration)
+    return build_bundle(keep="auto", method="sparsevlm", buckets=KEEPS, calibration=calibration)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -73,14 +74,14 @@ def test_each_image_gets_what_a_bundle_of_its_keep_ratio_gives(
     method: str, tiny_checkpoint: Path, tiny_calibration: Path, build_bundle: BuildBundle
 ) -> None:
     build = partial(build_bundle, tiny_checkpoint, method=method)
-    runner = Runner.open(build(keep="auto", buckets=(0.7, 0.5), ranks=tiny_calibration))
+    runner = Runner.open(build(keep="auto", buckets=(0.7, 0.5), calibration=tiny_calibration))
     pairs = [(image, question) for image in noise_images(3) for question in QUESTIONS[:2]]
     # A limit between the images, so that both plans are chosen.
     pixels = np.concatenate([runner.prompter.views(image).pixels for image, _ in pairs])
     spreads = runner.engine.vision(VisionInput(pixels)).spread
     runner.policy = Policy((float(np.median(spreads)),), 1.0, 1.0)
     answers = runner.ask(pairs, 8)
-    own = {} if method == "fastervlm" else {"ranks": tiny_calibration}
+    own = {} if method == "fastervlm" else {"calibration": tiny_calibration}
     fixed = {keep: Runner.open(build(keep=keep, **own)).ask(pairs, 8) for keep in (0.7, 0.5)}
     assert {answer.keep for answer in answers} == {0.7, 0.5}
     if method == "fastervlm":
@@ -105,7 +106,7 @@ def test_the_graphs_share_weights_and_decode(
     assert bundle.manifest.verification is not None
     assert bundle.manifest.verification.same_kept
     assert bundle.manifest.verification.same_tokens
-    one = Bundle.open(build_bundle(MICRO, 0.25, "sparsevlm", ranks=calibration))
+    one = Bundle.open(build_bundle(MICRO, 0.25, "sparsevlm", calibration=calibration))
     assert bundle.size() < one.size() + 3_000_000
 
 
@@ -151,7 +152,7 @@ def test_commands_speak_of_the_chosen_bucket(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--keep", "automatic"], "'automatic' is neither a ratio nor auto"),
+        (["--keep", "automatic"], "--keep 'automatic' cannot be read; give a number or auto"),
         (["--keep", "0.5", "--buckets", "0.5,0.25"], "--buckets has no effect without --keep auto"),
         (["--keep", "0.5", "--target-accuracy", "0.9"], "--target-accuracy has no effect without --keep auto"),
         (["--keep", "auto", "--buckets", "0.5"], "leaves nothing to choose from"),
@@ -169,15 +170,15 @@ def test_bad_options(vtexport, arguments: list[str], message: str, tmp_path: Pat
 
 
 def test_calibrate_measures_methods(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    from vtexport.measure.calibrate import Asked, Pair, calibrate_model, steps
+    from vtexport.measure.calibrate import Pair, Trials, calibrate_model, steps
 
     pairs, images = [], [Image.fromarray(example.image) for example in EXAMPLES]
     for number, (image, example) in enumerate(zip(images, EXAMPLES, strict=True)):
         image.save(tmp_path / f"{number}.png")
         pairs.append(Pair((tmp_path / f"{number}.png",), example.question.text))
-    asked, done = Asked(("fastervlm", "sparsevlm"), (0.5, 0.4)), []
-    found = calibrate_model(str(tiny_checkpoint), pairs, asked, lambda: done.append(1))
-    assert len(done) == steps(pairs, asked)
+    trials, done = Trials(("fastervlm", "sparsevlm"), (0.5, 0.4)), []
+    found = calibrate_model(str(tiny_checkpoint), pairs, trials, lambda: done.append(1))
+    assert len(done) == steps(pairs, trials)
     assert [table.method for table in found.adaptive] == ["fastervlm", "sparsevlm"]
     for table in found.adaptive:
         assert table.keeps == (0.5, 0.4)
@@ -193,7 +194,7 @@ def test_calibrate_measures_methods(tiny_checkpoint: Path, tmp_path: Path) -> No
         spec.decoder.num_layers,
     )
     dense, half = (
-        Runner(build(BuildOptions(str(tiny_checkpoint), keep, method, verify=False), tmp_path / method))
+        Runner(build(BuildOptions(str(tiny_checkpoint), keep, method, self_check=False), tmp_path / method))
         for keep, method in ((1.0, "dense"), (0.5, "fastervlm"))
     )
     same = [
@@ -218,5 +219,5 @@ def test_what_calibrate_refuses(vtexport, tiny_checkpoint: Path, tmp_path: Path)
 
 
 def test_an_unknown_word_as_keep_is_refused_in_python_too(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'most' is neither a ratio nor auto"):
+    with pytest.raises(InputError, match="--keep 'most' cannot be read; give a number or auto"):
         build(BuildOptions(str(MICRO), "most"), tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -11,12 +12,17 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import MICRO
-from vtexport.builder.build import BuildOptions, build
-from vtexport.bundle import folder as bundle_module
-from vtexport.bundle.folder import Bundle, check_destination, write_folder
+from tests.conftest import noise_images
+from vtexport.builder.build import build
+from vtexport.builder.options import BuildOptions
+from vtexport.bundle import writing
+from vtexport.bundle.folder import Bundle
 from vtexport.bundle.manifest import MANIFEST
+from vtexport.bundle.writing import check_destination, write_folder
 from vtexport.errors import BundleError, InputError, StorageError, VerificationError
 from vtexport.runtime.runner import Runner
+
+DATA = Path(__file__).parent / "data"
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -33,6 +39,19 @@ def test_a_copy_elsewhere_runs(bundle_copy: Path, photo: Path) -> None:
 
     answer = Runner.open(bundle_copy).ask([(Image.open(photo), "how many digits are there?")])[0]
     assert answer.text in ("2", "3", "4")
+
+
+def test_a_bundle_of_before_answers_as_it_did() -> None:
+    """Built by an earlier vtexport of the same schema version, which also gave these answers."""
+    known = json.loads((DATA / "bundle-schema-5-answers.json").read_text())
+    opened = Bundle.open(DATA / "bundle-schema-5")
+    opened.verify(lambda _bytes: None)
+    images = noise_images(known["images"]["count"], seed=known["images"]["seed"])
+    answers = Runner(opened).ask(list(zip(images, known["prompts"], strict=True)), known["max_new_tokens"])
+    found = [
+        {"text": one.text, "token_ids": one.token_ids, "kept": [stage.index for stage in one.stages]} for one in answers
+    ]
+    assert found == known["answers"]
 
 
 def test_the_manifest_is_the_plan_and_lists_every_file(micro_bundle: Path) -> None:
@@ -115,19 +134,19 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
 
 def test_an_existing_bundle_needs_force_and_is_replaced_whole(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    options = BuildOptions(str(tiny_checkpoint), 0.4, verify=False)
+    options = BuildOptions(str(tiny_checkpoint), 0.4, self_check=False)
     build(options, out)
     before = (out / MANIFEST).read_bytes()
     with pytest.raises(InputError, match="--force"):
         build(options, out)
     assert (out / MANIFEST).read_bytes() == before
-    other = build(BuildOptions(str(tiny_checkpoint), 0.5, verify=False), out, force=True)
+    other = build(BuildOptions(str(tiny_checkpoint), 0.5, self_check=False), out, force=True)
     assert other.manifest.plans[0].keep == 0.5
     assert siblings(out) == {"bundle"}
 
 
 def test_two_builds_are_the_same_to_the_byte(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    options = BuildOptions(str(tiny_checkpoint), 0.4, verify=False)
+    options = BuildOptions(str(tiny_checkpoint), 0.4, self_check=False)
     one, two = (build(options, tmp_path / name).manifest.files for name in ("one", "two"))
     assert one == two
 
@@ -136,13 +155,13 @@ def test_the_old_bundle_survives_a_failed_rebuild(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "bundle"
-    build(BuildOptions(str(tiny_checkpoint), 0.4, verify=False), out)
+    build(BuildOptions(str(tiny_checkpoint), 0.4, self_check=False), out)
     before = (out / MANIFEST).read_bytes()
 
     def fail(*_args: object, **_kwargs: object) -> None:
         raise VerificationError("the engine differs")
 
-    monkeypatch.setattr("vtexport.builder.selfcheck.verify_engine", fail)
+    monkeypatch.setattr("vtexport.builder.selfcheck.compare_engine", fail)
     with pytest.raises(VerificationError):
         build(BuildOptions(str(tiny_checkpoint), 0.5), out, force=True)
     assert (out / MANIFEST).read_bytes() == before
@@ -152,15 +171,17 @@ def test_the_old_bundle_survives_a_failed_rebuild(
 def test_a_wrong_engine_fails_the_build_and_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The reference keeps other patches than the engine: as if a graph were wrong.
+    # The reference, on tensors, keeps other patches than the engine, traced on stand-ins: as if a graph were wrong.
     import torch
 
     from vtexport.pruning import ops
 
     real = ops.token_select
 
+    # Named as the op is, by which the tracer knows it.
+    @functools.wraps(real)
     def wrong(hidden: torch.Tensor, score: torch.Tensor, keep: int):
-        return real(hidden, score if torch.compiler.is_exporting() else -score, keep)
+        return real(hidden, -score if isinstance(score, torch.Tensor) else score, keep)
 
     monkeypatch.setattr(ops, "token_select", wrong)
     with pytest.raises(VerificationError, match="keeps other visual tokens than the reference"):
@@ -187,7 +208,7 @@ def test_a_full_disk_is_noticed_before_the_work(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(bundle_module.shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _path: usage._replace(free=1000))
     with pytest.raises(StorageError, match=r"needs about .* MB but .* has 0 MB free"):
         build(BuildOptions(str(tiny_checkpoint), 0.4), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

@@ -299,7 +299,6 @@ def ran(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_the_first_engine_is_built_as_its_page_says(checkout: Path) -> None:
     text = (ROOT / "docs" / "first-engine.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"<!-- tested: .*? -->\n```sh\n(.*?)```", text, re.DOTALL)
@@ -316,7 +315,6 @@ def test_the_first_engine_is_built_as_its_page_says(checkout: Path) -> None:
         assert any(one.startswith(beginning) for one in lines), line
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["first-engine.md", "python-api.md"])
 def test_the_first_python_example_runs(name: str, checkout: Path) -> None:
     example = next(text for language, text in blocks(ROOT / "docs" / name) if language == "python")

@@ -81,7 +81,7 @@ class OptionField:
         """
         if value is None and self.default is None:
             return None
-        read = _read(value, self.kind) if isinstance(value, str) else value
+        read = _read(value, self.kind)
         try:
             return msgspec.convert(read, self.type, strict=False, dec_hook=lambda kind, text: kind(text))
         except msgspec.ValidationError as error:
@@ -91,13 +91,14 @@ class OptionField:
         shown = f"{value:g}" if isinstance(value, float) else str(value)
         choices = ", ".join(choice for choice in self.choices if choice)
         if self.kind is str and choices:
-            return f"{self.flag} {shown} is unknown to {owner}; choose one of {choices}"
+            to = "" if owner.startswith("vtexport ") else f" to {owner}"
+            return f"{self.flag} {shown} is unknown{to}; choose one of {choices}"
         kind = _KINDS[self.kind]
         try:
             msgspec.convert(read, tuple[float, ...] if self.kind is tuple else self.kind, strict=False)
         except msgspec.ValidationError:
             wanted = f"{kind} or {choices}" if choices else kind
-            return f"{self.flag} {shown!r} is not {wanted}; give {wanted}"
+            return f"{self.flag} {shown!r} cannot be read; give {wanted}"
         return f"{self.flag} {shown} is out of range; give {_range(self.meta, kind)}"
 
 
@@ -157,14 +158,20 @@ def option_values(instance: object) -> dict[str, Option]:
     return {name: getattr(instance, name) for name in option_fields(type(instance))}
 
 
-def _read(text: str, kind: type) -> object:
-    """The number, or list of numbers, that `text` spells as Python does (.5 is none to JSON); else `text` itself."""
+def _read(value: object, kind: type) -> object:
+    """The number, or list of numbers, that a text spells as Python does (.5 is none to JSON); a list, where text is
+    asked for, as the command line would have it; any other value as it is.
+    """
+    if kind is str and isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    if not isinstance(value, str):
+        return value
     try:
         if kind is tuple:
-            return [float(part) for part in text.split(",")]
-        return kind(text) if kind in (int, float) else text
+            return [float(part) for part in value.split(",")]
+        return kind(value) if kind in (int, float) else value
     except ValueError:
-        return text
+        return value
 
 
 def _required(hint: Any, meta: Meta) -> Any:

@@ -149,7 +149,8 @@ def test_sharded_weights_are_read(broken: Path) -> None:
 
 
 def test_weights_of_another_geometry_are_refused(broken: Path, tmp_path: Path) -> None:
-    from vtexport.builder.build import BuildOptions, build
+    from vtexport.builder.build import build
+    from vtexport.builder.options import BuildOptions
 
     edit_config(broken, "text_config", intermediate_size=128)
     with pytest.raises(ModelError, match=r"has shape \(96, 64\) but config.json asks for \(128, 64\)"):
@@ -160,7 +161,8 @@ def test_weights_of_another_geometry_are_refused(broken: Path, tmp_path: Path) -
 def test_weights_that_overflow_fp16_are_refused(broken: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from vtexport.builder.build import BuildOptions, build
+    from vtexport.builder.build import build
+    from vtexport.builder.options import BuildOptions
 
     tensors = load_file(broken / "model.safetensors")
     name = next(n for n in tensors if n.endswith("down_proj.weight"))

@@ -30,7 +30,6 @@ def headers() -> Path | None:
 
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
     pytest.mark.skipif(headers() is None, reason="needs TensorRT's headers: pip install --no-deps kernel-lens"),
 ]
@@ -186,8 +185,9 @@ def test_tensorrt_rtx_builds_with_the_plugins_registered(built: Built, tiny_chec
     """Its parser ends the process at a node that resolves to a plugin; no such node may reach it."""
     pytest.importorskip("tensorrt_rtx_bindings")
     build = """
-from vtexport.builder.build import BuildOptions, build
-bundle = build(BuildOptions(sys.argv[2], 0.5, target="tensorrt-rtx", verify=False), Path(sys.argv[3]))
+from vtexport.builder.build import build
+from vtexport.builder.options import BuildOptions
+bundle = build(BuildOptions(sys.argv[2], 0.5, target="tensorrt-rtx", self_check=False), Path(sys.argv[3]))
 print(len(bundle.manifest.target.graphs))
 """
     done = run_python(REGISTER + build, built.folder / LIBRARY, tiny_checkpoint, tmp_path / "bundle")

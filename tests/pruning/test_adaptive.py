@@ -79,7 +79,7 @@ def test_targets_out_of_range(target: float) -> None:
 def test_buckets() -> None:
     assert Trials.parse((), "0.125,.5,0.25", 0.0).buckets == KEEPS
     for text, message in {
-        "half": "is not a list of numbers",
+        "half": "cannot be read; give a list of numbers",
         "0.5": "leaves nothing to choose from",
         "0.5,0.5": "leaves nothing to choose from",
         "0.5,2": "--keep 2 is out of range",

@@ -80,7 +80,7 @@ def check_product(scheme: Scheme, weight: np.ndarray) -> None:
 @pytest.mark.parametrize("bits", sorted(SCHEMES))
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_an_engine_is_the_rounded_model_and_smaller(bits: str, dtype: str, build_bundle: BuildBundle) -> None:
-    plain = Bundle.open(build_bundle(MICRO, 0.25, "fastervlm", dtype=dtype, verify=False))
+    plain = Bundle.open(build_bundle(MICRO, 0.25, "fastervlm", dtype=dtype, self_check=False))
     bundle = Bundle.open(build_bundle(MICRO, 0.25, "fastervlm", dtype=dtype, target_options={"quantize": bits}))
     found = bundle.manifest.verification
     assert found.same_kept
@@ -100,10 +100,10 @@ def test_pruning_and_quantisation_combine(build_bundle: BuildBundle) -> None:
     """Kept tokens of a vision stage are the plain build's: its tower is not rounded. Answers stay near the plain ones."""
     examples = list(heldout.examples(64))
     pairs = [(Image.fromarray(example.image), example.question.text) for example in examples]
-    plain = Runner.open(build_bundle(MICRO, 0.25, "fastervlm", verify=False)).ask(pairs, 6)
-    small = Runner.open(build_bundle(MICRO, 0.25, "fastervlm", target_options={"quantize": "int8"}, verify=False)).ask(
-        pairs, 6
-    )
+    plain = Runner.open(build_bundle(MICRO, 0.25, "fastervlm", self_check=False)).ask(pairs, 6)
+    small = Runner.open(
+        build_bundle(MICRO, 0.25, "fastervlm", target_options={"quantize": "int8"}, self_check=False)
+    ).ask(pairs, 6)
     assert [answer.stages for answer in small] == [answer.stages for answer in plain]
     assert sum(a.text == b.text for a, b in zip(plain, small, strict=True)) >= 60
 
@@ -160,7 +160,7 @@ def test_tensorrt_for_rtx_builds_it_smaller(build_bundle: BuildBundle, tmp_path:
     for kind in ("", *tensorrt.SCHEMES):
         made = {"sm": "89", "max_batch": 1, "quantize": kind}
         bundle = build_bundle(
-            folder, 0.4, "fastervlm", target="tensorrt-rtx", dtype="fp16", target_options=made, verify=False
+            folder, 0.4, "fastervlm", target="tensorrt-rtx", dtype="fp16", target_options=made, self_check=False
         )
         sizes[kind] = (bundle / "engine/decode.plan").stat().st_size
     assert max(sizes["int8"], sizes["fp8"]) < 0.75 * sizes[""]
@@ -178,8 +178,8 @@ def test_what_cannot_be_is_refused(vtexport, tmp_path: Path) -> None:
     command = ("build", "--model", "micro-llava", "--keep", "0.4", "--method", "fastervlm", "--out", "b")
     check_refused(
         vtexport(*command, "--quantize", "int3"),
-        "--quantize int3 is not for target onnxruntime; choose one of int8, int4",
+        "--quantize int3 is unknown to target onnxruntime; choose one of int8, int4",
         tmp_path,
     )
     outcome = vtexport(*command, "--quantize", "nf4", "--target", "tensorrt-rtx")
-    check_refused(outcome, "--quantize nf4 is not for target tensorrt-rtx; choose one of int8, fp8, int4", tmp_path)
+    check_refused(outcome, "--quantize nf4 is unknown to target tensorrt-rtx; choose one of int8, fp8, int4", tmp_path)

@@ -11,11 +11,13 @@ import torch
 
 from tests.checkpoints import MICRO, random_checkpoint, random_clip
 from tests.conftest import check_refused
-from vtexport.builder.build import BuildOptions, build
+from vtexport.builder.build import build
+from vtexport.builder.options import BuildOptions
 from vtexport.bundle.folder import Bundle
 from vtexport.errors import InputError, TargetError
 from vtexport.pruning import METHODS
 from vtexport.runtime.runner import Runner
+from vtexport.targets import get_target
 from vtexport.targets.tensorrt.rtx import TensorRTRTXTarget, parse_architectures
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="the extra tensorrt-rtx is not installed")
@@ -88,7 +90,7 @@ def test_every_method_builds(method: str, tiny_checkpoint: Path, tmp_path: Path)
     dtype = "fp16" if method in ("sparsevlm", "visionzip") else "fp32"
     own = {"clip": str(random_clip(tmp_path / "clip", 5, 48))} if method == "cdpruner" else {}
     options = BuildOptions(
-        str(tiny_checkpoint), keep, method, target="tensorrt-rtx", dtype=dtype, method_options=own, verify=False
+        str(tiny_checkpoint), keep, method, target="tensorrt-rtx", dtype=dtype, method_options=own, self_check=False
     )
     bundle = build(options, tmp_path / "bundle")
     assert all((bundle.folder / path).stat().st_size > 10_000 for path in bundle.manifest.target.graphs.values())
@@ -96,7 +98,7 @@ def test_every_method_builds(method: str, tiny_checkpoint: Path, tmp_path: Path)
 
 def test_keep_auto_builds(tmp_path: Path) -> None:
     options = BuildOptions("micro-llava", "auto", target="tensorrt-rtx", buckets=(0.5, 0.25), target_accuracy=0.9)
-    bundle = build(replace(options, verify=False), tmp_path / "bundle")
+    bundle = build(replace(options, self_check=False), tmp_path / "bundle")
     assert set(bundle.manifest.target.graphs) == {"vision", "prefill-0", "prefill-1", "decode"}
     assert not list(bundle.folder.rglob("*.onnx"))
 
@@ -124,18 +126,18 @@ def test_architectures() -> None:
 
 
 def test_stripping_needs_a_gpu() -> None:
-    target = TensorRTRTXTarget()
-    if target.can_run().works:
+    if TensorRTRTXTarget.can_run().works:
         pytest.skip("this machine has a GPU")
     with pytest.raises(InputError, match="works on a machine with a GPU only"):
-        target.check_options({**target.options, "strip_weights": 1})
+        TensorRTRTXTarget(strip_weights=True).check()
 
 
 @pytest.mark.parametrize("name", ["max_batch", "max_text"])
 def test_profiles_need_room(name: str) -> None:
-    target = TensorRTRTXTarget()
-    with pytest.raises(InputError, match="too small"):
-        target.check_options({**target.options, name: 0})
+    with pytest.raises(
+        InputError, match=f"--{name.replace('_', '-')} 0 is out of range; give a whole number at least 1"
+    ):
+        get_target("tensorrt-rtx", {name: 0})
 
 
 @pytest.mark.gpu

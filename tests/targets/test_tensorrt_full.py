@@ -13,14 +13,16 @@ from types import ModuleType
 import pytest
 
 from tests.checkpoints import MICRO
-from vtexport.builder.build import BuildOptions, build
+from vtexport.builder.build import build
+from vtexport.builder.options import BuildOptions
 from vtexport.errors import InputError, TargetError
 from vtexport.graph.export import trace_prefill
 from vtexport.models import read_spec
-from vtexport.pruning import planner
+from vtexport.pruning import Geometry, make_plan
+from vtexport.targets import get_target
 from vtexport.targets.base import Compiled
 from vtexport.targets.tensorrt import builder, full, target
-from vtexport.targets.tensorrt.bindings import Bindings
+from vtexport.targets.tensorrt.bindings import bindings
 from vtexport.targets.tensorrt.engine import TensorRTEngine
 from vtexport.targets.tensorrt.full import TensorRTTarget
 
@@ -29,28 +31,31 @@ rtx: ModuleType = pytest.importorskip("tensorrt_rtx_bindings", reason="the extra
 PACKAGE = Path(target.__file__).parent
 
 
-def options(**given: str | int) -> dict[str, str | int]:
-    return {**TensorRTTarget.options, **given}
-
-
 @pytest.mark.usefixtures("stand_in")
 def test_plans_are_built_and_what_they_are_for_is_written_down(tmp_path: Path) -> None:
     made = BuildOptions(
-        str(MICRO), 0.25, "fastervlm", "tensorrt", "fp16", target_options={"plugins": 0, "max_batch": 2}, verify=False
+        str(MICRO),
+        0.25,
+        "fastervlm",
+        "tensorrt",
+        "fp16",
+        target_options={"plugins": 0, "max_batch": 2},
+        self_check=False,
     )
     bundle = build(made, tmp_path / "bundle")
     entry = bundle.manifest.target
     assert entry.versions == {"tensorrt": "11.4.0.106"}
-    assert (entry.facts["gpu"], entry.facts["sm"], entry.facts["weights"]) == ("NVIDIA Test", 89, "inside")
+    assert entry.facts == {"gpu": "NVIDIA Test", "sm": 89}
+    assert (entry.options["plugins"], entry.options["max_batch"], entry.options["strip_weights"]) == (False, 2, False)
     assert all((bundle.folder / path).stat().st_size > 100_000 for path in entry.graphs.values())
     assert not list(bundle.folder.rglob("*.onnx"))
 
 
 def test_pruning_ops_are_left_to_plugins_and_all_else_is_inlined() -> None:
     spec = read_spec(MICRO)
-    plan = planner(spec)("sparsevlm", keep=0.25, options={"layers": "1,4"})
+    plan = make_plan("sparsevlm", Geometry.of(spec), keep=0.25, options={"layers": "1,4"})
     model = trace_prefill(spec, plan, "fp16", False, False, "prefill").model
-    TensorRTTarget().prepare(model, options())
+    TensorRTTarget().prepare(model)
     nodes = [node for node in model.graph.all_nodes() if node.domain]
     assert {node.domain for node in nodes} == {"vtexport"}
     assert sorted(node.op_type for node in nodes) == sorted(["TokenScore", "TokenSelect", "TokenRecycle"] * 2)
@@ -65,41 +70,41 @@ def test_pruning_ops_are_left_to_plugins_and_all_else_is_inlined() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"hardware_compatible": "all", "plugins": 0}, "choose one of none, ampere\\+, same-sm"),
+        (
+            {"hardware_compatible": "all", "plugins": 0},
+            "is unknown to target tensorrt; choose one of none, same-sm, ampere\\+",
+        ),
         ({"timing_cache": "nowhere/cache", "plugins": 0}, "its folder is missing"),
-        ({"max_batch": 0, "plugins": 0}, "too small"),
+        ({"max_batch": 0, "plugins": 0}, "--max-batch 0 is out of range; give a whole number at least 1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(given: dict[str, str | int], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        TensorRTTarget().check_options(options(**given))
+        get_target("tensorrt", given).check()
 
 
 def test_missing_plugins_are_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(full.plugins, "library", lambda: None)
+    monkeypatch.setattr("vtexport.native.plugins.library", lambda: None)
     with pytest.raises(InputError, match=r"libvtexport_plugins\.so is not installed.*--no-plugins"):
-        TensorRTTarget().check_options(options())
+        TensorRTTarget().check()
 
 
 def test_without_tensorrt_or_a_gpu_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(full, "this_gpu", lambda: None)
-    monkeypatch.setattr(full.importlib.util, "find_spec", lambda _name: None)
-    assert "install it with" in TensorRTTarget().can_build().reason
-    monkeypatch.setattr(full.importlib.util, "find_spec", lambda _name: object())
-    assert "builds on the GPU that it builds for" in TensorRTTarget().can_build().reason
-
-
-def compiled(**facts: str | int) -> Compiled:
-    known = {"sm": 89, "plugins": 0, "version_compatible": 0, "hardware_compatible": "none", "weights": "inside"}
-    return Compiled({}, {"tensorrt": "11.4.0.106"}, {**known, **facts})
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert "install it with" in TensorRTTarget.can_build().reason
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: object())
+    assert "builds on the GPU that it builds for" in TensorRTTarget.can_build().reason
 
 
 @pytest.mark.usefixtures("stand_in")
 def test_a_bundle_opens_only_where_it_was_built_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def open_on(capability: int, version: str = "11.4.0.106", **facts: str | int) -> object:
+    compiled = Compiled({}, {"tensorrt": "11.4.0.106"}, {"gpu": "NVIDIA Test", "sm": 89})
+
+    def open_on(capability: int, version: str = "11.4.0.106", **options: str | int) -> object:
         monkeypatch.setattr(target, "this_gpu", lambda: target.Device("NVIDIA Test", capability))
         monkeypatch.setattr(rtx, "__version__", version)
-        return TensorRTTarget().open(tmp_path, compiled(**facts), 0)
+        return get_target("tensorrt", {"plugins": 0, **options}).open(tmp_path, compiled, 0)
 
     assert isinstance(open_on(89), TensorRTEngine)
     with pytest.raises(TargetError, match="built for compute capability 89, not for NVIDIA Test"):
@@ -241,7 +246,15 @@ def _there(owner: object, path: str) -> bool:
 
 
 def test_bindings_say_what_was_logged_first() -> None:
-    class Logger:
-        errors = ("one", "two")
-
-    assert Bindings(rtx, Logger()).first_error == "one"
+    """By the logger that TensorRT itself is given."""
+    found = bindings("tensorrt_rtx_bindings")
+    severity = rtx.ILogger
+    warned: list[str] = []
+    found.logger.begin(warned.append)
+    assert found.first_error == "no reason given"
+    for level, text in ((severity.WARNING, "slow"), (severity.ERROR, "one\n  thing"), (severity.INTERNAL_ERROR, "two")):
+        found.logger.log(level, text)
+    assert found.first_error == "one thing"
+    assert warned == ["TensorRT: slow"]
+    found.logger.begin()
+    assert found.first_error == "no reason given"

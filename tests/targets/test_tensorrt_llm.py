@@ -21,11 +21,12 @@ from transformers import AutoModelForImageTextToText
 
 from tests.checkpoints import MICRO, family_checkpoint
 from tests.conftest import BuildBundle, check_refused, noise_images
-from vtexport.builder.build import BuildOptions, build
+from vtexport.builder.build import build
+from vtexport.builder.options import BuildOptions
 from vtexport.errors import InputError
-from vtexport.measure.profile import profile
+from vtexport.measure.profile import Settings, profile
 from vtexport.models import Prompter, read_spec
-from vtexport.models.spec import Asked
+from vtexport.models.spec import ViewChoice
 from vtexport.runtime.runner import Runner
 from vtexport.targets.onnxruntime.session import OrtEngine
 from vtexport.targets.tensorrt_llm import messages, prompts
@@ -61,16 +62,16 @@ def attached(model: Any, tokenizer: Any, given: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("case", "method", "asked"),
     [
-        ("micro", "fastervlm", Asked()),
-        ("llava_next-vicuna", "fastervlm", Asked(grid="2x2")),
-        ("llava_next-mistral", "visionzip", Asked(grid="2x1", images=2, arrangement="views")),
+        ("micro", "fastervlm", ViewChoice()),
+        ("llava_next-vicuna", "fastervlm", ViewChoice(grid="2x2")),
+        ("llava_next-mistral", "visionzip", ViewChoice(grid="2x1", images=2, arrangement="views")),
     ],
 )
 def test_a_language_model_answers_from_prompts_as_the_bundle_does(
-    case: str, method: str, asked: Asked, build_bundle: BuildBundle, tmp_path: Path
+    case: str, method: str, asked: ViewChoice, build_bundle: BuildBundle, tmp_path: Path
 ) -> None:
     folder = MICRO if case == "micro" else family_checkpoint(tmp_path, case)
-    runner = Runner.open(build_bundle(folder, 0.5, method, views=asked, verify=False))
+    runner = Runner.open(build_bundle(folder, 0.5, method, views=asked, self_check=False))
     size = (80, 160) if asked.grid == "2x1" else (150, 120)
     images = noise_images(2 * (asked.images or 1), size, seed=4)
     grouped = images if asked.images is None else [images[:2], images[2:]]
@@ -95,7 +96,7 @@ def test_a_language_model_answers_from_prompts_as_the_bundle_does(
 
 
 def test_messages_carry_the_same_tensors_for_the_server(build_bundle: BuildBundle) -> None:
-    runner = Runner.open(build_bundle(MICRO, 0.5, "fastervlm", verify=False))
+    runner = Runner.open(build_bundle(MICRO, 0.5, "fastervlm", self_check=False))
     pairs = list(zip(noise_images(2), QUESTIONS, strict=True))
     given = prompts(runner, pairs, torch.float16)
     for conversation, prompt, question in zip(messages(runner, pairs, torch.float16), given, QUESTIONS, strict=True):
@@ -110,7 +111,7 @@ def test_messages_carry_the_same_tensors_for_the_server(build_bundle: BuildBundl
 
 
 def test_pruning_inside_the_decoder_has_no_embeddings(build_bundle: BuildBundle) -> None:
-    runner = Runner.open(build_bundle(MICRO, 0.4, "sparsevlm", verify=False))
+    runner = Runner.open(build_bundle(MICRO, 0.4, "sparsevlm", self_check=False))
     with pytest.raises(InputError, match=r"prunes inside the decoder.*build with a vision-stage method"):
         prompts(runner, [(noise_images(1)[0], QUESTIONS[0])])
 
@@ -122,7 +123,7 @@ def test_tensorrt_llms_own_input_processor_takes_them(build_bundle: BuildBundle,
     from transformers import AutoConfig
 
     folder = family_checkpoint(tmp_path, "llava_next-vicuna")
-    runner = Runner.open(build_bundle(folder, 0.5, "fastervlm", views=Asked(grid="2x2"), verify=False))
+    runner = Runner.open(build_bundle(folder, 0.5, "fastervlm", views=ViewChoice(grid="2x2"), self_check=False))
     (given,) = prompts(runner, [(noise_images(1, (150, 120))[0], QUESTIONS[0])])
     processor = LlavaNextInputProcessor(
         str(folder), AutoConfig.from_pretrained(folder), runner.prompter.tokenizer, trust_remote_code=False
@@ -157,7 +158,7 @@ def test_a_bundle_holds_the_vision_engine_alone(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(InputError, match="holds a vision engine alone, for tensorrt-llm"):
         opened.ask([(noise_images(1)[0], QUESTIONS[0])])
     with pytest.raises(InputError, match="holds a vision engine alone, for tensorrt-llm"):
-        profile(bundle.folder, runs=1, new_tokens=2)
+        profile(bundle.folder, settings=Settings(runs=1, new_tokens=2))
 
 
 def without_a_gpu_to_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +218,7 @@ def test_the_script_passes_its_flags_on(tmp_path: Path) -> None:
 def test_the_renamed_graph_is_the_same_graph(dtype: str, build_bundle: BuildBundle, tmp_path: Path) -> None:
     import onnx_ir as ir
 
-    bundle = build_bundle(MICRO, 0.25, "fastervlm", dtype=dtype, verify=False)
+    bundle = build_bundle(MICRO, 0.25, "fastervlm", dtype=dtype, self_check=False)
     engines = tmp_path / "engine"
     shutil.copytree(bundle / "engine", engines)
     ir.save(renamed(ir.load(engines / "vision.onnx"), dtype), engines / "renamed.onnx")
@@ -242,7 +243,10 @@ def test_what_has_no_place_there_is_refused(vtexport, tmp_path: Path) -> None:
             "which TensorRT-LLM runs itself; use a vision-stage method such as fastervlm",
         ),
         ("--keep 0.4 --method fastervlm+sparsevlm", "prunes inside the decoder"),
-        ("--keep 0.4 --method fastervlm --flow torch", "--flow torch is unknown; choose one of pytorch, engine"),
+        (
+            "--keep 0.4 --method fastervlm --flow torch",
+            "--flow torch is unknown to target tensorrt-llm; choose one of pytorch, engine",
+        ),
         ("--keep 0.4 --method fastervlm --flow engine --images 2", "use --flow pytorch for this build"),
         ("--keep auto --method fastervlm --flow engine", "use --flow pytorch for this build"),
     ):

@@ -1,6 +1,6 @@
 """Composite ops of the domain `vtexport.nn`: parts of a transformer that runtimes have kernels for.
 
-Under tracing each becomes one node (`vtexport.graph.own_ops`), so that a target can put its own fused kernel in their
+Under tracing each becomes one node (`vtexport.graph.tracing.own_ops`), so that a target can put its own fused kernel in their
 place (`vtexport.targets.onnxruntime.lowering`) and any other runtime runs the ONNX function body
 (`vtexport.graph.functions`). Each function here is the eager statement of the same contract.
 

@@ -3,7 +3,7 @@
 The arithmetic stands in `vtexport.pruning.plain`. Each op is registered with `torch.library` and has a fake kernel, so
 that `torch.compile` and `torch.export` go through it; tensors on a GPU go to the CUDA kernels where this installation has
 them. Each obeys torch's protocol for functions on what is not a tensor, by which tracing turns it into one ONNX node of
-the same name (`vtexport.graph.own_ops`); the node's function body stands in `vtexport.graph.pruning_functions`.
+the same name (`vtexport.graph.tracing.own_ops`); the node's function body stands in `vtexport.graph.pruning_functions`.
 """
 
 from __future__ import annotations

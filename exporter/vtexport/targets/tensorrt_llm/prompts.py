@@ -13,9 +13,14 @@ from vtexport.arrays import Array
 class Embedded(Protocol):
     """A prompt: its text, an image mark for each image, and each image's tokens [K, C]."""
 
-    text: str
-    question: str
-    images: Sequence[Array]
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def question(self) -> str: ...
+
+    @property
+    def images(self) -> Sequence[Array]: ...
 
 
 class Embedder(Protocol):
