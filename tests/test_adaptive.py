@@ -23,7 +23,7 @@ from vtexport.micro import heldout
 from vtexport.models import Checkpoint, read_spec
 from vtexport.models.names import fingerprint
 from vtexport.pruning.adaptive import AdaptiveTable, Policy
-from vtexport.pruning.rank import Calibration
+from vtexport.pruning.calibration import Calibration
 from vtexport.runtime.runner import Runner
 from vtexport.targets.base import VisionInput
 from vtexport.targets.tensorrt_llm import prompts

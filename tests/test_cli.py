@@ -18,7 +18,7 @@ from vtexport.bundle.manifest import MANIFEST
 from vtexport.cli import main as cli
 from vtexport.micro import heldout
 from vtexport.native import kernels as native
-from vtexport.pruning.rank import Calibration
+from vtexport.pruning.calibration import Calibration
 
 README = Path(__file__).parents[1] / "README.md"
 

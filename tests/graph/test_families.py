@@ -19,7 +19,7 @@ from tests.checkpoints import family_checkpoint
 from tests.conftest import BuildBundle, greedy, noise_images
 from tests.reference import methods
 from vtexport.models.spec import ViewChoice
-from vtexport.pruning.rank import Calibration
+from vtexport.pruning.calibration import Calibration
 from vtexport.runtime.request import Request, Result
 from vtexport.runtime.runner import Runner
 

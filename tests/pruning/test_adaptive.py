@@ -17,8 +17,8 @@ from vtexport.measure.calibrate import Trials
 from vtexport.options import parse_options
 from vtexport.pruning import Geometry, PruningPlan, make_plan
 from vtexport.pruning.adaptive import AdaptiveTable, Policy, solve_policy
+from vtexport.pruning.calibration import Calibration
 from vtexport.pruning.ops import spread
-from vtexport.pruning.rank import Calibration
 
 KEEPS = (0.5, 0.25, 0.125)
 

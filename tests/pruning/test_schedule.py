@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.checkpoints import MICRO
 from vtexport.errors import InputError
 from vtexport.pruning import Geometry, PruningPlan, Stage, choose, make_plan
-from vtexport.pruning.rank import Calibration
+from vtexport.pruning.calibration import Calibration
 from vtexport.pruning.schedule import PRESETS, Recycling, default_layers, parse_layers
 
 CALIBRATED = Calibration.load(MICRO / "calibration.toml")

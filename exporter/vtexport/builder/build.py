@@ -21,7 +21,7 @@ from vtexport.models.spec import ViewChoice
 from vtexport.progress import Progress, Silent
 from vtexport.pruning import Geometry, PruningPlan, adaptive_plans, dense_plan, make_plan
 from vtexport.pruning.adaptive import DEFAULT_BUCKETS, DEFAULT_TARGET_ACCURACY
-from vtexport.pruning.rank import Calibration
+from vtexport.pruning.calibration import Calibration
 from vtexport.targets.base import ENGINE_FOLDER
 
 

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from vtexport.graph import nn_ops
 from vtexport.models.spec import ClipSpec, DecoderSpec, VisionSpec
-from vtexport.pruning.ranking import cosine, first_best, take
+from vtexport.pruning.choices import cosine, first_best, take
 from vtexport.pruning.vision import TowerLayer
 
 

@@ -19,7 +19,7 @@ from vtexport.models.views import Views
 from vtexport.options import option_fields
 from vtexport.pruning import METHODS, Geometry, PruningPlan, make_plan, parts_of
 from vtexport.pruning.adaptive import AdaptiveTable, check_buckets
-from vtexport.pruning.rank import RANK_TOLERANCE, Calibration
+from vtexport.pruning.calibration import RANK_TOLERANCE, Calibration
 from vtexport.pruning.schedule import default_layers
 
 if TYPE_CHECKING:

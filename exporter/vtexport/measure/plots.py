@@ -9,7 +9,7 @@ from typing import Any
 from vtexport.errors import MissingDependencyError
 from vtexport.measure.files import check_picture
 from vtexport.measure.profile import STAGES, Report
-from vtexport.pruning.rank import Calibration
+from vtexport.pruning.calibration import Calibration
 
 
 def check_plot(path: Path) -> None:

@@ -76,7 +76,7 @@ class CDPruner(VisionMethod):
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
         import torch
 
-        from vtexport.pruning.ranking import cosine, first_best, marked, places_of, take
+        from vtexport.pruning.choices import cosine, first_best, marked, places_of, take
 
         assert state.relevance is not None, "a method that reads the question is given its relevance"
         low, high = (bound(-state.relevance, dim=1, keepdim=True) for bound in (torch.amin, torch.amax))

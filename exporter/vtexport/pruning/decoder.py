@@ -242,7 +242,7 @@ def _method(plan: PruningPlan) -> DecoderMethod:
 
 def _present_first(tokens: Tensor, positions: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [B, K, C] and their positions [B, K], those that are `there` in front."""
-    from vtexport.pruning.ranking import places_of, take
+    from vtexport.pruning.choices import places_of, take
 
     place = places_of(there, there.shape[1])
     return take(tokens, place), positions.gather(1, place)

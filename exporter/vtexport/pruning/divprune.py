@@ -25,7 +25,7 @@ class DivPrune(VisionMethod):
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
         import torch
 
-        from vtexport.pruning.ranking import cosine, first_best, marked, places_of, take
+        from vtexport.pruning.choices import cosine, first_best, marked, places_of, take
 
         embedded = state.project(state.patches)
         distance = 1 - cosine(embedded, embedded)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtexport.pruning.ranking import places_of
+from vtexport.pruning.choices import places_of
 
 
 def attention_rows(query: Tensor, key: Tensor, places: Tensor, scale: float) -> Tensor:

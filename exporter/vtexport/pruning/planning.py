@@ -9,11 +9,11 @@ from dataclasses import replace
 from vtexport.errors import InputError
 from vtexport.options import flag_of
 from vtexport.pruning.adaptive import Policy, solve_policy
+from vtexport.pruning.calibration import Calibration
 from vtexport.pruning.dense import Dense
 from vtexport.pruning.geometry import Geometry
 from vtexport.pruning.method import Combination, MethodChoice
 from vtexport.pruning.plan import VISION, PruningPlan, Stage, check_keep, round_half_up
-from vtexport.pruning.rank import Calibration
 from vtexport.pruning.registry import choose
 from vtexport.pruning.schedule import Budget
 from vtexport.pruning.vision import VisionMethod

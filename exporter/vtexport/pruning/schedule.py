@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from vtexport.errors import InputError
+from vtexport.pruning.calibration import Calibration
 from vtexport.pruning.geometry import Geometry
 from vtexport.pruning.plan import Stage, check_keep, round_half_up
-from vtexport.pruning.rank import Calibration
 
 #: how far, in visual tokens, the mean of a schedule may lie from keep * V
 TOLERANCE = 1.5

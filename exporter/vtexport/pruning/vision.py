@@ -270,7 +270,7 @@ def _kept_of_rows(pruned: Pruned, plan: PruningPlan, padding: Tensor, rows: RowO
     """The places of the patches that stay, and of each newline whose row has one of them."""
     import torch
 
-    from vtexport.pruning.ranking import marked, places_of
+    from vtexport.pruning.choices import marked, places_of
 
     assert rows.row_start is not None, "a pruned sequence says where its rows start"
     assert pruned.index is not None, "a method that skips padding keeps tokens as they are"

@@ -40,8 +40,8 @@ class VisionZip(VisionMethod):
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
         import torch
 
+        from vtexport.pruning.choices import cosine, first_best, marked, places_of, take
         from vtexport.pruning.ops import token_select
-        from vtexport.pruning.ranking import cosine, first_best, marked, places_of, take
 
         patches, contextual = state.patches, plan.merged_budget
         dominant = plan.patch_budget - contextual

@@ -41,7 +41,7 @@ class VisPruner(VisionMethod):
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
         import torch
 
-        from vtexport.pruning.ranking import cosine, marked, order, places_of, take
+        from vtexport.pruning.choices import cosine, marked, order, places_of, take
 
         score, patches = state.cls_score(), state.patches
         total, budget = patches.shape[1], plan.patch_budget

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from vtexport.cli.report.layout import make_table
 from vtexport.pruning.adaptive import AdaptiveTable
-from vtexport.pruning.rank import Calibration
+from vtexport.pruning.calibration import Calibration
 
 
 def calibration_table(found: Calibration) -> RenderableType:

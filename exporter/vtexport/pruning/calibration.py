@@ -58,7 +58,7 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write it as TOML."""
-        about = "# Written by vtexport calibrate; see vtexport.pruning.rank for what the values are.\n"
+        about = "# Written by vtexport calibrate; see vtexport.pruning.calibration for what the values are.\n"
         path.write_text(about + msgspec.toml.encode(self).decode(), encoding="utf-8")
 
     @classmethod
