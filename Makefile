@@ -36,7 +36,7 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -C cmake.define.VTEXPORT_TWINS=ON -e '.[dev]'
-	# TensorRT's headers and the names in its Python bindings, for tests; what they would install besides is a GPU's.
+	# TensorRT's headers, and its Python bindings for their names, for tests; their dependencies are only of use on a GPU.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt kernel-lens tensorrt-cu13-bindings
 	touch $@
 

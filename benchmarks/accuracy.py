@@ -59,7 +59,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Point:
-    """What came of it: accuracy (by kind too), mean visual tokens, share of dense decoder FLOPs; None: out of reach."""
+    """The result of a job: accuracy (also by kind), mean visual tokens, share of the dense decoder's FLOPs."""
 
     accuracy: float
     tokens: float
@@ -68,7 +68,7 @@ class Point:
 
 
 def measure(job: Job, limit: int) -> Point | None:
-    """Build and ask one bundle, with one thread."""
+    """Build and ask one bundle, with one thread; None if the keep ratio is out of the method's reach."""
     import torch
 
     from vtexport import BuildOptions, InputError, Runner, build
@@ -105,15 +105,15 @@ def measure(job: Job, limit: int) -> Point | None:
 
 
 def jobs(methods: Sequence[str]) -> list[Job]:
-    found = [Job("dense", 1.0)]
+    todo = [Job("dense", 1.0)]
     for method in methods:
         seeds = [(("seed", seed),) for seed in SEEDS] if method == "random" else [()]
-        found += [Job(method, keep, options) for keep in KEEPS for options in seeds]
+        todo += [Job(method, keep, options) for keep in KEEPS for options in seeds]
     if "sparsevlm" in methods:
         for layers in RULE_LAYERS:
             for rule in ("rank", "proportional"):
-                found += [Job("sparsevlm", keep, (("layers", layers), ("rule", rule))) for keep in KEEPS]
-    return found
+                todo += [Job("sparsevlm", keep, (("layers", layers), ("rule", rule))) for keep in KEEPS]
+    return todo
 
 
 def main() -> None:
@@ -143,12 +143,12 @@ def main() -> None:
 
 
 def summary(points: dict[Job, Point | None], methods: Sequence[str]) -> dict[tuple[str, float], Point | None]:
-    """Seeds averaged, rule comparisons left out."""
-    found: dict[tuple[str, float], Point | None] = {}
+    """Points by method and keep ratio: seeds averaged, rule comparisons left out."""
+    rows: dict[tuple[str, float], Point | None] = {}
     for method, keep in [("dense", 1.0), *((m, k) for m in methods for k in KEEPS)]:
         same = [p for j, p in points.items() if (j.method, j.keep) == (method, keep) and _plain(j) and p is not None]
-        found[method, keep] = _mean(same) if same else None
-    return found
+        rows[method, keep] = _mean(same) if same else None
+    return rows
 
 
 def _plain(job: Job) -> bool:
@@ -165,7 +165,7 @@ def _cell(point: Point | None) -> str:
 
 
 def table(rows: dict[tuple[str, float], Point | None], methods: Sequence[str]) -> str:
-    """Markdown: a row a method, a column a keep ratio."""
+    """A Markdown table with a row per method and a column per keep ratio."""
     lines = ["| method | " + " | ".join(f"{keep:g}" for keep in KEEPS) + " |", "| --- " * (len(KEEPS) + 1) + "|"]
     lines.append("| `dense` | " + " | ".join([_cell(rows["dense", 1.0])] * len(KEEPS)) + " |")
     for method in methods:
@@ -174,7 +174,7 @@ def table(rows: dict[tuple[str, float], Point | None], methods: Sequence[str]) -
 
 
 def rules(points: dict[Job, Point | None]) -> str:
-    """Markdown: the two rules side by side for each set of layers."""
+    """A Markdown table of the two rules for each set of layers."""
     lines = ["| layers, rule | " + " | ".join(f"{keep:g}" for keep in KEEPS) + " |", "| --- " * (len(KEEPS) + 1) + "|"]
     for layers in RULE_LAYERS:
         for rule in ("rank", "proportional"):
@@ -185,7 +185,7 @@ def rules(points: dict[Job, Point | None]) -> str:
 
 
 def plot(rows: dict[tuple[str, float], Point | None], methods: Sequence[str], path: Path) -> None:
-    """Accuracy over the decoder's prefill FLOPs, a line a method."""
+    """Plot accuracy over the decoder's prefill FLOPs, one line per method."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -51,7 +51,7 @@ def measure(method: str, keep: float | Literal["auto"], target: float | None, li
 
 @dataclass(frozen=True)
 class Row:
-    """One target: the adaptive bundle, and the fixed one of the same mean tokens."""
+    """One target accuracy: the adaptive bundle, and the fixed one with the same mean tokens."""
 
     target: float
     adaptive: Point
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a row a target."""
+    """A Markdown table with a row per target accuracy."""
     lines = ["| target | `--keep auto` | mean tokens | one keep ratio | mean tokens | questions at each ratio |"]
     lines.append("| --- " * 6 + "|")
     for row in rows:
@@ -95,7 +95,7 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], method: str, path: Path) -> None:
-    """Accuracy over mean visual tokens, both ways."""
+    """Plot accuracy over mean visual tokens, adaptive and fixed."""
     import matplotlib
 
     matplotlib.use("Agg")

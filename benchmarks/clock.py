@@ -1,4 +1,4 @@
-"""Timing calls on a device, and capturing them as CUDA graphs."""
+"""Times calls on a device, and captures them as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Call = Callable[[], Any]
 
 
 class Clock:
-    """Milliseconds of a call: by CUDA events on a GPU, by the wall elsewhere."""
+    """Milliseconds of a call, by CUDA events on a GPU and by the wall clock elsewhere."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -33,7 +33,7 @@ class Clock:
 
 
 def captured(call: Call, device: str) -> tuple[Call, bool]:
-    """`call` as a CUDA graph, and True; itself, and False, where there is no GPU or it synchronises inside."""
+    """`call` as a CUDA graph, and True; or `call` itself, and False, if there is no GPU or the call synchronises."""
     if device != "cuda":
         return call, False
     stream = torch.cuda.Stream()
@@ -53,7 +53,7 @@ def captured(call: Call, device: str) -> tuple[Call, bool]:
 
 
 def in_turns(calls: Mapping[Any, Call], clock: Clock, runs: int) -> dict[Any, float]:
-    """Median milliseconds of each call, measured in turns: drift of the machine meets all alike."""
+    """Median milliseconds of each call; calls alternate, so that drift of the machine affects all alike."""
     times: dict[Any, list[float]] = {name: [] for name in calls}
     for run in range(WARM_UP + runs):
         for name, call in calls.items():

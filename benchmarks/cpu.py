@@ -1,8 +1,8 @@
-"""Latency on the CPU: transformers and vtexport, dense and pruned, research-style hooks, all in turns in one run.
+"""Latency on the CPU: transformers and vtexport, dense and pruned, research-style hooks, alternating in one run.
 
     python benchmarks/cpu.py [--runs 7] [--new-tokens 8] [--keep 0.25] [--model half-billion|NAME|FOLDER] [--json FILE]
 
-`half-billion` is a LLaVA of 0.45 B random weights, made on the spot: no download. fp32, batch 1. Sides that prune
+`half-billion` is a LLaVA of 0.45 B random weights, made on the spot without a download. fp32, batch 1. Sides that prune
 alike must answer alike, or the script stops. The last line is one JSON object.
 """
 
@@ -74,18 +74,18 @@ def main() -> None:
         "sparsevlm_against_hooks": _ratios(times["transformers sparsevlm hooks"], times["vtexport sparsevlm"]),
     }
     for method in METHODS:
-        own = times[f"vtexport {method}"]
-        gain = dense["first_token"] / own["first_token"]
+        pruned = times[f"vtexport {method}"]
+        gain = dense["first_token"] / pruned["first_token"]
         by_flops = flops["dense"].first_token / flops[method].first_token
         result[method] = {
             "mean_visual_tokens": plans[method].mean_visual_tokens,
-            "prefill_gain": dense["prefill"] / own["prefill"],
+            "prefill_gain": dense["prefill"] / pruned["prefill"],
             "prefill_gain_by_flops": flops["dense"].prefill / flops[method].prefill,
             "first_token_gain": gain,
             "first_token_gain_by_flops": by_flops,
             "first_token_share_of_flops": gain / by_flops,
             "pruning_ms": costs[method],
-            "pruning_share": costs[method] / own["prefill" if method == "sparsevlm" else "vision"],
+            "pruning_share": costs[method] / pruned["prefill" if method == "sparsevlm" else "vision"],
         }
     print(f"\n{'median ms':30}" + "".join(f"{stage:>14}" for stage in STAGES))
     for name, row in times.items():
@@ -93,12 +93,12 @@ def main() -> None:
     print(f"\ndense against transformers: {_said(result['dense_against_transformers'])}")
     print(f"sparsevlm against hooks on transformers: {_said(result['sparsevlm_against_hooks'])}")
     for method in METHODS:
-        found = result[method]
+        figures = result[method]
         print(
-            f"{method}, keep {arguments.keep:g}: prefill {found['prefill_gain']:.2f}x "
-            f"({found['prefill_gain_by_flops']:.2f}x by FLOPs), first token {found['first_token_gain']:.2f}x "
-            f"({found['first_token_gain_by_flops']:.2f}x by FLOPs); pruning itself {found['pruning_ms']:.2f} ms, "
-            f"{found['pruning_share']:.1%} of {'prefill' if method == 'sparsevlm' else 'vision'}"
+            f"{method}, keep {arguments.keep:g}: prefill {figures['prefill_gain']:.2f}x "
+            f"({figures['prefill_gain_by_flops']:.2f}x by FLOPs), first token {figures['first_token_gain']:.2f}x "
+            f"({figures['first_token_gain_by_flops']:.2f}x by FLOPs); pruning itself {figures['pruning_ms']:.2f} ms, "
+            f"{figures['pruning_share']:.1%} of {'prefill' if method == 'sparsevlm' else 'vision'}"
         )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def _ratios(other: Times, ours: Times) -> Times:
-    """How many times as fast ours is."""
+    """How many times as fast as the other ours is, by stage."""
     return {stage: other[stage] / ours[stage] for stage in ("first_token", "per_token")}
 
 

@@ -1,13 +1,14 @@
-"""What pruning saves on a GPU, before any engine: the graphs as PyTorch runs them, at a real geometry, random weights.
+"""What pruning saves on a GPU without an engine: the graphs run by PyTorch, at a real geometry with random weights.
 
     python benchmarks/gpu.py [--geometry llava-1.5-7b] [--device cuda] [--methods sparsevlm,fastervlm,…] [--batch 1]
         [--text 64] [--runs 20] [--json FILE]
 
-First the ops of one stage: native kernels, eager PyTorch, torch.compile, and the share of the GPU's limits that the kernels
-reach. Then dense against every method at every budget of SparseVLM's released schedules (as keep ratios, so that any depth
-has them): vision tower, prefill and decode, bf16, PyTorch's fused attention, each captured in a CUDA graph where it can be;
-the pruning ops alone; KV cache and peak memory. Both sides of every ratio are measured in one run, in turns. Prints Markdown
-tables; the last line is one JSON object. `--geometry tiny --device cpu` tries the script itself.
+First the ops of one stage: native kernels, eager PyTorch, torch.compile, and the share of the GPU's limits that the
+kernels reach. Then dense against every method at every budget of SparseVLM's released schedules (as keep ratios, so
+that they fit any depth): vision tower, prefill and decode, in bf16 with PyTorch's fused attention, each captured in a
+CUDA graph if possible; the pruning ops alone; KV cache and peak memory. Both sides of every ratio are measured in one
+run, alternating. Prints Markdown tables; the last line is one JSON object. `--geometry tiny --device cpu` tries out the
+script itself.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from vtexport.pruning.schedule import Recycling
 
 # Mean visual tokens of SparseVLM's schedules 192, 128 and 64, as shares of 576.
 KEEPS = (206.5 / 576, 145.4 / 576, 82.3 / 576)
-# The others wait for another model, or for a calibration.
+# The others need another model or a calibration.
 DEFAULT_METHODS = [method for method in METHODS if method not in ("dense", "cdpruner", "exit", "sgl")]
-# Those whose pruning is the ops alone, which are then measured alone too.
+# Methods whose pruning consists of the ops alone, which are then measured separately too.
 PRICED = ("sparsevlm", "fastv", "pyramiddrop", "fastervlm", "vtc-cls", "random")
 _CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 _VICUNA = {"vocab_size": 32064, "max_position_embeddings": 4096, "eos_token_id": 2}
@@ -66,13 +67,13 @@ GEOMETRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 GEOMETRIES["tiny-next"] = GEOMETRIES["tiny"]
-# Every image fills its grid of tiles, which is what costs most.
+# Every image fills its grid of tiles, the most expensive case.
 GRID = "2x2"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One plan's medians in milliseconds; `captured` says whether prefill ran as a CUDA graph, `pruning` is the ops alone."""
+    """One plan's median milliseconds; `captured`: whether prefill ran as a CUDA graph; `pruning`: the ops alone."""
 
     name: str
     mean_visual_tokens: float
@@ -89,7 +90,7 @@ class Side:
 
 
 def geometry(name: str) -> ModelSpec:
-    """The spec of a LLaVA of that size."""
+    """The spec of the LLaVA called `name`."""
     vision, text = GEOMETRIES[name]
     tiled = name.removesuffix("-7b").endswith("next")
     tile = vision["image_size"]
@@ -108,7 +109,7 @@ def geometry(name: str) -> ModelSpec:
 
 
 def filled(module: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
-    """`module` with random weights on the device; made on the meta device, so that nothing is ever there twice."""
+    """`module`, made on the meta device, with random weights on `device`, so that no weight is ever in memory twice."""
     module.to_empty(device=device).to(dtype)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -134,7 +135,7 @@ class Bench:
             buffer.copy_(values)
 
     def calls(self, plan: PruningPlan) -> dict[str, Callable[[], Any]]:
-        """Vision, prefill, one decode step, and the pruning ops alone, each ready to be called."""
+        """Calls of vision, prefill, one decode step, and the pruning ops alone."""
         v, d = self.spec.vision, self.spec.decoder
         with torch.device("meta"):
             vision, prefill = VisionGraph(self.spec, [plan]), PrefillGraph(self.spec, plan)
@@ -205,7 +206,7 @@ class Bench:
 
 
 def measure(bench: Bench, methods: Sequence[str], runs: int) -> list[Side]:
-    """All sides in turns: drift of the machine meets them alike. Budgets that a method cannot reach are left out."""
+    """Measure all sides, alternating so that drift affects them alike; leave out budgets that a method cannot reach."""
     plan_of = partial(make_plan, geometry=Geometry.of(bench.spec))
     plans = {"dense": plan_of("dense", keep=1.0)}
     for keep in KEEPS:
@@ -234,10 +235,10 @@ def measure(bench: Bench, methods: Sequence[str], runs: int) -> list[Side]:
 
 
 def table(sides: list[Side]) -> str:
-    """Markdown: a row a side, ratios against the first, which is dense."""
+    """A Markdown table with a row per side and ratios against the first, which is dense."""
     dense = sides[0]
     lines = [
-        "| | mean tokens | vision ms | prefill ms (saved) | first token ms (saved) | pruning ms (of prefill) | ms a token | KV MB |",
+        "| | mean tokens | vision ms | prefill ms (saved) | first token ms (saved) | pruning ms (of prefill) | ms per token | KV MB |",
         "| --- " * 8 + "|",
     ]
     for side in sides:

@@ -28,9 +28,9 @@ OPS = ("token_score", "token_select", "token_recycle")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One op, or all of a stage: microseconds by each implementation, and the least that the GPU's limits allow.
+    """One op, or all of a stage: microseconds of each implementation, and the least that the GPU's limits allow.
 
-    Each runs as a CUDA graph where it can be captured; `captured` names those that were.
+    Implementations run as CUDA graphs if they can be captured; `captured` names those that were.
     """
 
     name: str
@@ -46,10 +46,10 @@ def stage_arguments(
 ) -> dict[str, tuple[Any, ...]]:
     """Arguments for the ops of SparseVLM's first stage: all visual tokens in, a third kept, all text rows rating."""
     d, visual = spec.decoder, spec.num_visual_tokens
-    made = torch.Generator(device).manual_seed(0)
+    noise = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=made, device=device).to(dtype)
+        return torch.randn(shape, generator=noise, device=device).to(dtype)
 
     keys, keep = visual + text, visual // 3
     pool, clusters = Recycling().counts(visual - keep)
@@ -57,7 +57,7 @@ def stage_arguments(
     counts = torch.ones(batch, text, device=device) > 0
     places = torch.arange(visual, keys, device=device).expand(batch, -1).contiguous()
     start = torch.full((batch,), 5, device=device, dtype=torch.int64)
-    hidden, score = random(batch, visual, d.hidden_size), torch.rand(batch, visual, generator=made, device=device)
+    hidden, score = random(batch, visual, d.hidden_size), torch.rand(batch, visual, generator=noise, device=device)
     return {
         "token_score": (query, key, counts, places, start, visual, d.head_size**-0.5),
         "token_select": (hidden, score, keep),
@@ -66,7 +66,7 @@ def stage_arguments(
 
 
 def least_microseconds(arguments: dict[str, tuple[Any, ...]], device_name: str) -> dict[str, float] | None:
-    """By the roofline: what must be read, written and multiplied, each element once; None for an unknown GPU."""
+    """Microseconds by the roofline: every element is read, written and multiplied once; None for an unknown GPU."""
     peaks = next((value for name, value in PEAKS.items() if name in device_name), None)
     if peaks is None:
         return None
@@ -89,9 +89,9 @@ def least_microseconds(arguments: dict[str, tuple[Any, ...]], device_name: str) 
 
 
 def measure_kernels(spec: ModelSpec, batch: int, text: int, device: str, device_name: str, runs: int) -> list[Kernel]:
-    """Each op, and last the three of a stage together."""
+    """Measure each op, and then the three of a stage together."""
     arguments = stage_arguments(spec, batch, text, device, torch.bfloat16)
-    # On a CPU, where this is only tried out, without a compiler's minutes.
+    # On a CPU, where the script is only tried out, skip the minutes that compiling takes.
     backend = "inductor" if device == "cuda" else "aot_eager"
 
     def calls(of: Callable[[str], Callable[..., Any]]) -> dict[str, Call]:
@@ -126,15 +126,15 @@ def _bound(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Call:
 
 
 def kernel_table(kernels: list[Kernel]) -> str:
-    """Markdown: a row an op."""
+    """A Markdown table with a row per op."""
     lines = [
         "| op | eager µs | torch.compile µs | native µs | eager / native | of the roofline |",
         "| --- " * 6 + "|",
     ]
-    for one in kernels:
-        own = ["", "", ""]
-        if one.native is not None:
-            share = "" if one.least is None else f"{one.least / one.native:.0%}"
-            own = [f"{one.native:.1f}", f"{one.eager / one.native:.1f}x", share]
-        lines.append(f"| {one.name} | {one.eager:.1f} | {one.compiled:.1f} | {' | '.join(own)} |")
+    for kernel in kernels:
+        cells = ["", "", ""]
+        if kernel.native is not None:
+            share = "" if kernel.least is None else f"{kernel.least / kernel.native:.0%}"
+            cells = [f"{kernel.native:.1f}", f"{kernel.eager / kernel.native:.1f}x", share]
+        lines.append(f"| {kernel.name} | {kernel.eager:.1f} | {kernel.compiled:.1f} | {' | '.join(cells)} |")
     return "\n".join(lines)

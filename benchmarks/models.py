@@ -1,4 +1,4 @@
-"""A LLaVA of about half a billion random weights: large enough that matrix products decide the time."""
+"""A LLaVA of about half a billion random weights, large enough that matrix products dominate the time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pruning ops of a plan alone, as the engines have them, on random states: what pruning itself costs."""
+"""The cost of pruning itself: the ops of a plan alone, as the engines run them, on random states."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     python benchmarks/quantized.py [--limit N] [--workers 2] [--json FILE]
 
 Prints a Markdown table of exact match on held-out questions; the last line is one JSON object. ONNX Runtime's columns are
-its own bundles. TensorRT's, whose plans need a GPU to run, are plain bundles of a checkpoint whose weights are what its
-dequantised ones are worth: the rounding is theirs, the arithmetic fp32.
+its own bundles. TensorRT's plans need a GPU to run, so its columns are plain bundles of a checkpoint with its
+dequantised weights: the rounding is TensorRT's, the arithmetic fp32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What benchmarks compare: vtexport's bundles, transformers, and pruning as research code hooks it into transformers."""
+"""The sides that benchmarks compare: vtexport's bundles, transformers, and pruning hooked into transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Times = dict[str, float]
 
 
 class Side(Protocol):
-    """One of the things compared: answers the same question about the same photo."""
+    """One side of a comparison; all sides answer the same question about the same photo."""
 
     def run(self, new_tokens: int) -> tuple[Times, list[int]]:
         """Milliseconds by stage, and the greedy tokens."""
@@ -33,7 +33,7 @@ class Side(Protocol):
 
 
 class Vtexport:
-    """A bundle, measured through the runtime that users have."""
+    """A bundle, measured through the runtime that users run."""
 
     def __init__(self, folder: Path) -> None:
         self.runner = Runner.open(folder)
@@ -90,15 +90,15 @@ class Transformers:
         return out.logits[0, -1], out.past_key_values
 
     def decode(self, token: int, state: Any, step: int) -> Tensor:
-        found: Tensor = self.model(input_ids=torch.tensor([[token]]), past_key_values=state, use_cache=True).logits
-        return found[0, -1]
+        logits: Tensor = self.model(input_ids=torch.tensor([[token]]), past_key_values=state, use_cache=True).logits
+        return logits[0, -1]
 
 
 class HookedSparseVLM(Transformers):
     """SparseVLM written into transformers' decoder loop the way research code does it.
 
-    One image at a time; at a pruning layer the whole attention map is made, and the raters' rows read off it; all
-    other attention is sdpa. Same schedule, same tokens as the engine.
+    One image at a time. A pruning layer computes the whole attention map and reads the raters' rows from it; all other
+    attention is sdpa. The schedule and the tokens are the engine's.
     """
 
     def __init__(self, folder: Path, plan: PruningPlan) -> None:
@@ -135,8 +135,8 @@ class HookedSparseVLM(Transformers):
             position = torch.tensor([[state.get_seq_length(number)]])
             rope = language.rotary_emb(hidden, position_ids=position)
             hidden = layer(hidden, attention_mask=None, position_embeddings=rope, past_key_values=state)
-        found: Tensor = self.model.lm_head(language.norm(hidden))
-        return found[0, -1]
+        logits: Tensor = self.model.lm_head(language.norm(hidden))
+        return logits[0, -1]
 
     def _map(self, layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The whole causal attention map [1, H, S, S] of a layer."""
@@ -168,14 +168,14 @@ class HookedSparseVLM(Transformers):
 
 
 def in_turns(sides: dict[str, Side], new_tokens: int, runs: int, warm_up: int = 2) -> dict[str, Times]:
-    """Medians of every side's times, the sides taking turns, each first as often as last."""
-    found: dict[str, list[Times]] = {name: [] for name in sides}
+    """Medians of every side's times; the sides alternate, each first as often as last."""
+    measured: dict[str, list[Times]] = {name: [] for name in sides}
     for number in range(warm_up + runs):
         for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
             times, _ = sides[name].run(new_tokens)
             if number >= warm_up:
-                found[name].append(times)
-    return {name: {stage: median(t[stage] for t in times) for stage in times[0]} for name, times in found.items()}
+                measured[name].append(times)
+    return {name: {stage: median(t[stage] for t in times) for stage in times[0]} for name, times in measured.items()}
 
 
 def check_equal(sides: dict[str, Side], pairs: list[tuple[str, str]], new_tokens: int) -> None:

@@ -37,7 +37,7 @@ def percent(share: float) -> str:
 
 
 def whole_percent(share: float) -> str:
-    """0.86 -> 86%, for what was recorded to a per cent."""
+    """0.86 -> 86%, for shares that were recorded to a per cent."""
     return f"{share:.0%}"
 
 
@@ -47,7 +47,7 @@ def count(number: float) -> str:
 
 
 def milliseconds(time: float | None) -> str:
-    """2749.4 -> 2749, 80.38 -> 80.4; nothing for a stage that was not measured apart."""
+    """2749.4 -> 2749, 80.38 -> 80.4; empty for a stage that was not measured separately."""
     return "" if time is None else f"{time:.0f}" if time >= 100 else f"{time:.1f}"
 
 
@@ -57,18 +57,18 @@ def factor(number: float) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
 
 
 def accuracy_points(results: Results) -> dict[tuple[str, float], Point]:
-    """Points without options by method and keep ratio; of several seeds the mean."""
-    found: dict[tuple[str, float], list[Point]] = {}
+    """Points without options by method and keep ratio; the mean over seeds."""
+    grouped: dict[tuple[str, float], list[Point]] = {}
     for point in results["accuracy"]["result"]["points"]:
         if all(name == "seed" for name, _ in point["options"]):
-            found.setdefault((point["method"], point["keep"]), []).append(point)
-    return {key: _mean(points) for key, points in found.items()}
+            grouped.setdefault((point["method"], point["keep"]), []).append(point)
+    return {key: _mean(points) for key, points in grouped.items()}
 
 
 def _mean(points: list[Point]) -> Point:
@@ -78,7 +78,7 @@ def _mean(points: list[Point]) -> Point:
 
 
 def _cell(point: Point | None) -> str:
-    """Accuracy and mean visual tokens; nothing where the keep ratio is out of the method's reach."""
+    """Accuracy and mean visual tokens; empty if the keep ratio is out of the method's reach."""
     if point is None or "accuracy" not in point:
         return ""
     return f"{percent(point['accuracy'])} ({count(point['tokens'])})"
@@ -105,7 +105,7 @@ def accuracy_short(results: Results) -> str:
 
 
 def accuracy_by_kind(results: Results) -> str:
-    """How the four kinds of questions fare."""
+    """Accuracy by the four kinds of questions."""
     points, blank = accuracy_points(results), results["blank_image"]["result"]
     rows = [
         ("dense", points["dense", 1.0], percent),
@@ -122,17 +122,17 @@ def accuracy_by_kind(results: Results) -> str:
 
 def rules(results: Results) -> str:
     """The two rules of sparsevlm's schedule, for the same layers."""
-    found: dict[tuple[str, str], dict[float, Point]] = {}
+    by_rule: dict[tuple[str, str], dict[float, Point]] = {}
     for point in results["accuracy"]["result"]["points"]:
         options = dict(point["options"])
         if "rule" in options:
-            found.setdefault((options["layers"], options["rule"]), {})[point["keep"]] = point
-    rows = [[layers, f"`{rule}`", *(_cell(row.get(keep)) for keep in KEEPS)] for (layers, rule), row in found.items()]
+            by_rule.setdefault((options["layers"], options["rule"]), {})[point["keep"]] = point
+    rows = [[layers, f"`{rule}`", *(_cell(row.get(keep)) for keep in KEEPS)] for (layers, rule), row in by_rule.items()]
     return table(["layers", "rule", *(f"keep {keep:g}" for keep in KEEPS)], rows)
 
 
 def sparsevlm_options(results: Results) -> str:
-    """What recycling and positions are worth."""
+    """The effect of recycling and positions."""
     dense = accuracy_points(results)["dense", 1.0]["accuracy"]
     flags = {("positions", "original"): "`--positions original`", ("recycle", 0): "`--no-recycle`"}
     rows = []
@@ -150,7 +150,7 @@ def sparsevlm_options(results: Results) -> str:
 
 
 def adaptive(results: Results) -> str:
-    """`--keep auto` beside one keep ratio of the same mean tokens."""
+    """`--keep auto` beside one keep ratio with the same mean tokens."""
     rows = []
     for row in results["adaptive"]["result"]["rows"]:
         ours, fixed = row["adaptive"], row["fixed"]
@@ -165,31 +165,33 @@ def adaptive(results: Results) -> str:
 
 def quantized(results: Results) -> str:
     """What rounding the decoder's weights costs."""
-    found: dict[tuple[str, float], dict[str, Point]] = {}
+    by_plan: dict[tuple[str, float], dict[str, Point]] = {}
     for point in results["quantized"]["result"]["points"]:
-        found.setdefault((point["method"], point["keep"]), {})[point["weights"]] = point
-    weights = list(next(iter(found.values())))
+        by_plan.setdefault((point["method"], point["keep"]), {})[point["weights"]] = point
+    weights = list(next(iter(by_plan.values())))
     rows = [
         [
             f"`{method}`, keep {keep:g}",
             count(row["fp32"]["tokens"]),
             *(percent(row[side]["accuracy"]) for side in weights),
         ]
-        for (method, keep), row in found.items()
+        for (method, keep), row in by_plan.items()
     ]
     return table(["", "mean tokens", *weights], rows)
 
 
 def quantized_size(results: Results) -> str:
-    """Bundles of micro-llava."""
+    """Sizes of micro-llava's bundles."""
     bundles = results["quantized_size"]["result"]["bundles"]
-    return table(["decoder weights", "bundle"], [[one["weights"], f"{count(one['mb'])} MB"] for one in bundles])
+    return table(
+        ["decoder weights", "bundle"], [[bundle["weights"], f"{count(bundle['mb'])} MB"] for bundle in bundles]
+    )
 
 
 def latency(results: Results) -> str:
     """Median milliseconds of every side."""
-    found = results["latency_cpu"]["result"]
-    stages, keep = ("vision", "prefill", "first_token", "per_token"), f"keep {found['keep']:g}"
+    measured = results["latency_cpu"]["result"]
+    stages, keep = ("vision", "prefill", "first_token", "per_token"), f"keep {measured['keep']:g}"
     names = {
         "transformers dense": "transformers (sdpa), dense",
         "transformers sparsevlm hooks": f"transformers, SparseVLM as Python hooks, {keep}",
@@ -199,17 +201,17 @@ def latency(results: Results) -> str:
     }
     rows = [
         [names[side], *(milliseconds(times.get(stage)) for stage in stages)]
-        for side, times in found["times_ms"].items()
+        for side, times in measured["times_ms"].items()
     ]
     return table(["median ms", *(stage.replace("_", " ") for stage in stages)], rows)
 
 
 def latency_ratios(results: Results) -> str:
     """How many times as fast one side is as another."""
-    found = results["latency_cpu"]["result"]
+    measured = results["latency_cpu"]["result"]
     rows = [
-        ["vtexport `dense` against transformers dense", found["dense_against_transformers"]],
-        ["vtexport `sparsevlm` against the same method as Python hooks", found["sparsevlm_against_hooks"]],
+        ["vtexport `dense` against transformers dense", measured["dense_against_transformers"]],
+        ["vtexport `sparsevlm` against the same method as Python hooks", measured["sparsevlm_against_hooks"]],
     ]
     return table(
         ["", "first token", "per token"],
@@ -219,10 +221,10 @@ def latency_ratios(results: Results) -> str:
 
 def latency_gains(results: Results) -> str:
     """Pruned against dense, measured and predicted."""
-    found = results["latency_cpu"]["result"]
+    measured = results["latency_cpu"]["result"]
     rows = []
     for method, stage in (("sparsevlm", "prefill"), ("fastervlm", "vision")):
-        gain = found[method]
+        gain = measured[method]
         rows.append(
             [
                 f"`{method}`",
@@ -235,26 +237,26 @@ def latency_gains(results: Results) -> str:
             ]
         )
     header = ["", "prefill", "by FLOPs", "first token", "by FLOPs", "share reached", "pruning itself"]
-    return table([f"keep {found['keep']:g} against vtexport `dense`", *header[1:]], rows)
+    return table([f"keep {measured['keep']:g} against vtexport `dense`", *header[1:]], rows)
 
 
 def builds(results: Results) -> str:
-    """What large builds take."""
+    """Time, memory and disk space of large builds."""
     rows = []
-    for one in results["builds"]["result"]["builds"]:
-        size = one.get("bundle_mb")
+    for build in results["builds"]["result"]["builds"]:
+        size = build.get("bundle_mb")
         shown = "" if size is None else f"{count(size)} MB" if size < 1000 else f"{count(size / 1000)} GB"
-        apart = " besides the weights" if one.get("weights_apart") else ""
-        cells = [f"{one['wall_s']} s", f"{one['resident_gb']:g} GB", shown + apart]
-        rows.append([one["model"], one["options"], *cells])
+        apart = " besides the weights" if build.get("weights_apart") else ""
+        cells = [f"{build['wall_s']} s", f"{build['resident_gb']:g} GB", shown + apart]
+        rows.append([build["model"], build["options"], *cells])
     return table(["checkpoint", "options", "wall time", "peak resident memory", "bundle"], rows)
 
 
 def install(results: Results) -> str:
-    """What installing takes."""
+    """Time and disk space of installing."""
     rows = [
-        [one["compilers"], f"{one['seconds']} s", f"{count(one['wheel_mb'])} MB" if "wheel_mb" in one else ""]
-        for one in results["install"]["result"]["installs"]
+        [trial["compilers"], f"{trial['seconds']} s", f"{count(trial['wheel_mb'])} MB" if "wheel_mb" in trial else ""]
+        for trial in results["install"]["result"]["installs"]
     ]
     return table(["compilers found", "`pip install`, dependencies apart", "wheel"], rows)
 
@@ -275,16 +277,16 @@ def target_options(_results: Results) -> str:
 
 
 def _options(owners: dict[str, type]) -> str:
-    """A row for each option, whoever declares it."""
+    """A row for each option, whichever class declares it."""
     from vtexport.options import OptionField, option_fields
 
-    found: dict[str, dict[str, OptionField]] = {}
+    by_flag: dict[str, dict[str, OptionField]] = {}
     for name, owner in owners.items():
         for option in option_fields(owner).values():
             if not option.extra.get("resolved"):
-                found.setdefault(option.flag, {})[name] = option
+                by_flag.setdefault(option.flag, {})[name] = option
     rows = []
-    for flag, options in found.items():
+    for flag, options in by_flag.items():
         first = next(iter(options.values()))
         values = dict.fromkeys(value for option in options.values() for value in option.choices if value)
         defaults: dict[str, list[str]] = {}
@@ -339,7 +341,7 @@ def rendered(text: str, results: Results) -> str:
 
 
 def outdated() -> dict[Path, str]:
-    """The pages whose tables are not what results.json says, with what they should read."""
+    """The pages with outdated tables, each with the text that it should have."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     texts = {page: page.read_text(encoding="utf-8") for page in pages()}
     return {page: new for page, text in texts.items() if (new := rendered(text, results)) != text}
@@ -349,12 +351,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
     check = parser.parse_args().check
-    found = outdated()
-    for page, text in found.items():
+    changed = outdated()
+    for page, text in changed.items():
         if not check:
             page.write_text(text, encoding="utf-8")
         print(f"{page.relative_to(ROOT)}: {'out of date' if check else 'rewritten'}")
-    if check and found:
+    if check and changed:
         raise SystemExit(1)
 
 

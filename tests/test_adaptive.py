@@ -135,7 +135,7 @@ def test_commands_speak_of_the_chosen_bucket(
     assert f"keep {answer['keep']:g} chosen" in plain.err
     assert vtexport("show", adaptive_bundle, *ask, "-o", "kept.png").code == 0
     described = vtexport("inspect", adaptive_bundle).out
-    assert "100.0% of answers as dense ones at calibration" in described
+    assert "100.0% of answers as in the dense model at calibration" in described
     assert "spread up to 9.5 patches" in described
     assert "keep 0.25 for" in vtexport("eval", adaptive_bundle, "--limit", "16").out
     profiled = vtexport("profile", adaptive_bundle, "--bucket", "0.25", "--runs", "1", "--new-tokens", "2")

@@ -13,7 +13,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 
-@pytest.mark.parametrize("geometry", ["tiny", "tiny-next"])
+@pytest.mark.parametrize("geometry", ["tiny", pytest.param("tiny-next", marks=pytest.mark.long)])
 def test_the_gpu_benchmark_measures_every_side(geometry: str, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     methods = ["--methods", "sparsevlm,fastervlm"]

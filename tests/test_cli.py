@@ -80,7 +80,7 @@ def test_build_run_inspect_show_from_nothing(vtexport, photo: Path, tmp_path: Pa
     assert "engine/weights.safetensors" in seen.out
 
     unasked = vtexport("show", "micro", "--image", photo, "-o", "kept.png")
-    check_refused(unasked, "give a --prompt to show it by", tmp_path, ["micro"])
+    check_refused(unasked, "give a question as --prompt", tmp_path, ["micro"])
     drawn = vtexport("show", "micro", "--image", photo, "--prompt", example.question.text, "-o", "kept.png")
     assert drawn.out == "kept.png\n"
     picture = np.asarray(Image.open(tmp_path / "kept.png"), dtype=float)
@@ -336,7 +336,7 @@ def test_bad_questions(vtexport, micro_bundle: Path, photo: Path, tmp_path: Path
         (["--image", photo, "--image", photo, "--prompt", "what?"], "2 --image and 1 --prompt given"),
         (
             ["--image", photo, "--prompt", "<image> <image> what?"],
-            "2 <image> marks, this model was built for 1 a prompt",
+            "2 <image> marks, this model was built for 1 per prompt",
         ),
         (["--image", photo, "--prompt", " "], "the prompt is empty"),
         (["--image", "nowhere.png", "--prompt", "what?"], "no such image"),

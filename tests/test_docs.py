@@ -315,7 +315,7 @@ def test_the_first_engine_is_built_as_its_page_says(checkout: Path) -> None:
         assert any(one.startswith(beginning) for one in lines), line
 
 
-@pytest.mark.parametrize("name", ["first-engine.md", "python-api.md"])
+@pytest.mark.parametrize("name", [pytest.param("first-engine.md", marks=pytest.mark.long), "python-api.md"])
 def test_the_first_python_example_runs(name: str, checkout: Path) -> None:
     example = next(text for language, text in blocks(ROOT / "docs" / name) if language == "python")
     assert "7" in ran([sys.executable, "-c", example], checkout)

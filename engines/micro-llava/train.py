@@ -9,19 +9,19 @@ Five stages, each resumable, from the root of the repository (about 100 minutes 
     python engines/micro-llava/train.py align      # embeddings of the question's content words near the image's
     python engines/micro-llava/train.py export     # the Hugging Face checkpoint, fp16 safetensors
 
-The tower learns from labels of its own (per-patch digit and colour; on CLS the set of coloured digits,
-as CLIP's CLS learns what a caption names). Left there, CLS gathers some digits in early layers and the
-feature layer's attention passes them by (80 % of held-out digits within the top 22 of 144 patches). So `cls`
+The tower learns from labels of its own: digit and colour per patch and, on CLS, the set of coloured digits,
+as CLIP's CLS learns what a caption names. With these alone, CLS gathers some digits in early layers, and the
+feature layer's attention misses them (80 % of held-out digits are within the top 22 of 144 patches). So `cls`
 adds attention-based multiple-instance learning (Ilse et al., 2018): the patches' own predictions, pooled by the
-feature layer's head-mean CLS attention, must name every digit present; and patches must tell which half of the
-image they lie in, which nothing else asks of them. The decoder learns from answers only. All questions about an
+feature layer's head-mean CLS attention, must name every digit present; and patches must tell in which half of
+the image they lie, which no other loss requires. The decoder learns from answers only. All questions about an
 image share one sequence, but a mask keeps each question to the image and itself, at the positions it would
 have alone: exactly the single-question prompt, at a fraction of the cost.
 
-SparseVLM picks its text raters by the similarity of text and visual embeddings, which answers alone never ask for: after
-`full` the raters of every question are its line break and its verb. `align` adds what LLaVA's pre-training on captions
-gives: seen from the image (softmax over the text of visual · textᵀ), content words stand out evenly. No stage trains on pruned or
-compacted sequences: pruning stays training-free.
+SparseVLM picks its text raters by the similarity of text and visual embeddings, which learning from answers does not
+shape: after `full`, the raters of every question are its line break and its verb. `align` adds what LLaVA gets from
+pre-training on captions: in the softmax over the text of visual · textᵀ, content words stand out evenly. No stage
+trains on pruned or compacted sequences, so that pruning stays training-free.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over micro-llava's own sentences: any text has tokens, known words have one."""
+    """Byte-level BPE over micro-llava's own sentences: any text has tokens, and known words have one each."""
     corpus = [
         "USER: \nwhat digit is red? ASSISTANT: 3",
         "\nhow many digits are there? ASSISTANT: top left bottom right and",
@@ -206,7 +206,7 @@ def pixels(batch: list[scenes.Scene]) -> torch.Tensor:
 def tower_step(
     model: Any, heads: Heads, batch: list[scenes.Scene], gather: bool
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """One batch's loss; with `gather` also on places and on what CLS attends to in the feature layer."""
+    """The loss of one batch; with `gather` also on places and on the feature layer's CLS attention."""
     values, colours = (torch.from_numpy(a) for a in scenes.patch_labels(batch, PATCH))
     present = torch.zeros(len(batch), PAIRS)
     for row, scene in enumerate(batch):
@@ -218,7 +218,7 @@ def tower_step(
     feature = out.hidden_states[FEATURE_LAYER].float()
     patches, cls = feature[:, 1:], feature[:, 0]
     digit_logits, colour_logits = heads.digit(patches), heads.colour(patches)
-    # Nine patches in ten are background: weigh the foreground so that both count about the same.
+    # Nine patches in ten are background: weight the foreground so that both count about the same.
     weight = torch.where(values < 10, 1.0, 0.15)
     digit_loss = F.cross_entropy(digit_logits.flatten(0, 1), values.flatten(), reduction="none")
     colour_loss = F.cross_entropy(colour_logits.flatten(0, 1), colours.flatten(), reduction="none")
@@ -287,7 +287,7 @@ class Packer:
         return text
 
     def segment(self, question: scenes.Question) -> tuple[list[int], list[int]]:
-        """(ids after the image, labels) of one question and its answer; labels -100 on the question."""
+        """(ids after the image, labels) of one question and its answer; labels are -100 on the question."""
         key = question.text + "|" + question.answer
         if key not in self.cache:
             image = self.tokenizer.convert_tokens_to_ids("<image>")
@@ -330,7 +330,7 @@ def decoder_loss(
     visible: int,
     align: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Answer loss, and per answer token whether it was right; `visible` < 144 thins the background only."""
+    """The answer loss, which answer tokens are right, and the targets; `visible` < 144 thins the background only."""
     language = model.model.language_model
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = model.model.vision_tower(pixels(batch), output_hidden_states=True)
@@ -350,8 +350,8 @@ def decoder_loss(
         embed = language.get_input_embeddings()
         hidden = torch.cat([embed(prefix), visual.to(embed.weight.dtype), embed(text["ids"])], dim=1)
         # Dropped background leaves holes: every token keeps its order and distance to the others. Random gaps
-        # before and behind the image (randomized positions, Ruoss et al., 2023) keep the decoder from reading a
-        # patch's row off its RoPE distance, which no other image size or prompt would have.
+        # before and after the image (randomized positions, Ruoss et al., 2023) keep the decoder from inferring a
+        # patch's row from its RoPE distance, which would differ for any other image size or prompt.
         ahead, behind = torch.randint(0, 512, (2, rows, 1))
         image = before + ahead
         positions = torch.cat(
@@ -388,21 +388,21 @@ def decoder_loss(
 def alignment_loss(
     visual: torch.Tensor, words: torch.Tensor, head: torch.Tensor, content: torch.Tensor
 ) -> torch.Tensor:
-    """How far the image's similarity to a question's tokens is from its content words, evenly.
+    """The divergence of the image's similarity to a question's tokens from an even one over its content words.
 
     Args:
         visual: [B, V, C] visual embeddings.
         words: [B, L, C] text embeddings.
         head: [B, L, n] float, whether a token belongs to the head of question n (before its answer).
-        content: [B, L] bool, whether it is a content word of it.
+        content: [B, L] bool, whether a token is a content word of its question.
     """
     logits = visual @ words.transpose(1, 2)
     weight = torch.exp(logits - logits.amax(dim=2, keepdim=True).detach()) * head.amax(dim=2)[:, None]
     total = (weight @ head + 1e-9) @ head.transpose(1, 2)
     share = (weight / total.clamp(min=1e-9)).mean(dim=1)
-    own = (content[..., None] * head).sum(dim=1, keepdim=True)
-    number = (own @ head.transpose(1, 2))[:, 0]
-    # Cross-entropy with the even distribution over content words, a question at a time.
+    counts = (content[..., None] * head).sum(dim=1, keepdim=True)
+    number = (counts @ head.transpose(1, 2))[:, 0]
+    # Cross-entropy with the even distribution over content words, for each question.
     return -(torch.log(share[content] + 1e-6) / number[content]).sum() / head.amax(dim=1).sum()
 
 
@@ -419,29 +419,29 @@ def save(stage: str, step: int, model: Any, heads: Heads, opts: list[torch.optim
 
 
 def start_projector(model: Any, heads: Heads) -> None:
-    """Begin the projector with read-outs of the tower, so that digits and places are as loud as colours.
+    """Initialise the projector with read-outs of the tower, so that digits and places weigh as much as colours.
 
-    From a random start the decoder soon looks up digits by colour, but colours by digit not within 1,600 steps:
-    what tells digits apart is a small part of the features' norm, too faint for a key.
+    From a random start, the decoder soon looks up digits by colour, but not colours by digit within 1,600 steps: the
+    difference between digits is a small part of the features' norm, too small for a key.
     """
     projector = model.model.multi_modal_projector
     with torch.no_grad():
         parts: list[tuple[torch.Tensor, torch.Tensor]] = [(h.weight, h.bias) for h in (heads.digit, heads.colour)]
-        # gelu lets only one sign through, and a place has two.
+        # gelu passes only one sign, and a place has two.
         parts += [(heads.place.weight, heads.place.bias), (-heads.place.weight, -heads.place.bias)]
         rows = sum(len(weight) for weight, _ in parts)
         projector.linear_1.weight[:rows] = torch.cat([weight for weight, _ in parts])
         projector.linear_1.bias[:rows] = torch.cat([bias for _, bias in parts])
-        # Visual tokens must not drown what the layers add to them.
+        # Visual tokens must not dominate what the layers add to them.
         nn.init.orthogonal_(projector.linear_2.weight, gain=0.2)
 
 
 def start_alignment(model: Any, packer: Packer) -> None:
-    """Begin `align` where its loss is low already: text embeddings leave the few dimensions that visual tokens use.
+    """Start `align` at a low loss: remove from text embeddings the few dimensions that visual tokens use.
 
-    Visual tokens are some 700 long in about twenty dimensions, so that a question's similarity to them is decided by
-    one arbitrary token. What is left of an embedding is neutral to the image; a step along the mean visual token,
-    up for content words and down for function words, tells the two apart.
+    Visual tokens have norms of about 700 in about twenty dimensions, so that one arbitrary token decides a question's
+    similarity to them. The rest of an embedding is neutral to the image; a step along the mean visual token, up for
+    content words and down for function words, separates the two.
     """
     rng = np.random.default_rng([6, 0])
     batch = [scenes.compose(rng, "train") for _ in range(64)]
@@ -453,9 +453,9 @@ def start_alignment(model: Any, packer: Packer) -> None:
         basis = torch.linalg.qr(torch.cat([used, mean[None]]).T).Q
         weight = model.get_input_embeddings().weight
         weight -= weight @ basis @ basis.T
-        kind = torch.ones(len(weight), 1)
-        kind[packer.function_words] = -1
-        weight += 1.5 * kind * mean / mean.square().sum()
+        sign = torch.ones(len(weight), 1)
+        sign[packer.function_words] = -1
+        weight += 1.5 * sign * mean / mean.square().sum()
 
 
 def train(stage: str, steps: int, batch_size: int, lr: float, visible: int, max_digits_from: int) -> None:
@@ -494,7 +494,7 @@ def train(stage: str, steps: int, batch_size: int, lr: float, visible: int, max_
         start_alignment(model, packer)
     began = time.time()
     for step in range(start, steps):
-        # One generator a step: a resumed run sees the images it would have seen.
+        # One generator per step, so that a resumed run sees the same images.
         rng = np.random.default_rng([{"tower": 1, "decoder": 2, "full": 3, "cls": 4, "align": 5}[stage], step])
         torch.manual_seed(step)
         set_rate(opts, step, steps, {"decoder": 0.0, "full": 0.8, "align": 0.8}.get(stage, 0.4))
@@ -507,14 +507,14 @@ def train(stage: str, steps: int, batch_size: int, lr: float, visible: int, max_
             asked = []
             for scene in batch:
                 *pool, count = scenes.questions(scene)
-                # Places come last and slowest: every question about one is asked.
+                # Places are learned last and slowest, so every question about one is asked.
                 places = [question for question in pool if question.kind == "where"]
                 others = [question for question in pool if question.kind != "where"]
                 picked = [others[i] for i in rng.permutation(len(others))[:3]]
-                # Counting needs every digit: of all answers it is the first to suffer.
+                # Counting needs every digit, so it is the first kind of answer to suffer.
                 counts = [count] * (3 if stage == "align" else 1)
                 asked.append([*places, *picked, *counts, *scenes.descriptions(scene)])
-            # Steps on every token alone would unlearn to do with few.
+            # With steps on all tokens only, the model would unlearn to work with few.
             seen = int(rng.integers(10, 60)) if stage == "align" and step % 16 == 15 else visible
             loss, right, target = decoder_loss(model, packer, batch, asked, seen, stage == "align")
             content = target != tokenizer.eos_token_id
@@ -542,7 +542,7 @@ def export(stage: str) -> None:
         do_sample=False,
     )
     model.half().save_pretrained(HERE)
-    # The names that llava-hf's checkpoints have, which every version of transformers reads.
+    # Rename to the names in llava-hf's checkpoints, which every version of transformers reads.
     weights = load_file(HERE / "model.safetensors")
     old, new = "vision_tower.", "vision_tower.vision_model."
     renamed = {

@@ -1,4 +1,4 @@
-"""vtexport compiles vision-language models into inference engines that prune visual tokens inside.
+"""vtexport compiles vision-language models into inference engines with visual-token pruning inside.
 
     from vtexport import BuildOptions, Runner, build
 
@@ -7,8 +7,8 @@
     answers = runner.ask([(image, "what digit is red?")])
 
 What this module exports is the public interface: it follows semantic versioning, as the command line does. All other
-modules are internal and may change with any version. Nothing is imported before it is asked for, so that
-`vtexport --help` answers at once.
+modules are internal and may change with any version. Names are imported on first use, so that `vtexport --help` starts
+fast.
 """
 
 from __future__ import annotations

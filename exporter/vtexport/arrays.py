@@ -1,4 +1,4 @@
-"""The one name of a NumPy array whose shape and dtype a docstring gives."""
+"""The type alias for NumPy arrays; docstrings give shape and dtype."""
 
 from __future__ import annotations
 

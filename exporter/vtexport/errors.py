@@ -6,8 +6,8 @@
     ├── BundleError               the engine folder is damaged, incomplete or of another version
     ├── TargetError               the target cannot build or run here
     │   └── MissingDependencyError  a package of an extra is not installed
-    ├── VerificationError         a built engine does not do what the reference model does
-    └── StorageError              the disk refused: full, read-only, no permission
+    ├── VerificationError         a built engine differs from the reference model
+    └── StorageError              a file cannot be written: disk full, read-only, no permission
 
 Messages are one line: what is wrong, where, and what to do about it.
 """
@@ -36,7 +36,7 @@ class TargetError(VtexportError):
 
 
 class MissingDependencyError(TargetError):
-    """A package that an extra brings is not installed."""
+    """A package of an optional extra is not installed."""
 
     def __init__(self, package: str, *, extra: str) -> None:
         super().__init__(f"{package} is not installed; install it with: pip install 'vtexport[{extra}]'")
@@ -45,13 +45,13 @@ class MissingDependencyError(TargetError):
 
 
 class VerificationError(VtexportError):
-    """A built engine does not do what the reference model does."""
+    """A built engine differs from the reference model."""
 
 
 class StorageError(VtexportError):
-    """The disk refused: full, read-only, or no permission."""
+    """A file cannot be written: the disk is full or read-only, or permission is missing."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says in one line: the first of its message, or its type's name."""
+    """The first line of an exception's message, or the name of its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,8 +6,8 @@
 
 The command line's flags and their help, the checks, the manifest's entries and the tables in docs/ all derive from such
 a field: its name, its type (`Literal` for one of a few words), its range, its default and its description. `Meta` is
-msgspec's; its `extra` may hold `metavar`, the word that help shows in place of a value, and `resolved`, True for a field
-that a build fills in and no user gives.
+msgspec's. Its `extra` may hold `metavar`, the word that help shows in place of a value; `default`, the default as help
+shows it; `names`, words for shell completion; and `resolved`, True for a field that a build fills in and no user gives.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vtexport.errors import InputError
 
 __all__ = ["Meta", "Option", "OptionField", "flag_of", "option_fields", "option_values", "parse_options", "validate"]
 
-#: what an option may hold: JSON scalars, so that a manifest can
+#: values that an option may have: JSON scalars, so that a manifest can hold them
 Option = bool | int | float | str | None
 Owner = TypeVar("Owner")
 _KINDS: dict[type, str] = {
@@ -46,9 +46,9 @@ class OptionField:
         name: the field's name.
         type: its annotated type, as msgspec converts to it.
         kind: bool, int, float, str, Path, or tuple for a list of numbers.
-        choices: the words that it may be (besides, if `kind` is not str, what that says); none if any text will do.
+        choices: the words that it accepts, besides values of `kind` if that is not str; empty if any text will do.
         default: its default.
-        meta: range, description and the extras of the module's docstring.
+        meta: its range, description and extras (see the module's docstring).
     """
 
     name: str
@@ -60,21 +60,21 @@ class OptionField:
 
     @property
     def flag(self) -> str:
-        """Its flag on the command line, such as `--recycle-pool`."""
+        """The option's flag on the command line, such as `--recycle-pool`."""
         return flag_of(self.name)
 
     @property
     def help(self) -> str:
-        """What it does, in a sentence."""
+        """What the option does, in a sentence."""
         return self.meta.description or ""
 
     @property
     def extra(self) -> Mapping[str, Any]:
-        """See the module's docstring."""
+        """The extras of `meta`; see the module's docstring."""
         return self.meta.extra or {}
 
     def parse(self, value: object, owner: str) -> Any:
-        """`value` in the option's type.
+        """Convert `value` to the option's type.
 
         Raises:
             InputError: it is of another type, out of range, or none of the choices.
@@ -103,7 +103,7 @@ class OptionField:
 
 
 def flag_of(name: str) -> str:
-    """The flag of the option `name`."""
+    """The command-line flag of the option `name`."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -126,12 +126,12 @@ def parse_options(owner: type[Owner], given: Mapping[str, object], name: str, **
 
     Args:
         owner: a dataclass whose options are declared as above.
-        given: values by option name; a value may be the text that stands for it.
+        given: values by option name, each in its own type or as text.
         name: what to call the owner in messages, such as `method fastv`.
-        **others: fields that are no options.
+        **others: fields that are not options.
 
     Raises:
-        InputError: an option that the owner does not have, or a value that it cannot have.
+        InputError: an option that the owner does not have, or an invalid value.
     """
     known = option_fields(owner)
     for option in given:
@@ -141,15 +141,15 @@ def parse_options(owner: type[Owner], given: Mapping[str, object], name: str, **
 
 
 def validate(instance: object, name: str) -> None:
-    """Bring the options of `instance`, a dataclass, into the types that it declares; text may stand for a value.
+    """Convert the options of `instance`, a dataclass, to their declared types; a value may be given as text.
 
     Raises:
-        InputError: one of them is not what it declares, `name` being what to call the owner.
+        InputError: a value is invalid; the message calls the owner `name`.
     """
     for option in option_fields(type(instance)).values():
         value = getattr(instance, option.name)
         if value != option.default:
-            # An instance that is frozen is not yet so while it is made.
+            # A frozen dataclass refuses plain assignment even in `__post_init__`.
             object.__setattr__(instance, option.name, option.parse(value, name))
 
 
@@ -159,8 +159,8 @@ def option_values(instance: object) -> dict[str, Option]:
 
 
 def _read(value: object, kind: type) -> object:
-    """The number, or list of numbers, that a text spells as Python does (.5 is none to JSON); a list, where text is
-    asked for, as the command line would have it; any other value as it is.
+    """Parse text as a number or a list of numbers by Python's rules (.5 is not a number in JSON), and join a list with
+    commas where text is wanted; return any other value unchanged.
     """
     if kind is str and isinstance(value, list | tuple):
         return ",".join(map(str, value))
@@ -183,7 +183,7 @@ def _required(hint: Any, meta: Meta) -> Any:
 
 
 def _kind(hint: Any) -> tuple[type, tuple[str, ...]]:
-    """The plain type of an annotated one, and its choices."""
+    """The plain type and the choices of an annotated type."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _kind(parts[0])
@@ -191,7 +191,7 @@ def _kind(hint: Any) -> tuple[type, tuple[str, ...]]:
         return str, parts
     if origin in (Union, UnionType):
         kinds = [_kind(part) for part in parts if part is not NoneType]
-        choices = tuple(choice for _, own in kinds for choice in own)
+        choices = tuple(choice for _, words in kinds for choice in words)
         return next((kind for kind, _ in kinds if kind is not str), str), choices
     return origin or hint, ()
 

@@ -1,4 +1,4 @@
-"""Where long work reports what it does."""
+"""The interface by which long-running work reports its progress."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Where a build reports; `vtexport.cli.console` shows it, `Silent` does not."""
+    """Receives the progress of a build; `vtexport.cli.console` shows it, `Silent` does not."""
 
     def stage(self, text: str, total: int | None = None) -> None:
-        """A new stage of `total` steps (None: unknown)."""
+        """Begin a stage of `total` steps (None: unknown)."""
 
     def advance(self, steps: int = 1) -> None:
-        """Steps of the current stage that were done."""
+        """Count `steps` of the current stage as done."""
 
     def warn(self, text: str) -> None:
-        """A warning for the user."""
+        """Show a warning to the user."""
 
 
 class Silent:

@@ -1,4 +1,4 @@
-// The CPU twin of every kernel: plain loops in a fixed order, the yardstick that the CUDA kernels are held to.
+// The CPU twin of every kernel: plain loops in a fixed order, the yardstick for the CUDA kernels.
 // Pointers are to dense row-major arrays as the contract lists them; a problem with a refusal must not be passed.
 #pragma once
 

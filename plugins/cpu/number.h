@@ -9,7 +9,7 @@
 
 namespace vtexport::cpu {
 
-// Two bytes, kept apart by type so that templates are too.
+// Two bytes each; separate types, so that templates can tell them apart.
 struct Float16 {
   uint16_t bits;
 };

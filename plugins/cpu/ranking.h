@@ -1,4 +1,4 @@
-// Order by value, the greatest first, equal values by place; NaN behind every number.
+// Order by value, the greatest first, and equal values by place; NaN comes after every number.
 #pragma once
 
 #include <algorithm>

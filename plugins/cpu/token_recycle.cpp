@@ -23,7 +23,7 @@ std::vector<float> distances(const T* hidden, const std::vector<int32_t>& pool, 
         const double difference = static_cast<double>(to_float(a[c])) - to_float(b[c]);
         sum += difference * difference;
       }
-      // What is no number is far from everything: sorting needs an order.
+      // NaN counts as far from everything, because sorting needs an order.
       const float distance = static_cast<float>(sum / width);
       squared[i * m + j] = squared[j * m + i] = std::isnan(distance) ? std::numeric_limits<float>::infinity() : distance;
     }

@@ -25,7 +25,7 @@ void attend(const T* query, const T* key, int32_t last, int32_t size, float scal
     broken |= std::isnan(sum);
     greatest = std::max(greatest, sum);
   }
-  // As softmax does everywhere: one NaN, or an infinite greatest logit, and the whole row is NaN.
+  // As in every softmax, one NaN or an infinite greatest logit makes the whole row NaN.
   if (broken || std::isinf(greatest)) {
     std::fill(weights, weights + last + 1, std::numeric_limits<float>::quiet_NaN());
     return;

@@ -6,7 +6,7 @@
 namespace vtexport::cpu {
 
 void token_select(const SelectProblem& p, const void* hidden, const float* score, void* kept, int32_t* index) {
-  const size_t row = size_of(p.type) * p.width;  // rows are moved, never read as numbers
+  const size_t row = size_of(p.type) * p.width;  // rows are copied as bytes
   for (int32_t b = 0; b < p.batch; ++b) {
     const auto chosen = best(score + static_cast<size_t>(b) * p.tokens, p.tokens, 0, p.keep);
     for (int32_t k = 0; k < p.keep; ++k) {

@@ -1,4 +1,4 @@
-// What a warp or a block of threads does together, always in the same order, so that two runs give the same bits.
+// Operations of a whole warp or block, always in the same order, so that two runs give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,7 @@ __device__ inline float block_max(float value) {
   return most;
 }
 
-// NaN ranks behind every number.
+// NaN ranks after every number.
 __device__ inline float ranked(float value) { return isnan(value) ? -kInfinity : value; }
 
 // How many of `values` beat number i: greater, or equal and before it. Values must be numbers.

@@ -1,5 +1,5 @@
-// The kernels of the op domain `vtexport` on a CUDA device; the same contract as cpu/kernels.h. Pointers are to device
-// memory; nothing is allocated, nothing waits for the host, every launch is on `stream` and may be captured in a graph.
+// The kernels of the op domain `vtexport` on a CUDA device; with the same contract as cpu/kernels.h. Pointers are to
+// device memory. Nothing is allocated or synchronises; all launches are on `stream` and may be captured in a graph.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,5 +1,5 @@
-// How kernels are launched and get their dynamic shared memory. All of them go through here, so that plugins/tests/emulator
-// can put a file of this name in front of it and run them on a CPU, thread by thread.
+// Launches kernels and gives them dynamic shared memory. All kernels go through here, so that plugins/tests/emulator
+// can replace this file by one of the same name and run them on a CPU, thread by thread.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 #ifdef __CUDA_ARCH__
 #define VTEXPORT_ARCHITECTURE __CUDA_ARCH__
 #else
-#define VTEXPORT_ARCHITECTURE 0  // the host's pass: nothing is compiled for it
+#define VTEXPORT_ARCHITECTURE 0  // the host's pass, for which no device code is compiled
 #endif
 
 namespace vtexport::cuda {
@@ -21,14 +21,14 @@ __device__ inline unsigned char* dynamic_shared() {
   return memory;
 }
 
-// Launches on one stream; after an error nothing more is launched.
+// Launches on one stream; after an error, launches nothing more.
 class Launcher {
  public:
   explicit Launcher(cudaStream_t stream) : stream_(stream) {}
 
   template <typename... Parameters, typename... Arguments>
   void run(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared, Arguments... arguments) {
-    // Beyond 48 KiB, a kernel's own static arrays included, a device gives what is asked for by name only.
+    // Beyond 48 KiB, static arrays included, a kernel must ask for its shared memory explicitly.
     if (error_ == cudaSuccess && shared > 40 * 1024) {
       error_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     }

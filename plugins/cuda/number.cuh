@@ -23,8 +23,8 @@ __device__ inline T zero_of() {
   return value;
 }
 
-// Whether this GPU's tensor cores multiply T: fp16 from Turing on, bf16 from Ampere on. fp32 never runs on them here, for
-// TF32 has too few digits to rank by.
+// Whether this GPU's tensor cores multiply T: fp16 from Turing on, bf16 from Ampere on. fp32 never runs on them here,
+// because TF32 has too few digits to rank by.
 template <typename T>
 constexpr bool kTensorCores = false;
 template <>

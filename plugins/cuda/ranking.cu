@@ -1,5 +1,5 @@
-// Ranks by counting: every score is compared with every other, which for a few thousand of them is quicker than sorting, and
-// spreads over as many blocks as the GPU has room for.
+// Ranks by counting: every score is compared with every other. For a few thousand scores this is faster than sorting,
+// and it spreads over as many blocks as the GPU can run.
 #include "cuda/ranking.cuh"
 
 #include "cuda/block.cuh"

@@ -1,4 +1,4 @@
-// Ranks of scores, which TokenSelect and TokenRecycle both begin with.
+// Ranks of scores, the first step of both TokenSelect and TokenRecycle.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace vtexport::cuda {
 
-// rank [batch, tokens]: how many beat each of score [batch, tokens], by value or at equal value by a lower index.
+// rank [batch, tokens]: how many scores beat each of score [batch, tokens]: greater ones and equal ones of lower index.
 void rank_all(Launcher& on, const float* score, int32_t batch, int32_t tokens, int32_t* rank);
 
 }  // namespace vtexport::cuda

@@ -1,7 +1,8 @@
-// TokenRecycle in eight launches: ranks, the pool, its distances, densities, peaks, centres, joining, merging. fp16 and bf16
-// distances come from products on tensor cores, d² = x·x + y·y - 2 x·y with all three products from the same tiles, so that
-// equal tokens lie exactly zero apart, which the tie rules rest on; fp32 adds up squared differences. The width is split over
-// blocks, by a rule that knows nothing of the batch, and added up in a fixed order.
+// TokenRecycle in eight launches: ranks, the pool, its distances, densities, peaks, centres, joining, merging. fp16 and
+// bf16 distances come from products on tensor cores, d² = x·x + y·y - 2 x·y with all three products from the same
+// tiles, so that equal tokens have a distance of exactly zero, as the tie rules require; fp32 adds up squared
+// differences. The width is split over blocks by a rule that does not depend on the batch, and added up in a fixed
+// order.
 #include "cuda/block.cuh"
 #include "cuda/kernels.h"
 #include "cuda/ranking.cuh"
@@ -9,12 +10,12 @@
 namespace vtexport::cuda {
 namespace {
 
-constexpr int kTile = 32;      // tokens a side
-constexpr int kThreads = 128;  // of the distances: four warps, 16 x 16 products each
+constexpr int kTile = 32;      // tokens per side
+constexpr int kThreads = 128;  // for the distances: four warps with 16 x 16 products each
 template <typename T>
-constexpr int kDepth = sizeof(T) == 2 ? 128 : 64;  // of the width, in shared memory at a time
+constexpr int kDepth = sizeof(T) == 2 ? 128 : 64;  // elements of the width in shared memory at a time
 
-// How the distances are cut: `pairs` tiles on and below the diagonal, `splits` runs of `run` depths of the width each.
+// How the distances are divided: `pairs` tiles on and below the diagonal, `splits` runs of `run` depths of the width.
 struct Cut {
   int pairs, splits, run;
 
@@ -23,12 +24,12 @@ struct Cut {
     pairs = tiles * (tiles + 1) / 2;
     const int wanted = ceil_div(256, pairs);  // about two blocks for each of an H200's 132 multiprocessors
     run = ceil_div(depths, wanted < depths ? wanted : depths);
-    run += run % 2;  // whole depths of either type
+    run += run % 2;  // a whole number of depths for either type
     splits = ceil_div(depths, run);
   }
 };
 
-// What lies in the workspace, all of it for `batch` rows.
+// The arrays in the workspace, each for `batch` rows.
 struct Workspace {
   float *partial, *squared;           // [splits, m, m], [m, m]
   float *density, *farthest, *peak;   // [m] each
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kBlock) find_pool(RecycleProblem p, const int3
       [&](int32_t number, int32_t i) { pool[number] = i; });
 }
 
-// A run of depths of kTile rows into shared memory; `rows` are theirs in `hidden`, null behind the pool's end.
+// A run of depths of kTile rows into shared memory; `rows` point to them in `hidden`, null beyond the pool's end.
 template <typename T, int kStride>
 __device__ void load(T (*tile)[kStride], const T* const* rows, int first, int width, bool vectors) {
   if constexpr (sizeof(T) == 2) {
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) measure(RecycleProblem p, int run, c
   }
 }
 
-// What all splits say of tokens i and j.
+// The sum over all splits for tokens i and j.
 __device__ inline float add_splits(const float* partial, int splits, int m, int i, int j) {
   const int64_t place = static_cast<int64_t>(i > j ? i : j) * m + (i > j ? j : i), size = static_cast<int64_t>(m) * m;
   float sum = 0;
@@ -167,7 +168,7 @@ __device__ inline float add_splits(const float* partial, int splits, int m, int 
   return sum;
 }
 
-// A block a token of the pool: its distances, minus the mean of the nearest, and the greatest.
+// One block per token of the pool: its distances, minus the mean of the nearest, and the greatest.
 __global__ void __launch_bounds__(kBlock) densities(RecycleProblem p, int splits, bool products, const float* partial,
                                                     float* squared, float* density, float* farthest) {
   float* row = reinterpret_cast<float*>(dynamic_shared());
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kBlock) densities(RecycleProblem p, int splits
     float distance = add_splits(partial, splits, p.pool, i, j);
     if (products) distance = length + add_splits(partial, splits, p.pool, j, j) - 2 * distance;
     distance = (distance < 0 ? 0.0f : distance) / static_cast<float>(p.width);
-    // What is no number is far from everything: sorting needs an order.
+    // NaN counts as far from everything, because sorting needs an order.
     distance = i == j ? 0.0f : isnan(distance) ? kInfinity : distance;
     squared[own * p.pool + j] = distance;
     row[j] = -distance;
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(kBlock) peaks(RecycleProblem p, const float* s
   }
   greatest = block_max(greatest);
   nearness = block_max(nearness);
-  // None denser: the greatest distance of all, which none exceeds.
+  // No token is denser: the greatest distance of all, which no other exceeds.
   const float delta = fminf(-nearness, greatest);
   if (threadIdx.x == 0) peak[first + i] = 0.5f * logf(delta) + own;
 }
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(kBlock) find_centres(RecycleProblem p, const f
       });
 }
 
-// A warp a token of the pool: the nearest centre, the lower number of equally near ones; a centre joins itself.
+// One warp per token of the pool: the nearest centre, of equally near ones the first; a centre joins itself.
 template <typename T>
 __global__ void __launch_bounds__(kBlock) join(RecycleProblem p, const T* hidden, const float* squared,
                                                const int32_t* pool, const int32_t* centre, int32_t* joined,
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kBlock) join(RecycleProblem p, const T* hidden
     }
   };
   if (p.paper) {
-    // One centre after the other, all lanes at its product.
+    // One centre after the other, with all lanes on its product.
     const T* own = hidden + static_cast<int64_t>(pool[i]) * p.width;
     for (int32_t k = 0; k < p.clusters; ++k) {
       const T* theirs = hidden + static_cast<int64_t>(pool[centre[k]]) * p.width;

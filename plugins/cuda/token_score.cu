@@ -1,18 +1,19 @@
-// TokenScore in three launches, so that a batch of one fills a GPU: (1) the greatest logit and the sum of exponentials of each
-// row over 128 keys at a time; (2) the visual columns again, weighed by those and added up over sixteen rows; (3) the mean over
-// heads and tiles of rows. Attention itself is never written; every sum has a fixed order, whatever the batch. fp16 and bf16
-// products run on tensor cores with fp32 accumulation; fp32 stays fp32, for its scores must rank as every other runtime's.
+// TokenScore in three launches, so that a batch of one fills a GPU: (1) the greatest logit and the sum of exponentials
+// of each row over 128 keys at a time; (2) the visual columns again, weighted by those and added up over sixteen rows;
+// (3) the mean over heads and tiles of rows. Attention itself is never written; every sum has a fixed order, whatever
+// the batch. fp16 and bf16 products run on tensor cores with fp32 accumulation; fp32 stays fp32, because scores must
+// rank as on every other runtime.
 #include "cuda/block.cuh"
 #include "cuda/kernels.h"
 
 namespace vtexport::cuda {
 namespace {
 
-constexpr int kRows = 16;  // rows that count, a block
+constexpr int kRows = 16;  // rows that count, per block
 constexpr int kThreads = 128;
-constexpr int kResident = 6;  // blocks a multiprocessor holds; said, or the compiler spills registers to hold more
-constexpr int kSplit = 128;    // keys whose sum is taken together
-constexpr int kColumns = 32;   // of a block of the last launch
+constexpr int kResident = 6;  // blocks per multiprocessor; without it, the compiler spills registers to fit more
+constexpr int kSplit = 128;    // keys that are summed together
+constexpr int kColumns = 32;   // columns per block of the last launch
 template <typename T>
 constexpr int kKeys = sizeof(T) == 2 ? 64 : 32;  // keys in shared memory at a time
 
@@ -30,7 +31,7 @@ __host__ __device__ constexpr int stride(int size) {
 int row_tiles(const ScoreProblem& p) { return ceil_div(p.rows, kRows); }
 int splits(const ScoreProblem& p) { return ceil_div(p.keys, kSplit); }
 
-// What a block has in dynamic shared memory: logits [kRows, columns], then the tiles.
+// The dynamic shared memory of a block: logits [kRows, columns], then the tiles.
 template <typename T>
 size_t shared_size(const ScoreProblem& p, int columns) {
   return kRows * columns * sizeof(float) + static_cast<size_t>(kRows + kKeys<T>) * stride<T>(p.size) * sizeof(T);
@@ -48,13 +49,13 @@ struct Tiles {
   }
 };
 
-// The rows that count, sixteen of them from number 16 * tile on, in order.
+// Sixteen of the rows that count, from number 16 * tile on, in order.
 struct Rows {
-  int32_t place[kRows];  // -1: there is none
+  int32_t place[kRows];  // -1: no such row
   int32_t last[kRows];   // the last key that it sees
   int32_t number;        // how many count in all
 
-  // All threads must call it; one warp works.
+  // All threads must call it; one warp does the work.
   __device__ void find(const bool* counts, const int64_t* places, int32_t rows, int32_t keys, int tile) {
     if (warp_number() == 0) {
       const int lane = lane_number();
@@ -85,7 +86,7 @@ struct Rows {
   }
 };
 
-// `count` rows into a tile; row_of(i) says which row of `from` [., size], -1 for zeros.
+// Copies `count` rows into a tile; row_of(i) is the row of `from` [., size] to copy, -1 for zeros.
 template <typename T, typename RowOf>
 __device__ void load_rows(T* tile, int count, const T* from, int size, RowOf row_of) {
   constexpr int kVector = 16 / static_cast<int>(sizeof(T));
@@ -162,7 +163,7 @@ struct Source {
   }
 };
 
-// Greatest logit and sum of exp(logit - greatest) of a row over a split of the keys.
+// The greatest logit of a row and its sum of exp(logit - greatest), over one split of the keys.
 struct Extent {
   float greatest, sum;
 };
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kResident) measure(ScoreProblem p, i
   const int number_splits = static_cast<int>(gridDim.x) / tiles_of_rows;
   const Source<T> from(p, queries, keys, counts, places, blockIdx.y, blockIdx.z);
   rows.find(from.counts, from.places, p.rows, p.keys, tile);
-  if (rows.number <= tile * kRows) return;  // nobody reads its extents
+  if (rows.number <= tile * kRows) return;  // its extents are never read
   const Tiles<T> tiles(kSplit, p.size);
   const int begin = split * kSplit, seen = min(rows.end(), begin + kSplit);
   load_rows(tiles.queries, kRows, from.query, p.size, [&](int r) { return static_cast<int64_t>(rows.place[r]); });
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kResident) measure(ScoreProblem p, i
     greatest = warp_max(greatest);
     float sum = 0;
     for (int i = 0; i < kSplit / kWarp; ++i) {
-      // A key that is not seen, or one of minus infinity among others, adds nothing; NaN makes the sum NaN.
+      // A key that is not seen, or whose logit is minus infinity among others, adds nothing; NaN makes the sum NaN.
       if (isnan(logit[i]) || greatest > -kInfinity) sum += expf(logit[i] - greatest);
     }
     sum = warp_sum(sum);
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(kBlock) add_columns(ScoreProblem p, int tiles_
   if (threadIdx.x == 0) totals[own] = ranked(sum);
 }
 
-// score [batch, visual]: the mean of all heads, or with `totals` of those whose total is greatest.
+// score [batch, visual]: the mean over all heads, or with `totals` over those with the greatest totals.
 __global__ void __launch_bounds__(kBlock) mean_of_heads(ScoreProblem p, int tiles_of_rows, const float* partial,
                                                         const float* totals, float* score) {
   constexpr int kParts = kBlock / kColumns;
@@ -301,7 +302,7 @@ __global__ void __launch_bounds__(kBlock) mean_of_heads(ScoreProblem p, int tile
   score[b * p.visual + v] = sum / static_cast<float>(totals == nullptr ? p.heads : p.best_heads);
 }
 
-// What lies in the workspace.
+// The arrays in the workspace.
 struct Workspace {
   Extent* extents;
   float *partial, *totals;

@@ -1,5 +1,5 @@
-// TokenSelect in two launches: ranks, and then a block a token, which counts the kept tokens before its own and copies its
-// row there, sixteen bytes at a time where alignment allows.
+// TokenSelect in two launches: ranks, and then one block per token, which counts the kept tokens before it and copies
+// its row there, sixteen bytes at a time where alignment allows.
 #include "cuda/block.cuh"
 #include "cuda/kernels.h"
 #include "cuda/ranking.cuh"

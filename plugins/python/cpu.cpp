@@ -1,4 +1,4 @@
-// vtexport._native: the CPU twins. exporter/vtexport/native.py is what Python code calls.
+// vtexport._native: the CPU twins. Python code calls exporter/vtexport/native/kernels.py.
 #include "cpu/kernels.h"
 #include "python/ops.h"
 

@@ -1,4 +1,4 @@
-// vtexport._cuda: the CUDA kernels. exporter/vtexport/native.py is what Python code calls.
+// vtexport._cuda: the CUDA kernels. Python code calls exporter/vtexport/native/kernels.py.
 #include <cuda_runtime_api.h>
 
 #include "cuda/kernels.h"
@@ -8,7 +8,7 @@ namespace {
 
 namespace nb = nanobind;
 
-// On one stream of the current device; `allocate(bytes)` gives a workspace, an array of bytes on that device.
+// Runs on one stream of the current device; `allocate(bytes)` gives a workspace, an array of bytes on that device.
 class OnStream {
  public:
   using Device = nb::device::cuda;
@@ -30,7 +30,7 @@ class OnStream {
   }
 
  private:
-  // Freed as soon as the caller drops it: its allocator orders that behind the kernels on the same stream.
+  // Freed as soon as the caller drops it; the allocator orders that after the kernels on the same stream.
   template <typename Problem>
   void* workspace(const Problem& problem) const {
     using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, Device>;

@@ -1,5 +1,5 @@
-// The Python face of the kernels, the same for both devices: DLPack arrays in, checked, and pointers handed to a Runner.
-// Outputs are written into arrays that the caller gives.
+// The Python interface of the kernels, the same for both devices: DLPack arrays are checked, and their pointers are
+// passed to a Runner. Outputs are written into arrays that the caller provides.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -25,7 +25,7 @@ inline int32_t extent(size_t size) {
   return static_cast<int32_t>(size);
 }
 
-// Runner: `Device`, nb::device::cpu or nb::device::cuda; a call operator for each problem and its pointers.
+// A Runner has `Device`, nb::device::cpu or nb::device::cuda, and a call operator for each problem and its pointers.
 template <typename Runner>
 class Ops {
  public:

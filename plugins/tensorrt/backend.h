@@ -1,4 +1,4 @@
-// What the plugins run on: the CUDA kernels, or in the test build the CPU twins behind the same signatures.
+// The backend of the plugins: the CUDA kernels, or in the test build the CPU twins with the same signatures.
 #pragma once
 
 #ifdef VTEXPORT_PLUGINS_ON_CPU

@@ -56,7 +56,7 @@ const char* read_fields(const Op& op, const nvinfer1::PluginFieldCollection* fie
       std::memcpy(&values.reals[a], found->data, sizeof(float));
     } else if (found->type == PluginFieldType::kINT32) {
       std::memcpy(&values.integers[a], found->data, sizeof(int32_t));
-    } else if (found->type == PluginFieldType::kINT64) {  // what ONNX holds, and some parsers pass on
+    } else if (found->type == PluginFieldType::kINT64) {  // ONNX's own type, which some parsers pass on
       int64_t wide;
       std::memcpy(&wide, found->data, sizeof wide);
       if (wide < 0 || wide > INT32_MAX) return op.attribute[a].name;
@@ -137,7 +137,7 @@ bool Plugin::supportsFormatCombination(int32_t place, const nvinfer1::DynamicPlu
   const nvinfer1::PluginTensorDesc& tensor = tensors[place].desc;
   if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
   const Kind kind = place < inputs ? op().input[place] : op().output[place - inputs].kind;
-  // Elements are of one type throughout, the first input's.
+  // All elements are of one type, that of the first input.
   return is_kind(tensor.type, kind) && (kind != Kind::kElement || tensor.type == tensors[0].desc.type);
 }
 
@@ -250,7 +250,7 @@ nvinfer1::IPluginV3* Creator::createPlugin(const char*, const nvinfer1::PluginFi
 
 }  // namespace vtexport::trt
 
-// What TensorRT looks for in a plugin library.
+// The functions that TensorRT looks for in a plugin library.
 extern "C" {
 
 __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {

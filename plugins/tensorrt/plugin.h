@@ -7,8 +7,8 @@
 
 namespace vtexport::trt {
 
-// Reads `fields` by the op's attributes; fields of other names, which parsers add, are passed over.
-// Null if all are there, else the name of the first that is missing or of a wrong type.
+// Reads the op's attributes from `fields`; fields of other names, which parsers add, are ignored.
+// Returns null if all are there, else the name of the first that is missing or of a wrong type.
 const char* read_fields(const Op& op, const nvinfer1::PluginFieldCollection* fields, Values& values) noexcept;
 
 class Plugin final : public nvinfer1::IPluginV3,

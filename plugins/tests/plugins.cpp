@@ -1,9 +1,9 @@
 // Drives every plugin of a library as TensorRT would, without TensorRT: creators, attributes, clones, serialisation, types,
 // shapes, formats, workspace, and enqueue against the CPU twins.
 //   drive_plugins LIBRARY            over the twins themselves, or over emulated kernels: enqueue takes host pointers
-//   drive_plugins LIBRARY --device   the real one, on a GPU: device pointers
+//   drive_plugins LIBRARY --device   over the CUDA kernels, on a GPU: enqueue takes device pointers
 //   drive_plugins LIBRARY --bf16     one type only
-// Runs must give the same bits; emulated kernels run in a new order each time, and workspaces begin as new rubbish.
+// Runs must give the same bits; emulated kernels run in a new order each time, and workspaces begin with new random contents.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -105,7 +105,7 @@ struct Tensor {
 
 std::mt19937 generator(7);
 
-// fp16 numbers near one, either sign: exponents are drawn, so that every bit pattern is a number.
+// fp16 numbers near one of either sign; the exponents are chosen so that every bit pattern is a number.
 void fill(Tensor& tensor) {
   if (tensor.type == DataType::kFLOAT) {
     std::normal_distribution<float> normal;
@@ -127,14 +127,14 @@ vtexport::DType element(DataType type) {
 }
 
 bool on_device = false;
-void (*emulate)(int order) = nullptr;  // set where the library's kernels are emulated
+void (*emulate)(int order) = nullptr;  // set if the library's kernels are emulated
 
 // Bytes where enqueue reads and writes them: a device buffer, or the tensor's own.
 class Place {
  public:
   explicit Place(std::vector<char>& bytes) : bytes_(bytes) {
     if (!on_device) return;
-    // Never empty, and guarded by what an out-of-bounds write would have to cross under compute-sanitizer.
+    // Never empty; compute-sanitizer finds accesses out of bounds.
     expect(cudaMalloc(&memory_, bytes.size() + 1) == cudaSuccess, "cudaMalloc");
     write();
   }
@@ -164,7 +164,7 @@ float number(const Tensor& tensor, size_t i) {
   return vtexport::cpu::to_float(*reinterpret_cast<const vtexport::cpu::BFloat16*>(place));
 }
 
-// Integers are equal; numbers up to what another order of summation, or one rounding to `element`, may change.
+// Integers must be equal; numbers may differ by another order of summation or one rounding to `element`.
 bool same(const Tensor& found, const Tensor& expected, DataType element) {
   const bool twins = !on_device && emulate == nullptr;
   if (twins || expected.type == DataType::kINT32) return found.bytes == expected.bytes;
@@ -179,7 +179,7 @@ bool same(const Tensor& found, const Tensor& expected, DataType element) {
 
 struct Case {
   std::vector<std::pair<const char*, int64_t>> integers;
-  float scale;  // 0: the op has none
+  float scale;  // 0: the op has no scale
   std::vector<Tensor> inputs, expected;
 };
 
@@ -194,7 +194,7 @@ Case score_case(const vtexport::ScoreProblem& p) {
   fill(c.inputs[0]);
   fill(c.inputs[1]);
   for (int i = 0; i < p.batch * p.rows; ++i) {
-    c.inputs[2].as<bool>()[i] = i % 3 != 1 && (p.batch == 1 || i >= p.rows || p.rows < 5);  // of some batches, none counts
+    c.inputs[2].as<bool>()[i] = i % 3 != 1 && (p.batch == 1 || i >= p.rows || p.rows < 5);  // in some batches no row counts
     c.inputs[3].as<int64_t>()[i] = i % 11 == 10 ? -1 : p.keys - 1 - i % p.keys / 2;
   }
   for (int i = 0; i < p.batch; ++i) c.inputs[4].as<int64_t>()[i] = (p.keys - p.visual) / (1 + i);
@@ -227,7 +227,7 @@ Case recycle_case(DataType type, const vtexport::RecycleProblem& p) {
   c.inputs = {Tensor(type, shape({p.batch, p.tokens, p.width})), Tensor(DataType::kFLOAT, shape({p.batch, p.tokens}))};
   fill(c.inputs[0]);
   fill(c.inputs[1]);
-  // Some tokens are equal: they lie exactly zero apart, whatever way distances are taken.
+  // Some tokens are equal: their distance is exactly zero, however it is computed.
   const size_t row = c.inputs[0].bytes.size() / (static_cast<size_t>(p.batch) * p.tokens);
   for (size_t i = 7; i < static_cast<size_t>(p.tokens); i += 9) {
     std::memcpy(&c.inputs[0].bytes[i * row], &c.inputs[0].bytes[(i - 4) * row], row);
@@ -239,7 +239,7 @@ Case recycle_case(DataType type, const vtexport::RecycleProblem& p) {
   return c;
 }
 
-// Problems that take every way through the kernels: one tile and several, whole vectors and odd widths.
+// Problems that take every path through the kernels: one tile and several, whole vectors and odd widths.
 std::vector<Case> cases(const std::string& name, DataType type) {
   const vtexport::DType e = element(type);
   if (name == "TokenSelect") {
@@ -378,8 +378,11 @@ int main(int count, char** arguments) {
   int32_t number = 0;
   IPluginCreatorInterface* const* creators = get(number);
   expect(number == 4, "four creators");
-  for (DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
-    if (option == "--bf16" && type != DataType::kBF16) continue;
+  const std::pair<const char*, DataType> types[] = {
+      {"--fp32", DataType::kFLOAT}, {"--fp16", DataType::kHALF}, {"--bf16", DataType::kBF16}};
+  const bool all = std::none_of(std::begin(types), std::end(types), [&](auto& one) { return option == one.first; });
+  for (auto& [flag, type] : types) {
+    if (!all && option != flag) continue;
     for (int i = 0; i < number; ++i) {
       auto* creator = static_cast<IPluginCreatorV3One*>(creators[i]);
       const std::string name = creator->getPluginName();
@@ -391,7 +394,7 @@ int main(int count, char** arguments) {
         for (bool wide : {false, true}) {
           std::unique_ptr<IPluginV3> plugin(create(creator, c, wide));
           expect(plugin != nullptr, name + ": created");
-          if (emulate != nullptr && wide) continue;  // slow enough once
+          if (emulate != nullptr && wide) continue;  // too slow to run twice
           run(plugin.get(), c, name);
           std::unique_ptr<IPluginV3> copy(plugin->clone());
           auto* runtime = capability<IPluginV3OneRuntime>(plugin.get(), PluginCapabilityType::kRUNTIME);

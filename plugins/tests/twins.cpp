@@ -1,5 +1,5 @@
 // Random problems through every twin, on heap arrays of exactly the size that the contract says: built with sanitizers,
-// any step outside them, any overflow or misaligned read ends the program (tests/plugins/test_sanitizers.py).
+// any access outside them, any overflow and any misaligned read ends the program (tests/plugins/test_sanitizers.py).
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -24,7 +24,7 @@ void expect(bool holds, const char* what) {
   std::exit(1);
 }
 
-// `count` random elements of `type`, now and then one that is no number.
+// `count` random elements of `type`, now and then a NaN or an infinity.
 std::vector<char> elements(DType type, size_t count) {
   std::vector<char> bytes(count * vtexport::size_of(type));
   std::normal_distribution<float> normal;

@@ -200,7 +200,7 @@ def test_nodes_are_called_after_their_layers() -> None:
         (lambda m, x: list(x), TypeError, "cannot be iterated"),
         (lambda m, x: x.flatten(0, 1), TypeError, "is no sum"),
         (lambda m, x: x + STRANGE, NotImplementedError, "its own parameters"),
-        (lambda m, x: x if x.shape[0] > 1 else -x, TypeError, "is known of the extent batch"),
+        (lambda m, x: x if x.shape[0] > 1 else -x, TypeError, "the extent batch is dynamic and supports only sums"),
         (lambda m, x: x.reshape(x.shape[0] // 2, -1), TypeError, "not always a multiple of 2"),
         (lambda m, x: x + torch.ones(x.shape[0], 3, 4), ValueError, "do not broadcast"),
         (lambda m, x: x[:, 1:-1], NotImplementedError, "of rows elements"),

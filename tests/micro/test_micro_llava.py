@@ -17,8 +17,6 @@ from vtexport.pruning import dense_plan
 from vtexport.pruning.flops import plan_flops
 from vtexport.runtime.runner import Runner
 
-KEEPS = (0.5, 0.15, 0.05)
-
 
 @pytest.fixture(scope="module")
 def accuracy(build_bundle: BuildBundle):
@@ -63,7 +61,9 @@ def test_fastervlm_keeps_nine_tenths_of_dense_accuracy_at_fifteen_percent(accura
     assert accuracy("fastervlm", 0.15) >= 0.9 * accuracy("dense", 1.0)
 
 
-@pytest.mark.parametrize(("positions", "share"), [("compact", 0.96), ("original", 0.965)])
+@pytest.mark.parametrize(
+    ("positions", "share"), [("compact", 0.96), pytest.param("original", 0.965, marks=pytest.mark.long)]
+)
 def test_sparsevlm_keeps_most_of_dense_accuracy_at_a_third(
     positions: str, share: float, accuracy, build_bundle: BuildBundle
 ) -> None:
@@ -89,7 +89,9 @@ def test_sparsevlms_raters_are_the_questions_own_words(build_bundle: BuildBundle
         assert {runner.prompter.tokenizer.decode([token]).strip() for token in tokens} == words
 
 
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize(
+    "keep", [pytest.param(0.5, marks=pytest.mark.long), 0.15, pytest.param(0.05, marks=pytest.mark.long)]
+)
 def test_fastervlm_beats_random(accuracy, keep: float) -> None:
     assert accuracy("fastervlm", keep, 200) > accuracy("random", keep, 200)
 

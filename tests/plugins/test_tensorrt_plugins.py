@@ -99,7 +99,14 @@ def test_plugins_do_what_tensorrt_asks(built: Built) -> None:
 
 
 # Turing's tensor cores take no bf16; all else is as on the others.
-@pytest.mark.parametrize(("architecture", "options"), [(900, []), (750, ["--bf16"])])
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        (900, ["--fp16"]),
+        pytest.param(900, [], marks=pytest.mark.long),
+        pytest.param(750, ["--bf16"], marks=pytest.mark.long),
+    ],
+)
 def test_emulated_kernels_are_their_twins_in_every_order_of_threads(
     built: Built, architecture: int, options: list[str]
 ) -> None:

@@ -94,7 +94,7 @@ def test_without_tensorrt_or_a_gpu_it_says_what_is_missing(monkeypatch: pytest.M
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     assert "install it with" in TensorRTTarget.can_build().reason
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: object())
-    assert "builds on the GPU that it builds for" in TensorRTTarget.can_build().reason
+    assert "builds on the GPU that will run the engines" in TensorRTTarget.can_build().reason
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -110,10 +110,10 @@ def test_a_bundle_opens_only_where_it_was_built_for(monkeypatch: pytest.MonkeyPa
     with pytest.raises(TargetError, match="built for compute capability 89, not for NVIDIA Test"):
         open_on(90)
     assert isinstance(open_on(90, hardware_compatible="ampere+"), TensorRTEngine)
-    with pytest.raises(TargetError, match=r"built with tensorrt 11\.4\.0\.106, here is 11\.5\.0"):
+    with pytest.raises(TargetError, match=r"built with tensorrt 11\.4\.0\.106, but this machine has 11\.5\.0"):
         open_on(89, "11.5.0")
     assert isinstance(open_on(89, "11.5.0", version_compatible=1), TensorRTEngine)
-    with pytest.raises(TargetError, match=r"here is 10\.13\.0"):
+    with pytest.raises(TargetError, match=r"this machine has 10\.13\.0"):
         open_on(89, "10.13.0", version_compatible=1)
 
 
@@ -144,7 +144,7 @@ def test_the_timing_cache_is_read_and_written_back(tmp_path: Path) -> None:
     builder.read_timings(config, path)
     assert config.known == b" and more"
     assert [one.name for one in tmp_path.iterdir()] == ["cache"]
-    with pytest.raises(InputError, match="is no timing cache of this GPU and TensorRT"):
+    with pytest.raises(InputError, match="is not a timing cache of this GPU and TensorRT"):
         builder.read_timings(Timings(fits=False), path)
     with pytest.raises(InputError, match="cannot be read"):
         builder.read_timings(config, tmp_path)

@@ -1,1 +1,1 @@
-"""A checkpoint and options -> a bundle."""
+"""Builds a bundle from a checkpoint and options."""

@@ -1,4 +1,4 @@
-"""A checkpoint and its plans -> the files of a bundle: traced graphs, weights, compiled engines, processor, manifest."""
+"""Writes the files of a bundle: traced graphs, weights, compiled engines, processor and manifest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vtexport.builder.engines import EngineSpec, Made, Source, make_engines
 from vtexport.builder.selfcheck import check_engines
@@ -35,14 +34,11 @@ from vtexport.options import option_values
 from vtexport.progress import Progress
 from vtexport.targets.base import Target
 
-if TYPE_CHECKING:
-    pass
-
 
 def assemble(
     source: Source, engines: EngineSpec, target: Target, out: Path, progress: Progress, *, self_check: bool
 ) -> Bundle:
-    """Write the bundle `out`, with `self_check` held to the reference before it gets its name."""
+    """Write the bundle `out`; with `self_check`, compare it with the reference before it gets its name."""
     check_space(out, _needed_bytes(source, engines, target, out))
     with write_folder(out) as building, contextlib.ExitStack() as stack:
         made = make_engines(source, engines, target, building, progress)
@@ -87,10 +83,10 @@ def _manifest(
 
 
 def _needed_bytes(source: Source, engines: EngineSpec, target: Target, out: Path) -> int:
-    """What the bundle takes on disk besides what is hard-linked, at its fullest, and some room for graphs."""
+    """Bytes that the build takes on disk at its peak, without hard-linked weights but with some room for graphs."""
     weights = source.spec.weight_bytes(engines.dtype)
     linked = source.checkpoint.stored == AS_STORED[engines.dtype] and same_file_system(source.checkpoint.folder, out)
-    # Of plans, prefill and decode each hold the decoder.
+    # The TensorRT plans of prefill and decode each hold the decoder's weights.
     inside = 2 * weights if target.weights_inside else 0
     return int(1.1 * ((0 if linked else weights) + inside)) + (16 << 20)
 
@@ -102,7 +98,7 @@ def _copy_processor(source: Source, building: Path) -> None:
         if (source.processor / name).is_file():
             shutil.copyfile(source.processor / name, place / name)
     if source.clip is not None and source.spec.clip is not None:
-        # Its tokenizer may be in any of several forms: written anew, it is in the newest.
+        # CLIP's tokenizer may be stored in one of several formats; saving it again writes the newest.
         ClipTokenizer(source.clip, source.spec.clip.length).tokenizer.save_pretrained(place / CLIP_FOLDER)
         shutil.copyfile(source.clip / "config.json", place / CLIP_FOLDER / "config.json")
 

@@ -1,4 +1,4 @@
-"""build: checkpoint -> traced graphs -> compiled bundle, checked against the reference before it gets its name."""
+"""build: turns a checkpoint and options into a compiled bundle that is checked against the reference."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from vtexport.targets.base import ENGINE_FOLDER
 def build(options: BuildOptions, out: Path | str, *, force: bool = False, progress: Progress | None = None) -> Bundle:
     """Build a bundle at `out`.
 
-    The bundle is written beside `out` and takes its name at the end; a failed build leaves nothing, and leaves a
-    bundle that stood there as it was.
+    The bundle is written beside `out` and renamed at the end. A failed build leaves nothing behind, and an existing
+    bundle as it was.
 
     Args:
         options: what to build.
         out: the folder to write.
-        force: replace a bundle that stands at `out`.
+        force: replace an existing bundle at `out`.
         progress: where to report; None for nowhere.
 
     Raises:
-        VtexportError: every way in which the input, the machine or the self-check can say no.
+        VtexportError: the input is wrong, this machine cannot build it, or the self-check fails.
     """
     out = Path(out)
     options.check()
@@ -52,10 +52,10 @@ def build(options: BuildOptions, out: Path | str, *, force: bool = False, progre
 
 
 def dry_run(options: BuildOptions) -> Estimate:
-    """What `build` would make, from config.json alone: of a model on the hub no weight is downloaded.
+    """Estimate what `build` would make, from config.json alone; no weights are downloaded from the hub.
 
     Raises:
-        VtexportError: what `build` would say of the options and the model's configuration.
+        VtexportError: `build` would refuse the options or the model's configuration.
     """
     options.check()
     model = _open(options, config_only=True)
@@ -64,9 +64,9 @@ def dry_run(options: BuildOptions) -> Estimate:
 
 
 def build_dense_twin(bundle: Bundle, out: Path, progress: Progress | None = None) -> Bundle:
-    """Build at `out` the dense bundle of the same model, target and dtype, from `bundle`'s own weights.
+    """Build the dense bundle of the same model, target and dtype at `out`, from `bundle`'s own weights.
 
-    It is not checked against transformers: the weights of layers that no engine runs are not in a bundle.
+    There is no self-check: transformers also needs the weights of layers that no engine runs, which no bundle holds.
 
     Raises:
         InputError: `bundle` is dense itself, or its target keeps weights inside its engines.
@@ -88,7 +88,7 @@ def build_dense_twin(bundle: Bundle, out: Path, progress: Progress | None = None
 
 @dataclass(frozen=True)
 class _Model:
-    """What a build is of: folder, geometry, weights (None where only the configuration is there), a CLIP's folder."""
+    """The model to build: folder, geometry, weights (None with config.json alone), and a CLIP's folder or None."""
 
     folder: Path
     spec: ModelSpec
@@ -102,7 +102,7 @@ class _Model:
 
 
 def _open(options: BuildOptions, *, config_only: bool) -> _Model:
-    """The model that `options` name, and the CLIP beside it for a method that reads the question."""
+    """Open the model that `options` name, and a CLIP for a method that reads the question."""
     folder = resolve_model(options.model, config_only=config_only)
     spec = read_spec(folder, options.views)
     _check_views(options, spec)
@@ -117,7 +117,7 @@ def _open(options: BuildOptions, *, config_only: bool) -> _Model:
 
 
 def _engine_spec(options: BuildOptions, model: _Model) -> EngineSpec:
-    """Plans and dtype by `options`; refused if the target has no place for them."""
+    """The plans and dtype that `options` ask for; plans that the target does not support are refused."""
     calibration, geometry = _calibration(options, model), Geometry.of(model.spec)
     dtype = options.dtype or recipe_dtype(options.model) or NEAREST.get(model.stored, "fp32")
 
@@ -140,14 +140,14 @@ def _engine_spec(options: BuildOptions, model: _Model) -> EngineSpec:
 
 
 def _calibration(options: BuildOptions, model: _Model) -> Calibration | None:
-    """The calibration that was asked for or that the recipe carries; refused if it is another model's."""
+    """The calibration in `options`, else the recipe's; it is refused if it belongs to another model."""
     if not options.adaptive and not any(part.calibrated for part in options.parts):
         if options.calibration is None:
             return None
         raise InputError(f"--calibration has no effect with method {options.method}, which needs none; leave it out")
-    # A recipe's calibration is of its model with one image per prompt.
-    own = recipe_calibration(options.model) if options.views == ViewChoice() else None
-    path = options.calibration or own
+    # A recipe's calibration was measured with one image per prompt.
+    from_recipe = recipe_calibration(options.model) if options.views == ViewChoice() else None
+    path = options.calibration or from_recipe
     if path is None:
         return None
     calibration = Calibration.load(path)
@@ -158,12 +158,12 @@ def _calibration(options: BuildOptions, model: _Model) -> Calibration | None:
 
 
 def _check_views(options: BuildOptions, spec: ModelSpec) -> None:
-    """Refuse what is only defined for one view of one image."""
+    """Refuse options that are defined for one view of one image only."""
     if options.adaptive and spec.views.total > 1:
         raise InputError("--keep auto goes by one view's CLS attention, and this build has several views; give a ratio")
     if options.adaptive and not spec.vision.class_token:
         raise InputError(f"--keep auto goes by CLS attention, and {spec.vision.kind} has no CLS token; give a ratio")
     if spec.views.counted and options.give_ranking:
         raise InputError(
-            "--give-ranking ranks the tokens of one image of one size; this build's prompts differ in them"
+            "--give-ranking needs one image of one size per prompt, but this build allows others; leave it out"
         )

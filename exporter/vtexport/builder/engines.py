@@ -1,4 +1,4 @@
-"""Plans and a checkpoint -> compiled graphs and their weights in a folder: what building and its self-check share."""
+"""Compiles the graphs of a checkpoint and its plans into a folder, for the build and for its self-check."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """What a bundle is made from: the model's name, its folder, its processor's, weights, geometry, a CLIP's folder."""
+    """What a bundle is made from: a model's name, folder, processor, weights and geometry, and a CLIP's folder."""
 
     name: str
     folder: Path
@@ -33,7 +33,7 @@ class Source:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """How graphs are made of a source: plans (several are a choice per image, by `policy`), dtype, extra outputs."""
+    """How to make graphs from a source: plans (if several, `policy` chooses one per image), dtype, extra outputs."""
 
     plans: Sequence[PruningPlan]
     dtype: str
@@ -44,14 +44,14 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Made:
-    """What `make_engines` left in a folder, and the ports of its graphs."""
+    """The result of `make_engines`: the compiled files, and the inputs and outputs of each graph."""
 
     compiled: Compiled
     ports: Mapping[str, GraphEntry]
 
 
 def make_engines(source: Source, engines: EngineSpec, target: Target, folder: Path, progress: Progress) -> Made:
-    """Trace, write weights and compile into `folder / ENGINE_FOLDER`; what only compiling needed is still there."""
+    """Trace, write weights and compile into `folder / ENGINE_FOLDER`; files that only compiling needs stay there."""
     graphs = _trace(source.spec, engines, target.vision_only, progress)
     ports = {graph.name: _ports(graph) for graph in graphs}
     scheme = target.scheme()

@@ -1,4 +1,4 @@
-"""What a build would take, from a model's geometry alone."""
+"""Estimates what a build takes, from the model's geometry alone."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from vtexport.models import ModelSpec
 from vtexport.models.spec import ITEMSIZE
 from vtexport.targets import Target
 
-# Measured at LLaVA-1.5-7B and 13B: bytes of ONNX a layer, and what tracing takes besides the weights.
+# Measured on LLaVA-1.5-7B and 13B: bytes of ONNX per layer, and the memory that tracing takes besides the weights.
 _GRAPH_BYTES = {"vision": 55_000, "decoder": 40_000}
 _TRACING = 850_000_000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A build that was not made.
+    """The estimate of a build.
 
     Attributes:
-        spec, engines, target: what it would be made of and for.
-        converts: whether weights would be written in another dtype than the checkpoint's.
+        spec, engines, target: what it would be made from and for.
+        converts: whether weights would be converted to another dtype than the checkpoint's.
     """
 
     spec: ModelSpec
@@ -31,12 +31,12 @@ class Estimate:
 
     @property
     def weight_bytes(self) -> int:
-        """Weights of all graphs, once."""
+        """Bytes of the weights of all graphs, each counted once."""
         return self.spec.weight_bytes(self.engines.dtype)
 
     @property
     def graph_bytes(self) -> int:
-        """ONNX files, about."""
+        """Approximate bytes of the ONNX files."""
         decoder = self.spec.decoder.num_layers * (len(self.engines.plans) + 1)
         return _GRAPH_BYTES["vision"] * self.spec.vision.feature_layer + _GRAPH_BYTES["decoder"] * decoder
 
@@ -47,7 +47,7 @@ class Estimate:
 
     @property
     def peak_memory(self) -> int:
-        """Resident bytes of the build, about."""
+        """Approximate peak resident bytes of the build."""
         d = self.spec.decoder
         largest = d.vocab_size * d.hidden_size * (ITEMSIZE[self.engines.dtype] + 4) if self.converts else 0
         check = memory_needed(self.spec, self.engines.dtype) if self.checked_in_full else 0
@@ -55,7 +55,7 @@ class Estimate:
 
 
 def config_dtype(spec: ModelSpec) -> str:
-    """The safetensors dtype that config.json says a checkpoint is in."""
+    """The safetensors dtype of a checkpoint, according to its config.json."""
     text = spec.config.get("text_config", {})
     names = [place.get(key) for place in (spec.config, text) for key in ("dtype", "torch_dtype")]
     known = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}

@@ -1,4 +1,4 @@
-"""What a build can be told, and what follows from it before any work."""
+"""The options of a build, and the checks of them before any work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _METHOD = "Pruning method, or a vision-stage and a decoder-stage method as A+B; 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What `vtexport build` can be told; every default is the command line's.
+    """The options of `vtexport build`; every default is the command line's.
 
     Attributes:
         model: a recipe's name (`vtexport list`), a checkpoint's folder, or a hub id.
@@ -31,17 +31,17 @@ class BuildOptions:
         dtype: "fp32", "fp16" or "bf16"; None for the recipe's, else the checkpoint's own (bf16 becomes fp16).
         method_options: the methods' own options, by name (docs/methods.md).
         target_options: the target's own options, by name.
-        views: what becomes of a prompt's images, where the model leaves a choice.
+        views: how a prompt's images become views, where the model leaves a choice.
         buckets: with keep "auto", the keep ratios to choose from; None for 0.5, 0.25 and 0.125.
         target_accuracy: with keep "auto", the share of the dense model's answers that must stay as they are at
             calibration; None for 0.97.
         calibration: a file of `vtexport calibrate`; None for the recipe's, if it carries one.
-        give_ranking: also give out how much each visual token was attended to, for `Runner.open(ranking_from=…)`.
-        debug: also give out scores, raters and clusters.
-        self_check: hold the engines to transformers before the bundle gets its name.
+        give_ranking: also output how much each visual token was attended to, for `Runner.open(ranking_from=…)`.
+        debug: also output scores, raters and clusters.
+        self_check: compare the engines with transformers before the bundle gets its name.
 
     Raises:
-        InputError: a value that is none of these.
+        InputError: a value is invalid.
     """
 
     model: str
@@ -62,7 +62,7 @@ class BuildOptions:
     dtype: Annotated[
         Literal["fp32", "fp16", "bf16"] | None,
         Meta(
-            description="Numbers of weights and activations.",
+            description="Number format of weights and activations.",
             extra={"default": "the recipe's, or the checkpoint's own, bf16 as fp16"},
         ),
     ] = None
@@ -88,14 +88,14 @@ class BuildOptions:
     calibration: Annotated[
         Path | None,
         Meta(
-            description="File of vtexport calibrate: the ranks and layers that schedules rest on, the tables of --keep auto.",
+            description="File written by vtexport calibrate: ranks and layers for schedules, tables for --keep auto.",
             extra={"metavar": "FILE", "default": "the recipe's"},
         ),
     ] = None
     give_ranking: Annotated[
         bool, Meta(description="Let a dense bundle rank visual tokens for another bundle (method sgl).")
     ] = False
-    debug: Annotated[bool, Meta(description="Let the engines also give out scores, raters and clusters.")] = False
+    debug: Annotated[bool, Meta(description="Let the engines also output scores, raters and clusters.")] = False
     self_check: bool = True
 
     def __post_init__(self) -> None:
@@ -115,10 +115,10 @@ class BuildOptions:
 
     @cached_property
     def methods(self) -> MethodChoice:
-        """The same with their options; those that a plan fills in are still open.
+        """The methods with their options; those that a plan fills in are not set yet.
 
         Raises:
-            InputError: see `parts`; or an option that none of them has, or a value that it cannot have.
+            InputError: see `parts`; or an option that none of them has, or an invalid value.
         """
         return choose(self.method, self.method_options)
 
@@ -140,7 +140,7 @@ class BuildOptions:
         """Refuse what cannot be built here, before any work.
 
         Raises:
-            InputError: an option that cannot be, or that has no effect beside the others.
+            InputError: an option that is invalid or has no effect with the others.
             TargetError: the target cannot build on this machine.
         """
         target = self.chosen_target

@@ -1,4 +1,4 @@
-"""What a build holds its engines to: the model itself where it fits into memory, else a small one of the same graphs."""
+"""The self-check of a build: on the model itself if it fits into memory, else on a small model with the same graphs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def check_engines(
 ) -> VerificationEntry:
     """Check what was compiled into `folder`; see `vtexport.check.compare` for what is compared.
 
-    A model too large for this machine's memory, or in bf16, for which it has no kernels, is checked in two parts: its own
-    files by structure, and the same plans, layers and graph code at a random model's small width by running them in fp32.
+    If the model does not fit into memory, or is in bf16 without a device that can run it, the check has two parts: the
+    structure of the model's own files, and a run in fp32 of a small random model with the same plans and layers.
 
     Raises:
         VerificationError: an engine differs from the reference.
@@ -51,7 +51,7 @@ def check_engines(
 
 
 def _check_small(source: Source, engines: EngineSpec, target: Target, progress: Progress) -> VerificationEntry:
-    """Check the same plans, layers and graph code at a random model's small width, on ONNX Runtime."""
+    """Check a small random model with the same plans and layers, on ONNX Runtime."""
     from vtexport.models.shrink import shrink
     from vtexport.targets.onnxruntime.target import OnnxRuntimeTarget
 
@@ -61,7 +61,7 @@ def _check_small(source: Source, engines: EngineSpec, target: Target, progress: 
         made_up = shrink(source.spec, source.processor, source.clip, place)
         small = Source(source.name, place, place, made_up.checkpoint, made_up.spec, made_up.clip)
         tried = replace(engines, dtype="fp32")
-        # In as many bits, by the runtime that the check runs on; in fp8, which it has no kernel for, as they are.
+        # Weights get as many bits as on the target; fp8, for which ONNX Runtime has no kernel, leaves them as they are.
         bits = str(option_values(target).get("quantize", ""))
         known = option_fields(OnnxRuntimeTarget)["quantize"].choices
         runtime = OnnxRuntimeTarget(quantize=bits if bits in known else "")  # type: ignore[arg-type]  # one of its choices
@@ -83,24 +83,24 @@ def checks_in_full(spec: ModelSpec, dtype: str, target: Target) -> bool:
 
 
 def memory_needed(spec: ModelSpec, dtype: str) -> int:
-    """Bytes for the check in full: the reference in fp32, and the engines' weights as runtimes pack them, twice."""
+    """Bytes that the full check needs: the reference in fp32, and the engines' weights twice, as runtimes pack them."""
     return spec.weight_bytes("fp32") + 2 * spec.weight_bytes(dtype)
 
 
 def available_memory() -> int:
-    """Bytes that this machine, or the container this process is in, can still give."""
-    found = []
+    """Bytes of memory that are free on this machine, or in the container that this process runs in."""
+    free = []
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
-            found.append(1024 * int(line.split()[1]))
+            free.append(1024 * int(line.split()[1]))
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
-        found.append(int(text) - int(used.read_text(encoding="ascii")))
-    return min(found)
+        free.append(int(text) - int(used.read_text(encoding="ascii")))
+    return min(free)
 
 
 def check_structure(folder: Path) -> None:
-    """Hold every ONNX file of a bundle to the standard, and its weights to the files that hold them.
+    """Check that every ONNX file of a bundle is valid, and that its weights lie inside the files that it points to.
 
     Raises:
         VerificationError: a graph is not valid, or points outside a file.
@@ -111,7 +111,7 @@ def check_structure(folder: Path) -> None:
         model = onnx.load(path, load_external_data=False)
         for tensor in model.graph.initializer:
             _check_span(path, tensor)
-        # As inputs: the checker refuses files with several hard links, taking each for an attack.
+        # Declared as inputs, because the checker refuses weight files with several hard links as a possible attack.
         for tensor in model.graph.initializer:
             model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         del model.graph.initializer[:]
@@ -137,13 +137,13 @@ def _check_span(path: Path, tensor: onnx.TensorProto) -> None:
     held = (path.parent / at["location"]).stat().st_size - start
     if not length == wanted <= held:
         raise VerificationError(
-            f"{path.name} wants {wanted} bytes of {tensor.name}, {at['location']} has {min(length, held)} there; "
+            f"{path.name} needs {wanted} bytes of {tensor.name}, but {at['location']} has {min(length, held)} there; "
             "please report this model"
         )
 
 
 def _verifiable(target: Target, compiled: Compiled, folder: Path) -> tuple[Engine, str]:
-    """The compiled engine, or where it cannot run here, the ONNX files it was compiled from."""
+    """The compiled engine and its name, or if it cannot run here, the ONNX files that it was compiled from."""
     if target.can_run().works:
         return target.open(folder, compiled, 0), target.name
     from vtexport.targets.onnxruntime.session import OrtEngine

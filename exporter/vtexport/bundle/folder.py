@@ -1,4 +1,4 @@
-"""The engine folder, opened: only if its manifest holds."""
+"""Opens an engine folder after checking it against its manifest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: Path | str) -> Bundle:
-        """Read and validate the manifest, and see that every file it lists is there with its size.
+        """Read and validate the manifest, and check that every file it lists is there and has the listed size.
 
         Raises:
             BundleError: no manifest, another schema version, a damaged manifest, or a missing or resized file.
@@ -54,7 +54,7 @@ class Bundle:
         return self.folder / PROCESSOR_FOLDER
 
     def spec(self) -> ModelSpec:
-        """The geometry of the model inside, of its CLIP too if it has one."""
+        """The geometry of the model inside, and of its CLIP if it has one."""
         choice = ViewChoice(**self.manifest.model.views.asked)  # type: ignore[arg-type]  # names and values of its own
         spec, clip = read_spec(self.processor_folder, choice), self.processor_folder / CLIP_FOLDER
         return replace(spec, clip=read_clip(clip, spec.vision)) if clip.is_dir() else spec
@@ -63,7 +63,7 @@ class Bundle:
         """The target that it was built for, with the options of the build.
 
         Raises:
-            BundleError: the manifest names a target, or an option of it, that there is not.
+            BundleError: the manifest names an unknown target or option.
         """
         entry = self.manifest.target
         try:
@@ -76,7 +76,7 @@ class Bundle:
         return sum(entry.bytes for entry in self.manifest.files)
 
     def verify(self, advance: Callable[[int], None]) -> None:
-        """Hash every file against the manifest; `advance` is called with bytes read.
+        """Hash every file against the manifest; `advance` is called with the number of bytes read.
 
         Raises:
             BundleError: a file was changed.

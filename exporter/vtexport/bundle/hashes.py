@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vtexport.bundle.manifest import FileEntry
 
-# Large, for a thread that hashes beside another's Python waits for the interpreter once per chunk.
+# Large, because a thread that hashes while another runs Python waits for the interpreter lock once per chunk.
 _CHUNK = 32 << 20
 
 
@@ -23,7 +23,7 @@ def sha256(path: Path, advance: Callable[[int], None]) -> str:
 
 
 class Hashes:
-    """The files of a folder that is still being filled, hashed in the background: of a large model, minutes.
+    """Hashes the files of a folder in the background while it is still being filled; large models take minutes.
 
     Start it when the large files are there; they must not change any more.
     """

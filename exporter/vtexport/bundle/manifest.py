@@ -1,4 +1,4 @@
-"""manifest.json: what a bundle says of itself, a schema that is checked whenever one is opened."""
+"""The schema of manifest.json, which describes a bundle and is validated whenever one is opened."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 
 
 class ViewsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What becomes of a prompt's images: `vtexport.models.spec.ViewSpec`, and what was asked of it."""
+    """How a prompt's images become views: `vtexport.models.spec.ViewSpec`, and the options that were given for it."""
 
     images: int
     views: int
@@ -27,7 +27,7 @@ class ViewsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The checkpoint: the name it was asked by, its config.json, and its end tokens."""
+    """The checkpoint: the name given to the build, its config.json, and its end tokens."""
 
     name: str
     family: str
@@ -51,7 +51,7 @@ class StageEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The plan: `vtexport.pruning.PruningPlan`, and what it averages to."""
+    """A plan: `vtexport.pruning.PruningPlan`, and its mean numbers of visual tokens."""
 
     method: str
     keep: float
@@ -83,7 +83,7 @@ class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def plan(self) -> PruningPlan:
-        """The plan this entry was made of.
+        """The plan that this entry was made from.
 
         Raises:
             InputError: an unknown method, or options that it does not have.
@@ -110,7 +110,7 @@ class AdaptiveEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TargetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the bundle was compiled for, with what, and which file is which graph."""
+    """The target of the bundle, with options, versions and the file of each graph."""
 
     name: str
     dtype: str
@@ -136,7 +136,7 @@ class GraphEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of the bundle, by its path in it."""
+    """A file of the bundle; `path` is relative to the bundle's folder."""
 
     path: str
     bytes: int
@@ -144,7 +144,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VerificationEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the self-check at build compared: see `vtexport.check.compare`."""
+    """The result of the self-check; see `vtexport.check.compare`."""
 
     ran: str
     against: str
@@ -157,7 +157,7 @@ class VerificationEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole of manifest.json; several plans, from most to fewest tokens, are a choice per image (`adaptive`)."""
+    """The whole of manifest.json; of several plans, from most to fewest tokens, `adaptive` chooses one per image."""
 
     schema_version: int
     vtexport: str
@@ -172,11 +172,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: list[FileEntry]
 
     def pruning_plans(self) -> list[PruningPlan]:
-        """The plans, one a prefill graph."""
+        """The plans, one per prefill graph."""
         return [entry.plan() for entry in self.plans]
 
     def policy(self) -> Policy | None:
-        """What chooses among several plans; None where there is one."""
+        """The policy that chooses among several plans; None if there is only one."""
         if self.adaptive is None:
             return None
         return Policy(tuple(self.adaptive.limits), self.adaptive.target_accuracy, self.adaptive.accuracy)

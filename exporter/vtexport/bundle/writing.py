@@ -1,4 +1,4 @@
-"""An engine folder is written whole or not at all."""
+"""Writes an engine folder whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_destination(out: Path, force: bool) -> None:
     """Refuse before any work what `write_folder` would refuse after it.
 
     Raises:
-        InputError: `out` exists without `force`, or is something else than a bundle or an empty folder.
+        InputError: `out` holds a bundle and `force` is not set, or it is neither a bundle nor an empty folder.
         StorageError: no folder can be made there.
     """
     if out.exists():
@@ -32,7 +32,7 @@ def check_destination(out: Path, force: bool) -> None:
             raise InputError(f"{out} already holds a bundle; give --force to replace it, or another --out")
     existing = _existing_parent(out)
     try:
-        # Asking for permission is not enough: root is granted it on a read-only file system too.
+        # Checking permissions is not enough: root has them on a read-only file system too.
         Path(tempfile.mkdtemp(prefix=".vtexport-", dir=existing)).rmdir()
     except OSError as error:
         raise StorageError(f"{out}: {existing} is not a writable folder; give another --out") from error
@@ -65,12 +65,12 @@ def check_space(out: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def write_folder(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that takes its place when the block ends well and vanishes when it does not.
+    """A temporary folder beside `out` that replaces it if the block succeeds and is removed if it fails.
 
-    What stood at `out` before survives a failed block untouched.
+    An existing `out` is left untouched if the block fails.
 
     Raises:
-        StorageError: the disk is full or read-only, or permission is lacking.
+        StorageError: the disk is full or read-only, or permission is missing.
     """
     out = out.absolute()
     try:

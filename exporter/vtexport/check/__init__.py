@@ -1,1 +1,1 @@
-"""The model as transformers runs it, and what compares an engine with it."""
+"""The reference model, run by transformers, and the comparison of an engine with it."""

@@ -1,4 +1,4 @@
-"""The self-check at build: the engine against the reference model, on images and prompts of its own."""
+"""Compares an engine with the reference model, on sample images and prompts."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _PROMPTS = (
     "Where is it?",
     "Describe the image in one sentence.",
 )
-# Largest absolute error of a logit, as a share of the largest absolute logit. fp16 keeps 11 bits, and its
-# errors add up over the layers, bf16 eight; fp32 differs by the order of summation only.
+# Largest absolute error of a logit, as a share of the largest absolute logit. fp16 has 11 significant bits, bf16
+# eight, and errors add up over the layers; fp32 differs by the order of summation only.
 _TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1}
-# How near to the K-th score another score must be for half precision to exchange the two: relative.
+# Largest relative distance from the K-th score at which half precision may swap two tokens.
 _SCORE_SLACK = {"fp32": 0.0, "fp16": 0.1, "bf16": 0.5}
-# How far the spread of CLS's attention may be off: relative.
+# Largest relative error of the spread of CLS's attention.
 _SPREAD_SLACK = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1}
 
 
 def sample_image(height: int, width: int, seed: int) -> Array:
-    """An image uint8 [height, width, 3]: discs on gradients under noise, the same for all time, no file needed."""
+    """An image uint8 [height, width, 3] of discs on gradients under noise; equal seeds give equal images."""
     rng = np.random.default_rng(seed)
     row, column = np.mgrid[0:height, 0:width]
     y, x, size = row / height, column / width, min(height, width)
@@ -54,27 +54,27 @@ def sample_image(height: int, width: int, seed: int) -> Array:
 
 
 def sample_views(prompter: Prompter, spec: ModelSpec) -> list[Views]:
-    """Sample images as the model takes them; where it unpads, each of another shape."""
+    """Sample images as the model takes them; each has another shape if the model unpads."""
     from PIL import Image
 
     v, size = spec.views, spec.vision.image_size
-    found = []
+    views = []
     for sample in range(SAMPLES):
         height, width = size, size
         if v.tiles is not None:
-            # Nearly the grid's own shape, so that the grid fits best whatever others there are.
+            # Nearly the grid's own shape, so that it fits better than any other grid.
             height, width = v.tiles[0] * size, v.tiles[1] * size
             height, width = (height - sample, width) if sample % 2 else (height, width - sample)
         images = [Image.fromarray(sample_image(height, width, sample + SAMPLES * i)) for i in range(v.pictures)]
-        found.append(prompter.views(prompter.grouped(images)))
-    return found
+        views.append(prompter.views(prompter.grouped(images)))
+    return views
 
 
 @dataclass(frozen=True)
 class Checked:
-    """The checkpoint that an engine is held to: its folder, a bundle's processor, its geometry, the folder of a CLIP.
+    """The checkpoint that an engine is compared with: its folder, a bundle's processor, its geometry, a CLIP's folder.
 
-    `scheme` is what the engine's weights, in its dtype, were quantised by; the reference's are then rounded alike.
+    `scheme` is the quantisation of the engine's weights, in its dtype; the reference's weights are rounded alike.
     """
 
     folder: Path
@@ -85,7 +85,7 @@ class Checked:
 
 
 def sample_requests(model: Checked, plan: PruningPlan) -> list[Request]:
-    """The samples as requests to the graphs of `plan`; what another bundle would have to give is random."""
+    """The samples as requests to the graphs of `plan`; inputs that another bundle would give are random."""
     prompter, rng = Prompter(model.processor, model.spec), np.random.default_rng(0)
     extras: list[dict[str, Array]] = [{} for _ in _PROMPTS]
     for extra in (extra for part in plan.methods.parts for extra in part.extras):
@@ -93,15 +93,15 @@ def sample_requests(model: Checked, plan: PruningPlan) -> list[Request]:
         for sample, text in zip(extras, _PROMPTS, strict=True):
             sample[extra.name] = rng.random(shape, dtype=np.float32) if make is None else make(text)
     parts = zip(_PROMPTS, sample_views(prompter, model.spec), extras, strict=True)
-    return [Request(prompter.prompt(text), views, own) for text, views, own in parts]
+    return [Request(prompter.prompt(text), views, given) for text, views, given in parts]
 
 
 def _rounding(scheme: Scheme | None, dtype: str) -> Callable[[Array], Array] | None:
-    """What quantising by `scheme` makes of an fp32 weight that an engine in `dtype` holds; None for no change."""
+    """The function that rounds an fp32 weight as `scheme` does in an engine of `dtype`; None for no rounding."""
     if scheme is None:
         return None
-    kind = np.float16 if dtype == "fp16" else np.float32
-    return lambda weight: scheme.rounded(weight.astype(kind)).astype(np.float32)
+    held = np.float16 if dtype == "fp16" else np.float32
+    return lambda weight: scheme.rounded(weight.astype(held)).astype(np.float32)
 
 
 def compare_engine(
@@ -114,11 +114,11 @@ def compare_engine(
     *,
     vision_only: bool = False,
 ) -> VerificationEntry:
-    """Run `engine` and the reference on the samples, as one ragged batch and row by row, under every plan.
+    """Compare `engine`, on one ragged batch of the samples, with the reference, row by row, under every plan.
 
-    Kept indices must be equal (in fp16 two tokens of nearly equal score may change places), logits within
-    tolerance, and every greedy token the reference's own choice, or one that its logits do not tell apart
-    from it by more than the tolerance. The reference is fed the engine's kept tokens where fp16 changed them.
+    Kept indices must be equal, but half precision may swap tokens of nearly equal score; the reference then goes on
+    with the engine's kept tokens. Logits must agree within the tolerance. Every greedy token must be the reference's
+    own choice, or one whose logit is within twice the tolerance of it.
 
     Args:
         engine: the opened engine.
@@ -126,11 +126,11 @@ def compare_engine(
         model: the checkpoint.
         plans: the plans compiled into the engine.
         dtype: "fp32", "fp16" or "bf16".
-        advance: called once a sample and plan.
-        vision_only: there is a vision graph alone; its tokens are then held to the reference's as logits are.
+        advance: called once per sample and plan.
+        vision_only: there is only a vision graph; its visual tokens are then compared as logits are.
 
     Raises:
-        VerificationError: the engine does not do what the reference does.
+        VerificationError: the engine differs from the reference.
     """
     spec = model.spec
     requests = sample_requests(model, plans[0])
@@ -142,22 +142,22 @@ def compare_engine(
         dtype=dtype,
     )
     check = _check_vision if vision_only else _check_plan
-    found = [check(engine, bucket, plan, samples, advance) for bucket, plan in enumerate(plans)]
+    results = [check(engine, bucket, plan, samples, advance) for bucket, plan in enumerate(plans)]
     return VerificationEntry(
         ran=ran,
         against="transformers, fp32, eager attention",
         samples=SAMPLES,
         tokens=0 if vision_only else NEW_TOKENS,
-        same_kept=all(one.same_kept for one in found),
-        same_tokens=all(one.same_tokens for one in found),
-        max_logit_error=max(one.worst for one in found),
+        same_kept=all(result.same_kept for result in results),
+        same_tokens=all(result.same_tokens for result in results),
+        max_logit_error=max(result.worst for result in results),
         tolerance=_TOLERANCE[dtype],
     )
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """What every plan is checked on: the reference, requests, and what the engine saw in their images."""
+    """What every plan is checked on: the reference, the requests, and the engine's vision output for them."""
 
     reference: ReferenceModel
     requests: list[Request]
@@ -168,7 +168,7 @@ class _Samples:
 
 @dataclass
 class _Found:
-    """How one plan did."""
+    """The result of checking one plan."""
 
     worst: float = 0.0
     same_kept: bool = True
@@ -178,25 +178,25 @@ class _Found:
 def _check_vision(
     _engine: Engine, bucket: int, plan: PruningPlan, samples: _Samples, advance: Callable[[], None]
 ) -> _Found:
-    """Hold the vision stage of plan number `bucket` to the reference; see `compare_engine`."""
-    found, own = _Found(), samples.vision.seen(bucket)
+    """Compare the vision stage of plan number `bucket` with the reference; see `compare_engine`."""
+    result, engine_vision = _Found(), samples.vision.seen(bucket)
     lengths = visual_lengths(plan, samples.vision, samples.requests)
     for row, request in enumerate(samples.requests):
         seen = samples.reference.vision(request.views, plan, request.extras)
-        kept = None if own.kept is None else own.kept[row][own.kept[row] >= 0]
-        swapped = _same_kept(kept, seen, plan, samples.dtype, found)
-        # Tokens that fp16 exchanged are others, not wrong ones.
+        kept = None if engine_vision.kept is None else engine_vision.kept[row][engine_vision.kept[row] >= 0]
+        swapped = _swapped(kept, seen, plan, samples.dtype, result)
+        # If half precision swapped tokens, the rows hold different tokens and cannot be compared.
         if not swapped:
             wanted, number = np.asarray(seen.visual[0]), int(lengths[row].sum())
-            _check_error(own.visual[row, :number], wanted[:number], samples.dtype, "visual tokens", found)
+            _check_error(engine_vision.visual[row, :number], wanted[:number], samples.dtype, "visual tokens", result)
         advance()
-    return found
+    return result
 
 
-def _check_error(got: Array, wanted: Array, dtype: str, what: str, found: _Found) -> None:
-    """Note the largest difference as a share of the largest value, and refuse one beyond the tolerance."""
+def _check_error(got: Array, wanted: Array, dtype: str, what: str, result: _Found) -> None:
+    """Record the largest difference as a share of the largest value; refuse one beyond the tolerance."""
     error = float(np.abs(wanted - got).max() / max(1.0, np.abs(wanted).max()))
-    found.worst = max(found.worst, error)
+    result.worst = max(result.worst, error)
     if not error <= _TOLERANCE[dtype]:
         raise VerificationError(
             f"the engine's {what} differ from the reference's by {error:.2g} of their range "
@@ -204,16 +204,16 @@ def _check_error(got: Array, wanted: Array, dtype: str, what: str, found: _Found
         )
 
 
-def _same_kept(mine: Array | None, seen: ReferenceVision, plan: PruningPlan, dtype: str, found: _Found) -> bool:
-    """Whether the vision stage kept other tokens than the reference, which only fp16 may; noted in `found`."""
+def _swapped(mine: Array | None, seen: ReferenceVision, plan: PruningPlan, dtype: str, result: _Found) -> bool:
+    """Whether the vision stage kept other tokens than the reference, as only half precision may; see `result`."""
     if mine is None:
         return False
     assert seen.kept is not None
     theirs, method = seen.kept[0], plan.methods.vision
     if np.array_equal(mine, theirs):
         return False
-    found.same_kept = False
-    # Of several views, tokens are numbered otherwise than patches, by which scores are.
+    result.same_kept = False
+    # With several views, scores are numbered by patch, which is not how tokens are numbered.
     plain = seen.score is not None and method.ranked and plan.views == 1 and not plan.newlines
     score = seen.score[0] if plain and seen.score is not None else None
     _check_swaps(mine - plan.leading, theirs - plan.leading, score, dtype)
@@ -223,33 +223,33 @@ def _same_kept(mine: Array | None, seen: ReferenceVision, plan: PruningPlan, dty
 def _check_plan(
     engine: Engine, bucket: int, plan: PruningPlan, samples: _Samples, advance: Callable[[], None]
 ) -> _Found:
-    """Hold plan number `bucket` of `engine` to the reference; see `compare_engine`."""
+    """Compare plan number `bucket` of `engine` with the reference; see `compare_engine`."""
     reference, requests, dtype = samples.reference, samples.requests, samples.dtype
     # Without end tokens every row runs the full length.
     decoding = Decoding(NEW_TOKENS, samples.max_positions, keep_logits=True)
     answers, _ = generate(engine, plan, requests, decoding, bucket=bucket, vision=samples.vision)
-    found, own = _Found(), samples.vision.seen(bucket)
+    result, engine_vision = _Found(), samples.vision.seen(bucket)
     lengths = visual_lengths(plan, samples.vision, requests)
     for row, (request, answer) in enumerate(zip(requests, answers, strict=True)):
         seen = reference.vision(request.views, plan, request.extras)
         visual, length = seen.visual, seen.length
-        if _same_kept(answer.kept.get(VISION), seen, plan, dtype, found):
+        if _swapped(answer.kept.get(VISION), seen, plan, dtype, result):
             length = tuple(map(int, lengths[row]))
-            visual = own.visual[row : row + 1].astype(np.float32)
+            visual = engine_vision.visual[row : row + 1].astype(np.float32)
         answered = partial(reference.answer, request.prompt, visual, answer.token_ids[:-1], plan)
         expected = answered(extras=request.extras, length=length)
         differ = [where for where, kept in expected.kept.items() if not np.array_equal(answer.kept[where], kept)]
         if differ:
-            found.same_kept = False
-            # Up to the first stage that differs both saw the same tokens; behind it indices mean other tokens.
+            result.same_kept = False
+            # Both see the same tokens up to the first stage that differs; after it, indices mean different tokens.
             first = differ[0]
             _check_swaps(answer.kept[first], expected.kept[first], expected.score[first], dtype)
             expected = answered(forced=answer.kept, extras=request.extras, length=length)
         logits = expected.logits
         assert answer.logits is not None, "logits were asked for"
-        _check_error(answer.logits, logits, dtype, "logits", found)
+        _check_error(answer.logits, logits, dtype, "logits", result)
         margin = logits.max(axis=1) - np.take_along_axis(logits, np.array(answer.token_ids)[:, None], 1)[:, 0]
-        found.same_tokens &= bool((margin == 0).all())
+        result.same_tokens &= bool((margin == 0).all())
         if (margin > 2 * _TOLERANCE[dtype] * max(1.0, np.abs(logits).max())).any():
             raise VerificationError("the engine's greedy tokens differ from the reference's; please report this model")
         spread = samples.vision.arrays.get("spread")
@@ -263,11 +263,11 @@ def _check_plan(
                 "reference; please report this model"
             )
         advance()
-    return found
+    return result
 
 
 def _check_swaps(got: Array, expected: Array, score: Array | None, dtype: str) -> None:
-    """Kept tokens may differ only in those whose scores [V] fp16 cannot tell apart; without scores, in a tenth."""
+    """Refuse differing kept tokens if `dtype` can tell their scores [V] apart; without scores, a tenth may differ."""
     moved = np.setxor1d(got, expected)
     if score is None:
         fits = dtype != "fp32" and len(moved) <= 2 * max(1, len(expected) // 10)

@@ -1,6 +1,6 @@
-"""The model as transformers runs it, with a plan's methods in it: what engines are held to.
+"""The reference that engines are compared with: the model as transformers runs it, pruned by a plan's methods.
 
-Nothing of `vtexport.graph` is used here, so agreement with an engine means something.
+Nothing of `vtexport.graph` is used here, so that an error there cannot hide in both.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from vtexport.pruning.vision import Pruned, RowOrder, TowerLayer, TowerState, pr
 
 @dataclass(frozen=True)
 class ReferenceVision:
-    """What the vision stage gives.
+    """The output of the vision stage.
 
     Attributes:
-        visual: [1, K, C], of which `length` says how many there are.
+        visual: [1, K, C], padded; `length` counts the visual tokens.
         kept: [1, K'] int32 or None.
         score: [1, V] or None.
         length: visual tokens of each image.
-        spread: of CLS's attention, in patches; None of several views or without CLS.
+        spread: of CLS's attention, in patches; None with several views or without CLS.
     """
 
     visual: Any
@@ -44,7 +44,7 @@ class ReferenceVision:
 
 @dataclass(frozen=True)
 class ReferenceAnswer:
-    """What the decoder gives.
+    """The output of the decoder.
 
     Attributes:
         logits: [1 + new tokens, vocabulary] after the prompt and after each further token.
@@ -96,12 +96,12 @@ class ReferenceModel:
             ).eval()
 
     def vision(self, views: Views, plan: PruningPlan, extras: Mapping[str, Array] | None = None) -> ReferenceVision:
-        """Features by transformers, pruned by the plan's method, projected by transformers.
+        """Run the vision tower and the projector of transformers, with the plan's method in between.
 
         Args:
             views: a prompt's images.
             plan: the plan.
-            extras: of the prompt, what the method has besides images (`vtexport.pruning.extra`), by name.
+            extras: the method's inputs besides images (`vtexport.pruning.extra`), by name.
         """
         import torch
 
@@ -142,7 +142,7 @@ class ReferenceModel:
         return (plan.vision_tokens // images,) * images
 
     def _relevance(self, patches: Any, ids: Any) -> Any:
-        """Cosine [B, V] of every patch and the question in the space that CLIP's towers share."""
+        """Cosine similarity [B, V] of every patch with the question, in the space that CLIP's towers share."""
         import torch
 
         with torch.inference_mode():
@@ -160,9 +160,9 @@ class ReferenceModel:
         extras: Mapping[str, Array] | None = None,
         length: tuple[int, ...] | None = None,
     ) -> ReferenceAnswer:
-        """The decoder on a prompt, its images as `visual`, and `new_tokens` after it, in one pass.
+        """Run the decoder once on a prompt, its images as `visual`, and `new_tokens` after it.
 
-        Causality makes this what decoding token by token yields: no pruning looks at anything behind the prompt.
+        The result equals decoding token by token: attention is causal, and pruning looks at nothing after the prompt.
 
         Args:
             prompt: the prompt.
@@ -170,8 +170,8 @@ class ReferenceModel:
             new_tokens: tokens after the prompt.
             plan: the plan whose decoder stages prune.
             forced: by stage, indices to keep instead of those of highest score.
-            extras: of the prompt, what the method has besides it (`vtexport.pruning.extra`), by name.
-            length: visual tokens of each image; None for one that has all of K.
+            extras: the method's inputs besides the prompt (`vtexport.pruning.extra`), by name.
+            length: visual tokens of each image; None for a single image with all K.
         """
         import torch
 
@@ -201,7 +201,7 @@ class ReferenceModel:
         return ReferenceAnswer(logits, kept, score)
 
     def rater_attention(self, prompt: Prompt, visual: Any, length: tuple[int, ...]) -> Iterator[Any]:
-        """Of every layer of the dense decoder, the attention of SparseVLM's text raters to the images, head mean [R, V].
+        """For each layer of the dense decoder, the head-mean attention [R, V] of SparseVLM's text raters to the images.
 
         Args:
             prompt: the prompt.
@@ -218,16 +218,16 @@ class ReferenceModel:
             raters = text_raters(image, text, rows.layout.after_image(), rows.layout.present())
             places = rows.layout.text_places()[raters][None]
             for number in range(self.spec.decoder.num_layers):
-                hidden, own = self.layer(number, rows)
+                hidden, rotated = self.layer(number, rows)
                 size = self.spec.decoder.head_size
-                query = rows.layout.rows_of(own.query, places).unflatten(2, (-1, size)).transpose(1, 2)
-                key = own.key.unflatten(2, (-1, size)).transpose(1, 2)
+                query = rows.layout.rows_of(rotated.query, places).unflatten(2, (-1, size)).transpose(1, 2)
+                key = rotated.key.unflatten(2, (-1, size)).transpose(1, 2)
                 attention = attention_rows(query, key, places, size**-0.5).mean(dim=1)
                 yield rows.layout.visual_of(attention.transpose(1, 2))[0, : sum(length)].T
                 rows = DecoderState(hidden, rows.positions, rows.layout)
 
     def layer(self, number: int, rows: DecoderState) -> tuple[Any, LayerAttention]:
-        """Decoder layer `number` on rows without padding: its output [B, S, C], and its attention."""
+        """Run decoder layer `number` on rows without padding; return its output [B, S, C] and its attention."""
         import torch
 
         layer = self.model.model.language_model.layers[number]
@@ -243,7 +243,7 @@ class ReferenceModel:
     def _embed(
         self, prompt: Prompt, visual: Any, new_tokens: Sequence[int], length: tuple[int, ...] | None
     ) -> tuple[DecoderState, Any, Any]:
-        """The decoder's input rows, and text and visual embeddings apart."""
+        """The decoder's input rows, and the text and visual embeddings by themselves."""
         import torch
 
         text = self.model.get_input_embeddings()(torch.tensor([[*prompt.token_ids, *new_tokens]]))
@@ -265,7 +265,7 @@ class ReferenceModel:
         number: int,
         rows: DecoderState,
         raters: Any,
-        own: LayerAttention,
+        attention: LayerAttention,
         extras: Mapping[str, Array],
     ) -> Any:
         """Scores [1, V] at the stage after layer `number`."""
@@ -274,24 +274,24 @@ class ReferenceModel:
         given = method.given_score({name: torch.from_numpy(array)[None] for name, array in extras.items()})
         if given is not None:
             return given
-        return rated(method, self._attention(method, number, rows, raters, own), rows.layout, raters)
+        return rated(method, self._attention(method, number, rows, raters, attention), rows.layout, raters)
 
     def _attention(
-        self, method: DecoderMethod, number: int, rows: DecoderState, raters: Any, own: LayerAttention
+        self, method: DecoderMethod, number: int, rows: DecoderState, raters: Any, attention: LayerAttention
     ) -> Attention:
-        """What rates at the stage after layer `number`."""
+        """The attention that rates tokens at the stage after layer `number`."""
         d, model = self.spec.decoder, self.model.model.language_model
-        found = own
+        rating = attention
         rope = model.rotary_emb(rows.hidden, position_ids=rows.positions)
         if method.attention_of == "next":
             following = model.layers[number + 1]
             x = following.input_layernorm(rows.hidden)
-            found = self._rotated(following.self_attn.q_proj(x), following.self_attn.k_proj(x), rope)
-        places, counted = rows_that_rate(method, rows.layout, raters)
-        query = rows.layout.rows_of(found.query, places)
+            rating = self._rotated(following.self_attn.q_proj(x), following.self_attn.k_proj(x), rope)
+        places, counted = rows_that_rate(rows.layout, raters)
+        query = rows.layout.rows_of(rating.query, places)
         scale = d.head_size**-0.5
         return Attention(
-            query, found.key, d.num_heads, d.num_kv_heads, scale, counted, places, rows.positions, self._cosines()
+            query, rating.key, d.num_heads, d.num_kv_heads, scale, counted, places, rows.positions, self._cosines()
         )
 
     def _cosines(self) -> Any:
@@ -302,7 +302,7 @@ class ReferenceModel:
 
 @contextmanager
 def _outputs_of(modules: Sequence[Any]):  # type: ignore[no-untyped-def]
-    """What `modules` put out while the context is open, by module."""
+    """The outputs of `modules` while the context is open, by module."""
     seen: dict[Any, Any] = {}
 
     def keep(module: Any, _inputs: Any, output: Any) -> None:

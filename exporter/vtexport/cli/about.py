@@ -17,7 +17,7 @@ from vtexport.cli.arguments import BUNDLE, JSON
 @cloup.option("--verify", is_flag=True, help="Also hash every file against the manifest.")
 @JSON
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Say what a bundle is, and with --verify whether its files are unchanged.
+    """Describe a bundle, and with --verify check that its files are unchanged.
 
     \b
     vtexport inspect micro --verify

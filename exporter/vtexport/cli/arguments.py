@@ -1,4 +1,4 @@
-"""Arguments and flags that several commands have."""
+"""Arguments and flags that several commands share."""
 
 from __future__ import annotations
 

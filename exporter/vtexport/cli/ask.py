@@ -15,10 +15,16 @@ from vtexport.errors import InputError
 @cloup.command("run")
 @BUNDLE
 @cloup.option("--image", "images", multiple=True, type=PATH, help="An image file, or a video.")
-@cloup.option("--prompt", "prompts", multiple=True, help="The question about it; <image> says where the image stands.")
-@cloup.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1), help="Tokens per answer.")
+@cloup.option("--prompt", "prompts", multiple=True, help="The question about it; <image> marks the image's place.")
+@cloup.option(
+    "--max-new-tokens",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Maximum number of tokens per answer.",
+)
 @RANKING
-@cloup.option("--json", "as_json", is_flag=True, help="Print one JSON object per question, each on a line.")
+@cloup.option("--json", "as_json", is_flag=True, help="Print one JSON object per question, one per line.")
 def run(
     bundle: Path,
     images: tuple[Path, ...],
@@ -53,7 +59,7 @@ def run(
 @cloup.command("show")
 @BUNDLE
 @cloup.option("--image", "images", required=True, multiple=True, type=PATH, help="An image file, or a video.")
-@cloup.option("--prompt", help="A question, asked too and shown with its answer.")
+@cloup.option("--prompt", help="A question to ask as well; it is shown with its answer.")
 @RANKING
 @cloup.option("-o", "--out", required=True, type=PATH, help="Picture to write, such as kept.png.")
 def show(bundle: Path, images: tuple[Path, ...], prompt: str | None, ranking_from: Path | None, out: Path) -> None:

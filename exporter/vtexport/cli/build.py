@@ -19,12 +19,12 @@ from vtexport.targets import TARGETS
 
 _VISION: dict[str, type] = {name: method for name, method in METHODS.items() if issubclass(method, VisionMethod)}
 _DECODER: dict[str, type] = {name: method for name, method in METHODS.items() if issubclass(method, DecoderMethod)}
-#: whose options `vtexport build` takes besides its own
+#: classes whose options `vtexport build` takes besides its own
 _METHOD_OWNERS = (*METHODS.values(), Combination)
-#: flags of `vtexport build` alone, which a dry run writes nothing by
+#: flags that say how to write a bundle, which a dry run does not do
 _WRITING = ("out", "force")
 
-MODEL = cloup.option("--model", required=True, help="A name of `vtexport list`, a checkpoint's folder, or a hub id.")
+MODEL = cloup.option("--model", required=True, help="A name from `vtexport list`, a checkpoint's folder, or a hub id.")
 
 
 @cloup.command("build")
@@ -33,7 +33,7 @@ MODEL = cloup.option("--model", required=True, help="A name of `vtexport list`, 
     MODEL,
     *options.of_class(BuildOptions, "keep", "method", "target", "dtype"),
     cloup.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: MODEL-METHOD-KEEP]"),
-    cloup.option("--force", is_flag=True, help="Replace a bundle that stands at --out."),
+    cloup.option("--force", is_flag=True, help="Replace an existing bundle at --out."),
     cloup.option("--dry-run", is_flag=True, help="Say what would be built and what it takes; needs config.json only."),
 )
 @cloup.option_group(
@@ -45,11 +45,11 @@ MODEL = cloup.option("--model", required=True, help="A name of `vtexport list`, 
     "Pruning in the vision stage", *options.of_classes(_VISION), *options.of_class(Combination, "vision_keep")
 )
 @cloup.option_group(
-    "A keep ratio for every image (--keep auto)", *options.of_class(BuildOptions, "buckets", "target_accuracy")
+    "A keep ratio per image (--keep auto)", *options.of_class(BuildOptions, "buckets", "target_accuracy")
 )
 @cloup.option_group("Images per prompt, and tiles", *options.of_class(ViewChoice))
 @cloup.option_group("Targets", *options.of_classes(dict(TARGETS)))
-@cloup.option_group("What the engines give out", *options.of_class(BuildOptions, "give_ranking", "debug"))
+@cloup.option_group("Extra outputs of the engines", *options.of_class(BuildOptions, "give_ranking", "debug"))
 def build(model: str, out: Path | None, force: bool, dry_run: bool, **values: Any) -> None:
     """Build a bundle: a folder of engine files to deploy.
 
@@ -85,9 +85,9 @@ def build(model: str, out: Path | None, force: bool, dry_run: bool, **values: An
 
 
 def _default_folder(build_options: BuildOptions) -> Path:
-    """MODEL-METHOD-KEEP, where an option fixes the counts that option in place of the keep ratio."""
-    own, keep = build_options.method_options, build_options.keep
-    label = own.get("schedule") or (f"{keep:g}" if isinstance(keep, float) else keep or own.get("layers") or "1")
+    """MODEL-METHOD-KEEP; an option that fixes the counts stands in place of the keep ratio."""
+    given, keep = build_options.method_options, build_options.keep
+    label = given.get("schedule") or (f"{keep:g}" if isinstance(keep, float) else keep or given.get("layers") or "1")
     return Path(f"{Path(build_options.model).name}-{build_options.method}-{label}")
 
 

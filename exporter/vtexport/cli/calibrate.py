@@ -29,7 +29,7 @@ _PATH = click.Path(path_type=Path)
         type=float,
         default=0.0,
         show_default=True,
-        help="Share of the pairs whose next token may change where visual tokens leave early (method exit).",
+        help="Share of the pairs whose next token may change when visual tokens leave early (method exit).",
     ),
 )
 @cloup.option_group(
@@ -48,7 +48,7 @@ def calibrate(
     buckets: str | None,
     **values: Any,
 ) -> None:
-    """Measure a model: the ranks that sparsevlm's schedules rest on, and what --keep auto must know of a method.
+    """Measure a model: the ranks that sparsevlm's schedules rest on, and the tables that --keep auto needs.
 
     \b
     vtexport calibrate --model micro-llava --data pairs.jsonl -o calibration.toml --plot ranks.png --method sparsevlm

@@ -1,4 +1,4 @@
-"""What the command line shows while it works: progress and warnings on stderr, never on stdout."""
+"""Progress and warnings of the command line, on stderr and never on stdout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ stderr = Console(stderr=True, highlight=False)
 
 
 class StageProgress:
-    """A line a stage: a bar while it runs, its time when it is done."""
+    """One line per stage: a bar while it runs, its time when it is done."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
@@ -35,7 +35,7 @@ class StageProgress:
         stderr.print(f"warning: {text}", style="yellow", markup=False)
 
     def close(self) -> None:
-        """End the current stage and leave its line behind."""
+        """End the current stage and print its line."""
         if self._task is not None:
             self._bar.remove_task(self._task)
             seconds = time.perf_counter() - self._began
@@ -45,7 +45,7 @@ class StageProgress:
 
 @contextlib.contextmanager
 def stage_progress() -> Iterator[StageProgress]:
-    """Stages shown on stderr; on a terminal with a moving bar."""
+    """Show stages on stderr, with a moving bar on a terminal."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -53,7 +53,7 @@ def stage_progress() -> Iterator[StageProgress]:
         TimeElapsedColumn(),
     )
     bar = Progress(*columns, console=stderr, transient=True)
-    # Off a terminal nothing moves: the finished stages' lines are all there is to see.
+    # Without a terminal there is no bar, only the lines of finished stages.
     if stderr.is_terminal:
         bar.start()
     try:

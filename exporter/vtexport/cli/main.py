@@ -1,4 +1,4 @@
-"""The command `vtexport`: a group whose commands are imported when they are asked for."""
+"""The command `vtexport`: a group whose commands are imported when they are used."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import cloup
 
 from vtexport.errors import VtexportError
 
-#: command -> where it stands, and what the list of commands says of it
+#: command -> its module, and its line in the list of commands
 COMMANDS = {
     "build": ("vtexport.cli.build", "Build a bundle: a folder of engine files to deploy."),
     "run": ("vtexport.cli.ask", "Answer questions about images."),
     "show": ("vtexport.cli.ask", "Draw which parts of an image a bundle keeps."),
-    "profile": ("vtexport.cli.measure", "Measure latency by stage, alone or in turns with another bundle."),
+    "profile": ("vtexport.cli.measure", "Measure latency by stage, alone or alternating with another bundle."),
     "eval": ("vtexport.cli.measure", "Count exact matches on micro-llava's held-out questions."),
     "calibrate": ("vtexport.cli.calibrate", "Measure a model: what schedules and --keep auto rest on."),
-    "inspect": ("vtexport.cli.about", "Say what a bundle is, and whether its files are unchanged."),
+    "inspect": ("vtexport.cli.about", "Describe a bundle, and check that its files are unchanged."),
     "list": ("vtexport.cli.about", "List models, methods and targets."),
     "doctor": ("vtexport.cli.about", "Say which targets work on this machine, and what is missing for the others."),
 }
 
 
 class _Lazy(cloup.Group):
-    """Imports a command's module when the command is used; the list of commands needs none of them."""
+    """A group that imports a command's module only when the command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -49,7 +49,7 @@ class _Lazy(cloup.Group):
 )
 @click.version_option(package_name="vtexport")
 def cli() -> None:
-    """Compile LLaVA into inference engines that prune visual tokens inside.
+    """Compile LLaVA into inference engines with visual-token pruning inside.
 
     \b
     vtexport build --model micro-llava --keep 0.25 --out micro

@@ -15,11 +15,13 @@ from vtexport.cli.arguments import BUNDLE, JSON, PATH, RANKING
 
 @cloup.command("profile")
 @BUNDLE
-@cloup.option("--against", metavar="DIR|dense", help="Another bundle, or dense: the same model unpruned, built for it.")
+@cloup.option("--against", metavar="DIR|dense", help="Another bundle, or dense: the same model, built without pruning.")
 @cloup.option("--batch", default=1, show_default=True, help="Prompts per batch.")
 @cloup.option("--new-tokens", default=16, show_default=True, help="Tokens decoded per run.")
 @cloup.option("--runs", default=10, show_default=True, help="Recorded runs.")
-@cloup.option("--bucket", type=float, help="Keep ratio of an auto bundle to measure.  [default: the sample photo's]")
+@cloup.option(
+    "--bucket", type=float, help="Which keep ratio of an auto bundle to measure.  [default: the sample photo's]"
+)
 @cloup.option("--layers", type=click.IntRange(1), help="Also list this many of each graph's slowest layers.")
 @cloup.option("--json", "json_file", type=PATH, help="Also write the report to this file.")
 @cloup.option("--plot", "plot_file", type=PATH, help="Also draw the report into this file.")
@@ -34,7 +36,7 @@ def profile(
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
-    """Measure latency by stage, alone or in turns with another bundle.
+    """Measure latency by stage, alone or alternating with another bundle.
 
     \b
     vtexport profile micro --against dense --plot latency.png
@@ -58,11 +60,11 @@ def profile(
             other = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "dense"
             build_dense_twin(Bundle.open(bundle), other, progress)
         progress.stage("measure", profiling.WARM_UP + runs)
-        how = profiling.Settings(batch, new_tokens, runs, bucket)
-        report = profiling.profile(bundle, other, how, against_label=against, advance=progress.advance)
+        settings = profiling.Settings(batch, new_tokens, runs, bucket)
+        report = profiling.profile(bundle, other, settings, against_label=against, advance=progress.advance)
         if layers is not None:
             progress.stage("measure layers")
-            report.layers = profiling.layer_times(bundle, how)
+            report.layers = profiling.layer_times(bundle, settings)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     if plot_file is not None:

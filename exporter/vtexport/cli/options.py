@@ -1,4 +1,4 @@
-"""Flags, made of the options that methods, targets and builds declare (`vtexport.options`)."""
+"""Flags, derived from the options that methods, targets and builds declare (`vtexport.options`)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Command = Callable[..., Any]
 
 
 def of_class(owner: type, *names: str) -> list[Command]:
-    """Flags of the options that `owner` declares: all, or those named."""
+    """Flags for the options that `owner` declares: all, or those in `names`."""
     declared = option_fields(owner)
     return [_flag(declared[name], {}, everywhere=True) for name in names or declared]
 
 
 def of_classes(classes: Mapping[str, type]) -> list[Command]:
-    """Flags of all options that `classes` declare, each once; help names the classes that have it."""
+    """Flags for all options that `classes` declare, each once; its help names the classes that have it."""
     fields: dict[str, OptionField] = {}
     owners: dict[str, dict[str, Option]] = {}
     declared = [(name, option) for name, owner in classes.items() for option in option_fields(owner).values()]
@@ -41,7 +41,7 @@ def given(values: Mapping[str, Any], owners: Iterable[type]) -> dict[str, Any]:
 
 
 def _flag(field: OptionField, owners: Mapping[str, Option], *, everywhere: bool) -> Command:
-    """The flag of `field`, which `owners` have, each with its default; `everywhere` if that is all of its group."""
+    """The flag of `field`; `owners` are the classes that have it, with their defaults; `everywhere`: all have it."""
     text = _help(field, owners, everywhere)
     if field.kind is bool:
         spelling = f"{field.flag}/--no-{field.flag[2:]}" if field.default else field.flag
@@ -51,7 +51,7 @@ def _flag(field: OptionField, owners: Mapping[str, Option], *, everywhere: bool)
     def complete(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
         return [word for word in words if word.startswith(incomplete)]
 
-    # Values are checked where the option is declared, so that the command line and Python say the same of a wrong one.
+    # Values are checked where the option is declared, so that the command line and Python give the same error.
     return cloup.option(field.flag, field.name, metavar=_metavar(field), help=text, shell_complete=complete)
 
 

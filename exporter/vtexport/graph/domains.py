@@ -7,5 +7,5 @@ PRUNING = "vtexport"
 #: the domain of transformer parts that runtimes have kernels for (`vtexport.graph.nn_ops`)
 NN = "vtexport.nn"
 DOMAIN_VERSION = 1
-#: of the standard ops
+#: the opset of the standard ops
 OPSET = 18

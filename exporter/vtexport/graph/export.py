@@ -1,4 +1,4 @@
-"""Tracing: a graph module on stand-ins for tensors -> an ONNX model without weights."""
+"""Traces a graph module on stand-ins for tensors into an ONNX model without weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TracedGraph:
 
 
 def trace_vision(spec: ModelSpec, plans: Sequence[PruningPlan], dtype: str, debug: bool) -> TracedGraph:
-    """The vision graph; batch is dynamic, the visual counts are the plans'."""
+    """The vision graph; the batch is dynamic, the plans fix the visual counts."""
     v, views = spec.vision, spec.views.total
     view = (v.channels, v.image_size, v.image_size)
     inputs = {"pixel_values": Kind(torch.float32, (_BATCH, *view) if views == 1 else (_BATCH, views, *view))}
@@ -51,15 +51,15 @@ def trace_prefill(
     gives_ranking: bool = False,
     name: str = "prefill",
 ) -> TracedGraph:
-    """The prefill graph `name`; batch and text length are dynamic, the visual counts are the plan's."""
+    """The prefill graph `name`; batch and text length are dynamic, the plan fixes the visual counts."""
     images = spec.views.images
-    # NumPy has no bf16: what passes between graphs is fp32 then.
-    own = torch.float32 if dtype == "bf16" else DTYPES[dtype]
+    # NumPy has no bf16, so tensors that pass between bf16 graphs are fp32.
+    visual_dtype = torch.float32 if dtype == "bf16" else DTYPES[dtype]
     inputs = {
         "input_ids": Kind(torch.int64, (_BATCH, _TEXT)),
         "image_position": Kind(torch.int64, (_BATCH,) if images == 1 else (_BATCH, images)),
         "text_length": Kind(torch.int64, (_BATCH,)),
-        "visual": Kind(own, (_BATCH, plan.vision_tokens, spec.decoder.hidden_size)),
+        "visual": Kind(visual_dtype, (_BATCH, plan.vision_tokens, spec.decoder.hidden_size)),
         "visual_length": Kind(torch.int64, (_BATCH, images)),
     }
     for extra in () if plan.methods.decoder is None else plan.methods.decoder.extras:
@@ -88,7 +88,7 @@ def trace_decode(spec: ModelSpec, dtype: str, ranked: int = 0) -> TracedGraph:
 
 def _trace(name: str, module: torch.nn.Module, inputs: Mapping[str, Kind], output_names: Sequence[str]) -> TracedGraph:
     recorder = Recorder(name, module)
-    given = [recorder.input(own, kind) for own, kind in inputs.items()]
+    given = [recorder.input(input_name, kind) for input_name, kind in inputs.items()]
     try:
         with recorder:
             outputs = module(*given)
@@ -96,8 +96,8 @@ def _trace(name: str, module: torch.nn.Module, inputs: Mapping[str, Kind], outpu
         raise ModelError(
             f"the {name} graph of this model cannot be traced ({error}); please report this model"
         ) from error
-    for own, tensor in zip(output_names, outputs, strict=True):
-        recorder.output(own, tensor)
+    for output_name, tensor in zip(output_names, outputs, strict=True):
+        recorder.output(output_name, tensor)
     model = ir.Model(recorder.graph, ir_version=_IR_VERSION, producer_name="vtexport")
     attach_functions(model)
     return TracedGraph(name, model)

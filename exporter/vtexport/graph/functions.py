@@ -3,9 +3,9 @@
 Tracing leaves one node for each op; `attach_functions` adds the bodies of those used to the model, so any
 runtime can run the file.
 
-Bodies are written for the narrowest runtime: ONNX Runtime's CPU has no `Where` on bool; TensorRT wants reduced axes
-constant and promises nothing about equal values in TopK, so every TopK whose indices count sorts numbers that
-differ; its parser goes by a node's name alone, so no function may be called like a standard op.
+Bodies use only what every runtime supports. ONNX Runtime's CPU has no `Where` on bool. TensorRT wants constant
+reduction axes and promises no order of equal values in TopK, so every TopK whose indices are read sorts distinct
+numbers. Its parser looks at an op's name alone, so no function may have the name of a standard op.
 """
 
 from __future__ import annotations

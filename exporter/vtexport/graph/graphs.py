@@ -21,13 +21,14 @@ from vtexport.pruning.vision import RowOrder, TowerState, prune
 class VisionGraph(nn.Module):
     """pixel_values [B, 3, S, S] fp32 -> visual [B, K, C], kept [B, K'] int32, with `debug` also score [B, V].
 
-    Of T views a prompt pixel_values is [B, T, 3, S, S]. A method that reads the question has the input question_ids
-    [B, L] int64 too, tokens of CLIP's text tower. A sequence laid out by rows has the input sequence [B, V] int64 and,
-    where it is pruned, row_start [B, V] int64 and the output visual_length [B, n] int64 (`vtexport.models.views.Rows`,
-    `vtexport.pruning.vision.Pruned`).
+    With T views per prompt, pixel_values is [B, T, 3, S, S]. A method that reads the question adds the input
+    question_ids [B, L] int64, tokens of CLIP's text tower. A sequence laid out by rows adds the input sequence [B, V]
+    int64 and, if it is pruned, the input row_start [B, V] int64 and the output visual_length [B, n] int64
+    (`vtexport.models.views.Rows`, `vtexport.pruning.vision.Pruned`).
 
-    `kept` is absent where no token stays as it was (dense keeps all, pool merges all). Of several plans each has its
-    own visual.i and kept.i, unless none prunes here; and there is spread [B] fp32, by which one of them is chosen.
+    `kept` is absent if the graph prunes nothing (dense) or no token stays as it was (pool merges all). With several
+    plans, each has its own visual.i and kept.i, unless none prunes here, and the output spread [B] fp32 is added, by
+    which one of the plans is chosen.
     """
 
     def __init__(self, spec: ModelSpec, plans: Sequence[PruningPlan], debug: bool = False) -> None:
@@ -52,8 +53,8 @@ class VisionGraph(nn.Module):
         for number, plan in enumerate(self.plans):
             part = nn.Module()
             for name, array in plan.methods.vision.constants(plan, spec.vision.grid).items():
-                kind = torch.from_numpy(array[:0]).dtype
-                part.register_buffer(name, torch.empty(array.shape, dtype=kind))
+                dtype = torch.from_numpy(array[:0]).dtype
+                part.register_buffer(name, torch.empty(array.shape, dtype=dtype))
             self.pruning.add_module(str(number), part)
 
     def forward(self, pixel_values: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -73,9 +74,9 @@ class VisionGraph(nn.Module):
         outputs = []
         for plan, part in zip(self.plans, self.pruning.children(), strict=True):
             pruned = prune(plan, state, dict(part.named_buffers()), rows)
-            # NumPy, in which the runtime passes them on, has no bf16.
+            # The runtime passes tokens on as NumPy arrays, and NumPy has no bf16.
             tokens = pruned.tokens.float() if pruned.tokens.dtype == torch.bfloat16 else pruned.tokens
-            outputs += [found for found in (tokens, pruned.index, pruned.length) if found is not None]
+            outputs += [tensor for tensor in (tokens, pruned.index, pruned.length) if tensor is not None]
         if self.debug and pruned.score is not None:
             outputs.append(pruned.score)
         if self.chooses:
@@ -92,11 +93,11 @@ class VisionGraph(nn.Module):
     def output_names(self) -> list[str]:
         names = []
         for number, plan in enumerate(self.plans):
-            own = f".{number}" if len(self.plans) > 1 else ""
+            suffix = f".{number}" if len(self.plans) > 1 else ""
             stage = plan.vision_stage
-            names += [f"visual{own}"]
+            names += [f"visual{suffix}"]
             if stage is not None and stage.kept > plan.leading * plan.views:
-                names.append(f"kept{own}")
+                names.append(f"kept{suffix}")
             if stage is not None and self.by_rows:
                 names.append("visual_length")
         if self.debug and self.method.scores:
@@ -105,7 +106,7 @@ class VisionGraph(nn.Module):
 
 
 class _LanguageGraph(nn.Module):
-    """The decoder with its head; prefill and decode have the same parameters by the same names."""
+    """The decoder with its head; prefill and decode share its parameters by name."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -125,17 +126,18 @@ class _LanguageGraph(nn.Module):
 
 
 class PrefillGraph(_LanguageGraph):
-    """A whole prompt at once, every row of its own length, padded on the right, pruned inside as the plan says.
+    """A whole prompt at once, pruned inside as the plan says; every row has its own length, padded on the right.
 
     Inputs: input_ids [B, L] int64 without the image, image_position [B] int64 (text tokens before it), text_length [B]
-    int64, visual [B, K, C]; for a method that is given its scores also ranking [B, V] fp32. Of n images a prompt
-    image_position is [B, n]; there, and where rows differ in how many visual tokens they have, also visual_length [B, n]
-    int64, of each image.
+    int64, visual [B, K, C]; for a method that is given its scores also ranking [B, V] fp32. With n images per prompt,
+    image_position is [B, n]. If n > 1 or rows differ in their number of visual tokens, there is also visual_length
+    [B, n] int64, the visual tokens of each image.
 
-    Outputs: logits [B, vocabulary] fp32 of each row's last token, per layer i the cache entries key, value [B, G, L + V_i, D] with V_i visual tokens as the plan says, and per
-    decoder stage kept.i [B, K'] int32, indices into the visual tokens that entered it. With `debug` also the
-    stages' score.i [B, V_i] fp32 and cluster.i [B, V_i] int32, and raters [B, L] bool. With `gives_ranking` also ranking
-    [B, V] fp32: attention to each visual token summed over layers, heads and the prompt's text after the image.
+    Outputs: logits [B, vocabulary] fp32 of each row's last token; per layer i the cache entries key, value
+    [B, G, L + V_i, D] with V_i visual tokens as the plan says; and per decoder stage kept.i [B, K'] int32, indices into
+    the visual tokens that entered it. With `debug` also the stages' score.i [B, V_i] fp32 and cluster.i [B, V_i] int32,
+    and raters [B, L] bool. With `gives_ranking` also ranking [B, V] fp32: attention to each visual token summed over
+    layers, heads and the prompt's text after the image.
     """
 
     def __init__(self, spec: ModelSpec, plan: PruningPlan, debug: bool = False, gives_ranking: bool = False) -> None:
@@ -186,7 +188,7 @@ class PrefillGraph(_LanguageGraph):
             seen.append(raters)
         seen.append(total)
         last = rows.layout.rows_of(rows.hidden, rows.layout.last_place()[:, None])
-        return self.logits(last[:, 0]), *caches, *(found for found in seen if found is not None)
+        return self.logits(last[:, 0]), *caches, *(tensor for tensor in seen if tensor is not None)
 
     def _score(
         self,
@@ -197,7 +199,7 @@ class PrefillGraph(_LanguageGraph):
         raters: Tensor | None,
         given: Mapping[str, Tensor],
     ) -> Tensor:
-        """Scores [B, V] at the stage after layer `number`, whose own rotated queries and keys are given."""
+        """Scores [B, V] at the stage after layer `number`, from that layer's rotated queries and keys."""
         assert self.method is not None
         score = self.method.given_score(given)
         if score is not None:
@@ -222,10 +224,10 @@ class PrefillGraph(_LanguageGraph):
     def _attention(
         self, number: int, query: Tensor, key: Tensor, rows: DecoderState, raters: Tensor | None
     ) -> Attention:
-        """What rates at the stage after layer `number`, whose own rotated queries and keys are given."""
+        """The attention that rates at the stage after layer `number`, from that layer's rotated queries and keys."""
         assert self.method is not None
         layout, blocks = rows.layout, list(self.decoder.blocks())
-        places, counted = rows_that_rate(self.method, layout, raters)
+        places, counted = rows_that_rate(layout, raters)
         module = blocks[number].self_attn
         if self.method.attention_of == "own":
             query = layout.rows_of(query, places)
@@ -256,13 +258,13 @@ class PrefillGraph(_LanguageGraph):
 
 
 class DecodeGraph(_LanguageGraph):
-    """One token a row behind its caches, whatever the plan that filled them.
+    """One token per row behind its caches, whichever plan filled them.
 
     Inputs: input_ids [B, 1] int64, length [N, B] int64 (tokens in each layer's cache of each row), position [N, B]
     int64 (of the new token, in each layer), and per layer the caches key, value [B, G, M_i, D]. Outputs: logits
-    [B, vocabulary] fp32 and the caches with the new token in place. With `ranked`, the number of visual tokens to rank, there
-    are also the input image_position [B] int64, and the output ranking [B, V] fp32, the new token's attention to each
-    visual token summed over layers and heads.
+    [B, vocabulary] fp32 and the caches with the new token in place. With `ranked`, the number of visual tokens to rank,
+    there are also the input image_position [B] int64 and the output ranking [B, V] fp32, the new token's attention to
+    each visual token summed over layers and heads.
     """
 
     def __init__(self, spec: ModelSpec, ranked: int = 0) -> None:
@@ -286,10 +288,10 @@ class DecodeGraph(_LanguageGraph):
             attention, normed, place = layer.self_attn, layer.input_layernorm(x), position[number][:, None]
             mixed, key, value = attention.decode(normed, place, self.rope, cache, length[number])
             if image_position is not None:
-                heads, one = attention.num_heads, torch.ones_like(place)
+                heads, ones = attention.num_heads, torch.ones_like(place)
                 query = attention.query(normed, place, self.rope).unflatten(2, (heads, -1)).transpose(1, 2)
                 last = length[number][:, None]
-                paid = token_score(query, key, one > 0, last, image_position, self.ranked, attention.scale) * heads
+                paid = token_score(query, key, ones > 0, last, image_position, self.ranked, attention.scale) * heads
                 total = paid if total is None else total + paid
             x = x + mixed
             x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -303,7 +305,7 @@ def cache_names(kind: str, layers: int) -> list[str]:
 
 
 def stage_outputs(layer: int, stage: Stage, debug: bool, scores: bool) -> list[str]:
-    """Names of what prefill gives out of the stage after `layer`."""
+    """Names of the prefill graph's outputs from the stage after `layer`."""
     if stage.carried == 0:
         return []
     names = [f"kept.{layer}"]

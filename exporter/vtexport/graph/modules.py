@@ -49,7 +49,7 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """A pre-norm transformer layer; of CLIP's text tower it is causal."""
+    """A pre-norm transformer layer; causal in CLIP's text tower."""
 
     def __init__(self, spec: VisionSpec | ClipSpec) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(spec.num_patches + spec.class_token, spec.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, 1 + V, C], CLS first; of a tower without CLS [B, V, C]."""
+        """[B, 3, S, S] -> [B, 1 + V, C], CLS first; [B, V, C] for a tower without CLS."""
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
         if hasattr(self, "class_embedding"):
             x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
@@ -94,7 +94,7 @@ class VisionEncoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """A tower up to the feature layer; what lies after it never runs."""
+    """A tower up to the feature layer; later layers never run."""
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class VisionTower(nn.Module):
         self.encoder = VisionEncoder(spec)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, list[TowerLayer]]:
-        """Features [B, 1 + V, C], and every layer's attention; of a tower without CLS [B, V, C] and none."""
+        """Features [B, 1 + V, C], and every layer's attention; for a tower without CLS [B, V, C] and an empty list."""
         x = self.embeddings(pixels)
         if self.spec.kind == "clip":
             x = self.pre_layrnorm(x)
@@ -145,7 +145,7 @@ class ClipTextTower(nn.Module):
         self.final_layer_norm = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The state of each question's end token, [B, L] int64 -> [B, C]; causality hides what lies behind it."""
+        """The state of each question's end token, [B, L] int64 -> [B, C]; causality hides the tokens behind it."""
         x = self.embeddings(ids)
         for layer in self.encoder.layers:
             x, _, _ = layer(x)
@@ -162,7 +162,7 @@ class ClipVisionHead(nn.Module):
 
 
 class Clip(nn.Module):
-    """What of a CLIP checkpoint LLaVA's has not: the text tower, and the projections into the shared space."""
+    """The parts of a CLIP checkpoint that LLaVA's lacks: the text tower, and the projections into the shared space."""
 
     def __init__(self, spec: ClipSpec, vision: VisionSpec) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Clip(nn.Module):
         self.visual_projection = nn.Linear(vision.hidden_size, spec.projection, bias=False)
 
     def forward(self, patches: Tensor, ids: Tensor, views: int) -> Tensor:
-        """Cosine of every patch [b · views, V, C] and the question [b, L], [b · views, V] fp32."""
+        """Cosine similarity of every patch [b · views, V, C] and the question [b, L], [b · views, V] fp32."""
         embedded = self.visual_projection(self.vision_model.post_layernorm(patches))
         question = self.text_projection(self.text_model(ids))
         if views > 1:
@@ -277,7 +277,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
     def blocks(self) -> Iterator[DecoderLayer]:
-        """The layers, by their own type."""
+        """The layers, typed as `DecoderLayer`."""
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             yield layer

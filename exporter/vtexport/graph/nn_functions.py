@@ -18,7 +18,7 @@ T = TypeVar("T", bound=Union[FLOAT, FLOAT16])  # noqa: UP007 - onnxscript reads 
 @script(nn, default_opset=op)
 def RMSNorm(x: T, weight: T, epsilon: float) -> T:
     wide = op.Cast(x, to=FLOAT.dtype)
-    # A power, not a product: by it ONNX Runtime knows the norm and fuses it.
+    # A power, not a product: ONNX Runtime recognises the norm by it, and fuses it.
     mean = op.ReduceMean(op.Pow(wide, op.Constant(value_float=2.0)), op.Constant(value_ints=[-1]), keepdims=1)
     normed = wide / op.Sqrt(mean + op.Constant(value_float=epsilon))
     return op.CastLike(normed, x) * weight
@@ -57,7 +57,7 @@ def CausalAttention(query: T, key: T, value: T, num_heads: int, kv_heads: int, s
     cache_shape = op.Concat(zeros, groups, rest, axis=0)
     present_key = op.Transpose(op.Reshape(key, cache_shape), perm=[0, 2, 1, 3])
     present_value = op.Transpose(op.Reshape(value, cache_shape), perm=[0, 2, 1, 3])
-    # Five axes [B, G, H / G, S, D]: the heads of a group share its keys by broadcasting, nothing is repeated.
+    # Five axes [B, G, H / G, S, D]: the heads of a group share its keys by broadcasting, so nothing is copied.
     scaled = query * op.CastLike(op.Constant(value_float=scale), query)
     shape = op.Concat(zeros, groups, heads / groups, rest, axis=0)
     q = op.Transpose(op.Reshape(scaled, shape), perm=[0, 2, 3, 1, 4])

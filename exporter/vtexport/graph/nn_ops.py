@@ -1,8 +1,8 @@
 """Composite ops of the domain `vtexport.nn`: parts of a transformer that runtimes have kernels for.
 
-Under tracing each becomes one node (`vtexport.graph.tracing.own_ops`), so that a target can put its own fused kernel in their
-place (`vtexport.targets.onnxruntime.lowering`) and any other runtime runs the ONNX function body
-(`vtexport.graph.functions`). Each function here is the eager statement of the same contract.
+Tracing turns each into one node (`vtexport.graph.tracing.own_ops`), so that a target can put its own fused kernel in
+its place (`vtexport.targets.onnxruntime.lowering`), and any other runtime runs the ONNX function body
+(`vtexport.graph.functions`). The functions here compute the same in PyTorch.
 
 Shapes: hidden rows are [B, S, H * D], caches [B, G, M, D]; H query heads share G key heads in groups.
 """
@@ -96,7 +96,7 @@ def cached_attention(
     kv_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One new token per row against that row's cache, which has room to spare.
+    """Attention of one new token per row to that row's cache, which has room for the token.
 
     Args:
         query: [B, 1, H * D].

@@ -1,4 +1,4 @@
-"""ONNX function bodies of the domain `vtexport`; see `vtexport.graph.functions`, contracts in `vtexport.pruning.ops`."""
+"""ONNX function bodies of domain `vtexport`; see `vtexport.graph.functions`, contracts in `vtexport.pruning.ops`."""
 
 # The bodies are onnxscript: Python syntax that is never run as Python.
 # mypy: ignore-errors
@@ -23,7 +23,7 @@ def TokenScore(query: T, key: T, rows: BOOL, places: INT64, start: INT64, count:
     rest = op.Constant(value_ints=[-1])
     one = op.Constant(value_ints=[1])
     scaled = op.Cast(query, to=FLOAT.dtype) * op.Constant(value_float=scale)
-    # Query heads of one key head are neighbours: their rows can stand under it as one block.
+    # Query heads that share a key head are neighbours, so their rows form one block.
     grouped = op.Reshape(scaled, op.Concat(zero, groups, rest, width, axis=0))
     columns = op.Transpose(op.Cast(key, to=FLOAT.dtype), perm=[0, 1, 3, 2])
     keys = op.Shape(key, start=2, end=3)
@@ -100,7 +100,7 @@ def TokenSelect(hidden: T, score: FLOAT, keep: int) -> tuple[T, INT32]:
     before = op.Less(op.Unsqueeze(place, op.Constant(value_ints=[0])), op.Unsqueeze(place, op.Constant(value_ints=[1])))
     beaten = op.Or(op.Greater(other, mine), op.And(op.Equal(other, mine), before))
     rank = op.ReduceSum(op.Cast(beaten, to=FLOAT.dtype), op.Constant(value_ints=[2]), keepdims=0)
-    # Kept tokens get keys 0, -1, -2 … by place, the others keys below them: TopK then lists the kept in order.
+    # Kept tokens get keys 0, -1, -2 … by place, and others lower keys, so TopK lists the kept tokens in order.
     number = op.Cast(place, to=FLOAT.dtype)
     kept = op.Less(rank, op.Cast(op.Constant(value_int=keep), to=FLOAT.dtype))
     key = op.Where(kept, op.Neg(number), op.Neg(number + op.Cast(total, to=FLOAT.dtype)))
@@ -136,11 +136,12 @@ def TokenRecycle(hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, p
     key = op.Where(pooled, op.Neg(number), op.Neg(number + op.Cast(total, to=FLOAT.dtype)))
     _keys, index = op.TopK(key, pool_size, axis=1, largest=1, sorted=1)
     x = op.Cast(op.GatherND(hidden, op.Unsqueeze(index, two), batch_dims=1), to=FLOAT.dtype)
-    # Squared distances over the width; about their mean the products of the expansion lose fewer digits.
+    # Squared distances over the width. Centred on their mean, the products in the expanded form lose fewer digits.
     centred = x - op.ReduceMean(x, one, keepdims=1)
     norm = op.ReduceSum(centred * centred, two, keepdims=1)
     products = op.MatMul(centred, op.Transpose(centred, perm=[0, 2, 1]))
-    # Two tokens that are each other's nearest tie in density: a matrix that is not symmetric to the bit would break the tie.
+    # Two tokens that are each other's nearest neighbours tie in density. A matrix that is not symmetric to the last bit
+    # would break the tie.
     doubled = products + op.Transpose(products, perm=[0, 2, 1])
     expanded = norm + op.Transpose(norm, perm=[0, 2, 1]) - doubled
     width = op.Cast(op.Shape(hidden, start=2, end=3), to=FLOAT.dtype)
@@ -158,9 +159,9 @@ def TokenRecycle(hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, p
     denser = op.Or(op.Greater(their_density, own_density), op.And(op.Equal(their_density, own_density), earlier))
     farthest = op.ReduceMax(squared, both, keepdims=1)
     delta = op.ReduceMin(op.Where(denser, squared, farthest), two, keepdims=0)
-    # A pair's later token is the higher peak only if its delta · density is greater, so that equal ones fall to the lower
-    # place. Compared by the density's ratio, which is exactly one where densities are equal: a logarithm of each peak is
-    # not one function to every runtime (of equal numbers, one in a vector and one behind its end may differ).
+    # The later token of a pair is the higher peak only if its delta · density is greater, so that equal peaks fall to
+    # the lower place. Peaks are compared through the ratio of densities, which is exactly one if these are equal.
+    # Logarithms would not do: runtimes may give equal numbers different ones (in a vectorised loop and behind its end).
     two_times = op.Constant(value_float=2.0)
     bound = op.Constant(value_float=80.0)
     ratio = op.Clip(two_times * (own_density - their_density), op.Neg(bound), bound)
@@ -177,14 +178,14 @@ def TokenRecycle(hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, p
         is_centre, op.Neg(within_number), op.Neg(within_number + op.Cast(op.Constant(value_int=pool), to=FLOAT.dtype))
     )
     _centre_keys, centre = op.TopK(centre_key, cluster_size, axis=1, largest=1, sorted=1)
-    # Each token joins the nearest centre, a centre itself.
+    # Each token joins the nearest centre, and a centre joins itself.
     length = op.Sqrt(op.ReduceSum(x * x, two, keepdims=1))
     unit = x / op.Max(length, op.Constant(value_float=1e-12))
     cosine = op.MatMul(unit, op.Transpose(unit, perm=[0, 2, 1]))
     as_paper = op.Cast(op.Constant(value_int=paper), to=9)
     near = op.Where(as_paper, cosine, op.Neg(squared))
     nearness = op.Where(itself, infinity, op.Where(op.IsNaN(near), minus_infinity, near))
-    # [B, c, m]: rows of a symmetric matrix are its columns.
+    # [B, c, m]. The matrix is symmetric, so its rows serve as its columns.
     to_centres = op.GatherND(nearness, op.Unsqueeze(centre, two), batch_dims=1)
     best = op.Equal(to_centres, op.ReduceMax(to_centres, one, keepdims=1))
     cluster_number = op.Range(op.Constant(value_int=0), op.Constant(value_int=clusters), op.Constant(value_int=1))

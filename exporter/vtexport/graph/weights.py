@@ -1,4 +1,4 @@
-"""Weights by reference: graphs that point into safetensors files, the checkpoint's own wherever its bytes will do."""
+"""Weights by reference: graphs point into safetensors files, the checkpoint's own if its bytes serve unchanged."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from vtexport.errors import ModelError
 from vtexport.models.checkpoint import Checkpoint, TensorRecord
 from vtexport.models.names import PREFIXES
 
-#: what had to be computed or converted; all else stays in the checkpoint's files
+#: the file of weights that had to be computed or converted; the others stay in the checkpoint's files
 WEIGHTS_FILE = "weights.safetensors"
 # ONNX type -> its safetensors name and NumPy type.
 _TYPES: dict[ir.DataType, tuple[str, type[np.generic]]] = {
     ir.DataType.FLOAT: ("F32", np.float32),
     ir.DataType.FLOAT16: ("F16", np.float16),
-    # NumPy has no such numbers: their bits.
+    # NumPy has no bf16, so this is the type of its bits.
     ir.DataType.BFLOAT16: ("BF16", np.uint16),
     ir.DataType.INT32: ("I32", np.int32),
     ir.DataType.INT8: ("I8", np.int8),
     ir.DataType.UINT8: ("U8", np.uint8),
     ir.DataType.FLOAT8E4M3FN: ("F8_E4M3", ml_dtypes.float8_e4m3fn),
-    # Two in a byte, which safetensors has no type for.
+    # Two numbers in a byte, for which safetensors has no type.
     ir.DataType.INT4: ("U8", np.uint8),
 }
-# A file of the checkpoint of which a bundle needs less than this is not linked; what is needed of it is copied.
+# A checkpoint's file is linked if a bundle needs at least this share of it; otherwise only the needed part is copied.
 _WORTH_LINKING = 0.5
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """An initialiser that is made of another tensor when it is written.
+    """An initialiser that is made from another tensor when it is written.
 
     Attributes:
-        source: the name of that tensor, as a graph's initialiser.
-        dtype: what it is converted to first.
-        make: the array, of the converted one.
+        source: the name of that tensor as an initialiser of a graph.
+        dtype: the type that this tensor is first converted to.
+        make: makes the array from the converted tensor.
     """
 
     source: str
@@ -64,7 +64,7 @@ class _Made:
 
 @dataclass(frozen=True)
 class _Slot:
-    """An initialiser: what the graph says of it, and where its values come from."""
+    """An initialiser: its name, type and shape in the graph, and where its values come from."""
 
     name: str
     dtype: ir.DataType
@@ -93,7 +93,7 @@ class Weights:
     Args:
         models: the graphs.
         checkpoint: source of the weights.
-        computed: arrays by initialiser name: RoPE tables, constants of a method; or how they are made of weights.
+        computed: arrays by initialiser name: RoPE tables, constants of a method; or how to make them from weights.
 
     Raises:
         ModelError: a tensor is missing or has another shape.
@@ -111,7 +111,7 @@ class Weights:
         self._last: tuple[TensorRecord, Array] | None = None
 
     def _reference(self, slot: _Slot) -> TensorRecord | None:
-        """The checkpoint's tensor, if `slot` is to point at it."""
+        """The checkpoint's tensor that `slot` points at, if it does."""
         record = slot.record
         return record if record is not None and record.path in self._linked else None
 
@@ -119,7 +119,7 @@ class Weights:
         tensor = value.const_value
         assert tensor is not None, f"initialiser {name} without shape"
         shape = tuple(int(extent) for extent in tensor.shape.numpy())
-        # A bundle that is built from again has what was computed, too.
+        # If the checkpoint is itself a bundle, it already holds the computed arrays.
         known = name in computed and name not in checkpoint.tensors
         source = computed[name] if known else _find(checkpoint, name)
         if isinstance(source, Lazy):
@@ -133,41 +133,41 @@ class Weights:
 
     @property
     def bytes_written(self) -> int:
-        """What `write` puts into a file of its own."""
+        """Bytes that `write` puts into a file of their own."""
         return sum(slot.length for slot in self._slots if self._reference(slot) is None)
 
     @property
     def bytes_referenced(self) -> int:
-        """What stays as the checkpoint has it."""
+        """Bytes that stay as the checkpoint has them."""
         return sum(slot.length for slot in self._slots if self._reference(slot) is not None)
 
     def write(self, folder: Path, advance: Callable[[int], None]) -> None:
         """Put the weights into `folder`, and let every graph, which will lie there too, point at them.
 
         Files of the checkpoint that hold a tensor as a graph wants it are hard-linked, or copied from another file
-        system. Other tensors are converted one by one. No more than one is in memory.
+        system. Other tensors are converted one by one, with at most one in memory.
 
         Args:
             folder: where graphs and weights lie.
-            advance: called with bytes written.
+            advance: called with the number of bytes written.
 
         Raises:
             ModelError: a tensor overflows fp16.
         """
         places: dict[str, tuple[str, int]] = {}
         linked: dict[Path, str] = {}
-        own = [slot for slot in self._slots if self._reference(slot) is None]
-        reserved = {WEIGHTS_FILE} if own else set()
+        written = [slot for slot in self._slots if self._reference(slot) is None]
+        reserved = {WEIGHTS_FILE} if written else set()
         for slot in self._slots:
             record = self._reference(slot)
             if record is not None:
                 if record.path not in linked:
                     linked[record.path] = _link(record.path, folder, reserved)
                 places[slot.name] = linked[record.path], record.start
-        if own:
+        if written:
             with (folder / WEIGHTS_FILE).open("wb") as file:
-                offset = _write_header(file, own)
-                for slot in own:
+                offset = _write_header(file, written)
+                for slot in written:
                     file.write(self._bytes(slot))
                     places[slot.name] = WEIGHTS_FILE, offset
                     offset += slot.length
@@ -190,19 +190,19 @@ class Weights:
         """The values of `slot` as the file has them."""
         source = slot.source
         if not isinstance(source, _Made):
-            found = _converted(source, slot.dtype, slot.name, self._folder)
+            values = _converted(source, slot.dtype, slot.name, self._folder)
         else:
-            # Tensors that are made of one weight come one after the other.
+            # Tensors that are made from one weight follow each other.
             if self._last is None or self._last[0] != source.record:
                 converted = _converted(source.record, source.lazy.dtype, source.lazy.source, self._folder)
                 self._last = source.record, converted
-            found = source.lazy.make(self._last[1])
-            assert found.shape == slot.stored, f"{slot.name} is made of another shape than its graph says"
-        return found.astype(_TYPES[slot.dtype][1], copy=False).tobytes()
+            values = source.lazy.make(self._last[1])
+            assert values.shape == slot.stored, f"{slot.name} was made in another shape than its graph says"
+        return values.astype(_TYPES[slot.dtype][1], copy=False).tobytes()
 
 
 def _worth_linking(slots: Sequence[_Slot]) -> set[Path]:
-    """The checkpoint's files of which enough is needed as it is."""
+    """The checkpoint's files of which enough is needed unchanged."""
     needed: dict[Path, int] = {}
     for slot in slots:
         if slot.record is not None:
@@ -211,8 +211,8 @@ def _worth_linking(slots: Sequence[_Slot]) -> set[Path]:
 
 
 def _link(path: Path, folder: Path, reserved: set[str]) -> str:
-    """The name that `path` gets in `folder`; a hub's cache has links to blobs of other names, which are followed."""
-    taken = reserved | {one.name for one in folder.iterdir()}
+    """Link `path` into `folder` and return its name there; symbolic links of a hub's cache are followed."""
+    taken = reserved | {file.name for file in folder.iterdir()}
     name, number = path.name, 1
     while name in taken:
         number += 1
@@ -261,9 +261,9 @@ def _converted(source: TensorRecord | Array, dtype: ir.DataType, name: str, fold
     else:
         tensor = torch.from_numpy(np.ascontiguousarray(source))
     bits = dtype == ir.DataType.BFLOAT16
-    kind = torch.bfloat16 if bits else torch.from_numpy(np.empty(0, _TYPES[dtype][1])).dtype
-    converted = tensor.to(kind).contiguous()
-    if kind == torch.float16 and not torch.isfinite(converted).all():
+    torch_dtype = torch.bfloat16 if bits else torch.from_numpy(np.empty(0, _TYPES[dtype][1])).dtype
+    converted = tensor.to(torch_dtype).contiguous()
+    if torch_dtype == torch.float16 and not torch.isfinite(converted).all():
         raise ModelError(
             f"{folder}: tensor {name} does not fit into fp16; build with --dtype fp32, or bf16 on a TensorRT target"
         )

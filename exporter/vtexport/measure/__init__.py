@@ -1,1 +1,1 @@
-"""What is measured and shown: of a model, of a bundle, of this machine."""
+"""Measurements and pictures of a model, a bundle or this machine."""

@@ -1,4 +1,4 @@
-"""calibrate: what the dense model's decoder attends to, measured over images and prompts, layer by layer."""
+"""calibrate: measures what the dense model's decoder attends to, layer by layer, over images and prompts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Trials:
     Attributes:
         methods: methods to try for `--keep auto`, their options at their defaults.
         buckets: keep ratios to try them at, descending.
-        exit_tolerance: share of the pairs whose next token may change where visual tokens leave early.
+        exit_tolerance: share of the pairs whose next token may change when visual tokens leave early.
     """
 
     methods: tuple[str, ...] = ()
@@ -50,10 +50,10 @@ class Trials:
 
     @classmethod
     def parse(cls, methods: Sequence[str], buckets: str | None, exit_tolerance: float) -> Trials:
-        """What the flags of `vtexport calibrate` ask for.
+        """The trials that the flags of `vtexport calibrate` ask for.
 
         Raises:
-            InputError: keep ratios that are none, and as the class says.
+            InputError: an invalid keep ratio, tolerance or method.
         """
         if buckets is None:
             return cls(tuple(methods), BUCKETS, exit_tolerance)
@@ -74,17 +74,17 @@ class Trials:
 
 @dataclass(frozen=True)
 class Pair:
-    """Image files of one prompt, and what it asks about them."""
+    """The image files of one prompt, and its text."""
 
     images: tuple[Path, ...]
     prompt: str
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a JSON-lines file, objects with `image` (a path or several, from the file's folder) and `prompt`.
+    """The pairs of a JSON-lines file: objects with `image` (one path or several, relative to the file) and `prompt`.
 
     Raises:
-        InputError: no such file, a line that is no such object, or no pair at all.
+        InputError: the file is missing, a line is not such an object, or there is no pair.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give JSON lines of image and prompt as --data")
@@ -100,7 +100,7 @@ def read_pairs(path: Path) -> list[Pair]:
                 f'{path}, line {number}: not a pair; write {{"image": "photo.png", "prompt": "what is it?"}}'
             ) from error
         listed = image if isinstance(image, list) else [image]
-        pairs.append(Pair(tuple(path.parent / str(one) for one in listed), str(prompt)))
+        pairs.append(Pair(tuple(path.parent / str(file) for file in listed), str(prompt)))
     if not pairs:
         raise InputError(f"{path} holds no usable pair; give JSON lines of image and prompt")
     return pairs
@@ -113,7 +113,7 @@ def calibrate_model(
     advance: Callable[[], None] = lambda: None,
     views: ViewChoice | None = None,
 ) -> Calibration:
-    """Measure the model that `name` says (see `vtexport.models.resolve_model`) on `pairs`; see `calibrate`."""
+    """Measure the model `name` (see `vtexport.models.resolve_model`) on `pairs`; see `calibrate`."""
     from vtexport.check.reference import ReferenceModel
     from vtexport.models import Checkpoint, read_spec, resolve_model
     from vtexport.models.names import fingerprint
@@ -135,7 +135,7 @@ def calibrate(
     trials: Trials,
     advance: Callable[[], None] = lambda: None,
 ) -> Calibration:
-    """Measure `model` on `pairs`; see `Calibration` for what.
+    """Measure `model` on `pairs`; `Calibration` lists the measurements.
 
     Args:
         model: the dense model.
@@ -146,30 +146,32 @@ def calibrate(
         advance: called `steps(pairs, trials)` times.
 
     Raises:
-        InputError: a method that cannot keep as little as trials.
+        InputError: a method cannot keep as few tokens as `trials` ask for.
     """
     plan = partial(make_plan, geometry=Geometry.of(model.spec))
     subjects = [
         _Subject(model, plan, prompter.prompt(p.prompt), prompter.views(prompter.open_pictures(p.images)))
         for p in pairs
     ]
-    found = []
+    measured = []
     for subject in subjects:
-        found.append(_measure(subject))
+        measured.append(_measure(subject))
         advance()
-    ranks = np.array([one.ranks for one in found])
+    ranks = np.array([values.ranks for values in measured])
     calibration = Calibration(
         model=fingerprint,
         num_visual_tokens=model.spec.num_visual_tokens,
-        pairs=len(found),
+        pairs=len(measured),
         ranks=_rounded(ranks.mean(axis=0)),
         rank_spread=_rounded(ranks.std(axis=0)),
-        mass=_rounded(np.mean([one.mass for one in found], axis=0)),
+        mass=_rounded(np.mean([values.mass for values in measured], axis=0)),
         keeps=KEEPS,
         layers=(default_layers(model.spec.decoder.num_layers),) * len(KEEPS),
         agreement=(0.0,) * len(KEEPS),
-        # After the last layer nothing is left to drop, so that one always qualifies.
-        exit_layer=int(np.flatnonzero(np.mean([one.changed for one in found], axis=0) <= trials.exit_tolerance)[0]),
+        # Nothing is left to drop after the last layer, so the last layer always qualifies.
+        exit_layer=int(
+            np.flatnonzero(np.mean([values.changed for values in measured], axis=0) <= trials.exit_tolerance)[0]
+        ),
         exit_tolerance=trials.exit_tolerance,
     )
     choices = []
@@ -197,7 +199,7 @@ def _adaptive_table(
     buckets: Sequence[float],
     advance: Callable[[], None],
 ) -> AdaptiveTable:
-    """How often `method` leaves the dense answer as it was, by keep ratio and spread of CLS's attention."""
+    """How often `method` leaves the dense answer unchanged, by keep ratio and spread of CLS's attention."""
     spreads = np.array([subject.spread for subject in subjects])
     # Bins of equally many pairs; a stable order, so that equal spreads fall into the same bins every time.
     bins = np.array_split(np.argsort(spreads, kind="stable"), min(_BINS, len(subjects)))
@@ -211,17 +213,17 @@ def _adaptive_table(
 
 
 def _candidates(num_layers: int) -> list[tuple[int, ...]]:
-    """Layer sets that are tried: SparseVLM's three, scaled; three from each early layer on, as far apart; each alone."""
-    last, found = num_layers - 2, [default_layers(num_layers)]
+    """The layer sets to try: SparseVLM's three, scaled; three spaced alike from each early layer; each alone."""
+    last, candidates = num_layers - 2, [default_layers(num_layers)]
     for first in range(min(num_layers // 2, last) + 1):
         depth = max(first, 1)
-        found.append(tuple(sorted({min(layer, last) for layer in (first, 3 * depth, 15 * depth // 2)})))
-        found.append((first,))
-    return list(dict.fromkeys(found))
+        candidates.append(tuple(sorted({min(layer, last) for layer in (first, 3 * depth, 15 * depth // 2)})))
+        candidates.append((first,))
+    return list(dict.fromkeys(candidates))
 
 
 def _best_layers(subjects: Sequence[_Subject], calibration: Calibration, keep: float) -> tuple[tuple[int, ...], float]:
-    """The layers under which the dense model's next token stays likeliest at `keep`, and how often it stays."""
+    """The layers that keep the dense model's next token likeliest at `keep`, and how often it stays the next token."""
     best: tuple[float, tuple[int, ...], float] = (-np.inf, calibration.layers[0], 0.0)
     for layers in _candidates(len(calibration.ranks)):
         options = {"layers": ",".join(map(str, layers))}
@@ -230,7 +232,7 @@ def _best_layers(subjects: Sequence[_Subject], calibration: Calibration, keep: f
         except InputError:  # out of reach with these layers
             continue
         chances = np.array([subject.chance(plan) for subject in subjects])
-        # Of equal chances the first candidate, so that the choice is reproducible.
+        # With equal likelihoods the first candidate wins, so that the choice is reproducible.
         likelihood = float(np.log(chances[:, 0] + 1e-9).mean())
         if likelihood > best[0]:
             best = likelihood, layers, float(chances[:, 1].mean())
@@ -271,14 +273,14 @@ class _Subject:
         return tokens
 
     def same_answer(self, plan: PruningPlan) -> bool:
-        """Whether `plan` leaves the dense answer as it was; one pass, for it is asked token by token of that answer."""
+        """Whether `plan` leaves the dense answer unchanged, checked for all its tokens in one pass."""
         logits = self.answer(self.dense_answer[:-1], plan)
         return bool(np.array_equal(logits.argmax(axis=1), self.dense_answer))
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """One pair: a value a layer each; `changed` says whether dropping the image after it changes the next token."""
+    """One pair, a value per layer; `changed`: whether dropping the image after that layer changes the next token."""
 
     ranks: list[int]
     mass: list[float]

@@ -22,7 +22,7 @@ class TargetHealth:
 
 
 def examine() -> list[TargetHealth]:
-    """Ask every target."""
+    """The health of every target."""
     return [TargetHealth(name, target.can_build(), target.can_run()) for name, target in TARGETS.items()]
 
 
@@ -40,16 +40,16 @@ def tensorrt_plugins() -> Availability:
     """Whether this installation has the library of TensorRT plugins."""
     from vtexport.native.plugins import library
 
-    found = library()
-    if found is not None:
-        return Availability(True, str(found))
+    path = library()
+    if path is not None:
+        return Availability(True, str(path))
     return Availability(
         False, "needs nvcc and TensorRT's headers when vtexport is installed from source; set TENSORRT_ROOT to an SDK"
     )
 
 
 def kernels() -> dict[str, Availability]:
-    """What of `plugins/` this installation has."""
+    """Which parts of `plugins/` this installation has."""
     return {
         "CUDA kernels": cuda_kernels(),
         "TensorRT plugins": tensorrt_plugins(),
@@ -57,11 +57,11 @@ def kernels() -> dict[str, Availability]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter, "not installed" where they are not."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the main packages, "not installed" for those that are missing."""
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed

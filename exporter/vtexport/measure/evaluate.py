@@ -12,13 +12,13 @@ from vtexport.micro import heldout, scenes
 from vtexport.runtime.runner import Runner
 
 BATCH = 16
-# "bottom right" and the end token are three; anything longer is no answer to these questions.
+# "bottom right" and the end token are three tokens; a longer answer is wrong for every question.
 MAX_NEW_TOKENS = 6
 
 
 @dataclass(frozen=True)
 class Score:
-    """Exact matches of all questions, and by kind of question; and how many questions ran at which keep ratio."""
+    """Exact matches over all questions and by kind of question, and the number of questions per keep ratio."""
 
     right: int
     total: int
@@ -54,7 +54,7 @@ def evaluate(
     Args:
         runner: an opened bundle.
         limit: number of questions, 1 … `heldout.NUM_QUESTIONS`.
-        advance: called with questions done.
+        advance: called with the number of questions done.
         blank: black out the images, to see what the questions alone give away.
 
     Raises:

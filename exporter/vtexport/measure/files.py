@@ -1,4 +1,4 @@
-"""Checks of where a result is to be written, before the work that makes it."""
+"""Checks, before the work, that its result can be written."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from vtexport.errors import InputError, StorageError
 
 
 def check_folder(path: Path, flag: str) -> None:
-    """Refuse a file whose folder is not there; `flag` is what named it.
+    """Refuse a file whose folder does not exist; `flag` is the flag that named it.
 
     Raises:
-        StorageError: it is not.
+        StorageError: the folder does not exist.
     """
     parent = path.absolute().parent
     if not parent.is_dir():
@@ -19,11 +19,11 @@ def check_folder(path: Path, flag: str) -> None:
 
 
 def check_picture(path: Path, flag: str) -> None:
-    """Refuse a file that cannot become a picture; `flag` is what named it.
+    """Refuse a file that cannot become a picture; `flag` is the flag that named it.
 
     Raises:
         InputError: its suffix names no image format.
-        StorageError: its folder is not there.
+        StorageError: its folder does not exist.
     """
     from PIL import Image
 

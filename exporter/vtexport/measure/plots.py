@@ -1,4 +1,4 @@
-"""Reports as pictures; matplotlib draws them, which the extra `plots` brings."""
+"""Reports as pictures, drawn by matplotlib, which the extra `plots` installs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_plot(path: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
         InputError: the suffix of `path` names no image format.
-        StorageError: the folder of `path` is not there.
+        StorageError: the folder of `path` does not exist.
     """
     if find_spec("matplotlib") is None:
         raise MissingDependencyError("matplotlib", extra="plots")
@@ -35,7 +35,7 @@ def _pyplot() -> Any:
 
 
 def plot_profile(report: Report, path: Path) -> None:
-    """Draw the medians as bars, a row a stage, into `path` (see `check_plot`)."""
+    """Draw the medians as bars, one row per stage, into `path` (see `check_plot`)."""
     pyplot = _pyplot()
     sides = [side for side in (report.this, report.against) if side is not None]
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")

@@ -28,7 +28,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Stats:
-    """Milliseconds over the runs."""
+    """Percentiles over the runs, in milliseconds."""
 
     median: float
     p90: float
@@ -44,8 +44,9 @@ class Stats:
 class Side:
     """One bundle's measurements.
 
-    `stages` are by the wall clock, `on_device` by the GPU's own where there is one. `first_token` is preprocess, vision (pruning included) and prefill of the same run together; `per_token` is one
-    decode step of the whole batch. Memory is of a process of its own that opens the bundle and answers once.
+    `stages` are measured by the wall clock, `on_device` by the GPU's own clock if there is one. `first_token` is the
+    sum of preprocess, vision and prefill of the same run, pruning included; `per_token` is one decode step of the
+    whole batch. Memory is that of a separate process that opens the bundle and answers once.
     """
 
     bundle: str
@@ -61,7 +62,7 @@ class Side:
 
 @dataclass
 class Report:
-    """A profile; `speedup` is against / this, measured on medians and predicted by FLOPs; `layers` see `layer_times`."""
+    """A profile; speed-ups are against / this, of medians and of FLOPs; for `layers` see `layer_times`."""
 
     device: str
     versions: dict[str, str]
@@ -88,10 +89,10 @@ class Settings:
         batch: prompts per batch, at least 1.
         new_tokens: tokens decoded per run, at least 2; end tokens are ignored.
         runs: recorded runs per bundle, at least 1, after `WARM_UP` unrecorded ones.
-        bucket: of a bundle with `--keep auto`, the keep ratio to measure; None for the one its sample photo gets.
+        bucket: which keep ratio of a `--keep auto` bundle to measure; None for the one that the sample photo gets.
 
     Raises:
-        InputError: a number below the least.
+        InputError: a number is too small.
     """
 
     batch: int = 1
@@ -127,7 +128,7 @@ class _Lane:
         self.text_tokens = len(self.runner.prompter.prompt(QUESTION).token_ids)
 
     def _bucket(self, keep: float | None) -> int:
-        """The number of the plan of keep ratio `keep`; by default the one that the sample photo gets."""
+        """The number of the plan with keep ratio `keep`; if None, of the plan that the sample photo gets."""
         keeps = [plan.keep for plan in self.runner.plans]
         if self.runner.policy is None:
             if keep is not None:
@@ -180,7 +181,7 @@ class _Lane:
 def layer_times(folder: Path, settings: Settings) -> dict[str, dict[str, float]]:
     """Milliseconds of each graph's layers over one answer of the bundle in `folder`, the slowest first.
 
-    By the runtime's own profiler, which slows what it watches: shares count, sums do not.
+    Measured by the runtime's own profiler, which slows the run down: shares are meaningful, sums are not.
     """
     lane = _Lane(folder, str(folder), settings)
     lane.run(record=False)
@@ -198,12 +199,12 @@ def profile(
     against_label: str | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Report:
-    """Measure the bundle in `folder`, and the one in `against` in turns with it.
+    """Measure the bundle in `folder`, alternating with the one in `against`.
 
     Args:
         folder: the bundle.
         against: another bundle, or None.
-        settings: how to measure; `bucket` is of the bundle in `folder`.
+        settings: how to measure; `bucket` applies to the bundle in `folder` only.
         against_label: what to call the other bundle in the report.
         advance: called once per run of all bundles.
 
@@ -215,7 +216,7 @@ def profile(
     if against is not None:
         lanes.append(_Lane(against, against_label or str(against), replace(settings, bucket=None)))
     for number in range(WARM_UP + settings.runs):
-        # In turns, and each side first as often as the other: drift of the machine meets both alike.
+        # The bundles alternate, and each goes first equally often, so that drift of the machine affects both alike.
         for lane in lanes if number % 2 == 0 else reversed(lanes):
             lane.run(record=number >= WARM_UP)
         advance()
@@ -256,7 +257,7 @@ def peak_memory(folder: Path, settings: Settings) -> int:
 def _answer_once(folder: Path, settings: Settings) -> int:
     lane = _Lane(folder, "", settings)
     lane.run(record=False)
-    # ru_maxrss would count the parent, of which this process began as a copy.
+    # ru_maxrss would also count the parent, of which this process began as a copy.
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

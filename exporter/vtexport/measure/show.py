@@ -1,4 +1,4 @@
-"""show: a picture of what a bundle keeps of an image, one panel a stage."""
+"""show: a picture of what a bundle keeps of an image, one panel per stage."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _CAPTION = 28
 
 
 def draw(runner: Runner, image: Any, question: str | None = None) -> Any:
-    """The image as the vision tower sees it, then one panel a stage: kept cells bright, dropped ones dimmed.
+    """The image as the vision tower sees it, then one panel per stage: kept cells bright, dropped ones dimmed.
 
     Args:
         runner: an opened bundle.
         image: a PIL image, or several; see `vtexport.models.prompt.Prompter.views`.
-        question: asked too if given, its answer in the caption.
+        question: if given, it is asked too, and its answer stands in the caption.
 
     Returns:
         A PIL image.
@@ -38,16 +38,16 @@ def draw(runner: Runner, image: Any, question: str | None = None) -> Any:
     if question is None:
         if runner.plan.decoder_stages:
             raise InputError(
-                f"method {runner.plan.method} keeps what the question asks for; give a --prompt to show it by"
+                f"method {runner.plan.method} keeps what the question asks for; give a question as --prompt"
             )
         # The decoder need not run to see what the vision stage keeps.
         if runner.reads_question:
-            raise InputError(f"method {runner.plan.method} reads the question; give a --prompt to show it by")
+            raise InputError(f"method {runner.plan.method} reads the question; give one as --prompt")
         vision = look(runner.engine, runner.plan, [Request(Prompt((), (0,) * runner.prompter.images), views)])
         bucket = int(runner.buckets(vision)[0])
         plan, kept = runner.plans[bucket], vision.seen(bucket).kept
-        found = {} if kept is None else {VISION: kept[0][kept[0] >= 0]}
-        stages = stage_reports(plan, model.grid, found, views)
+        kept_by_stage = {} if kept is None else {VISION: kept[0][kept[0] >= 0]}
+        stages = stage_reports(plan, model.grid, kept_by_stage, views)
         keep, caption = plan.keep, f"{model.name}: {plan.num_visual_tokens} visual tokens"
     else:
         answer = runner.ask([(image, question)])[0]
@@ -63,7 +63,7 @@ def draw(runner: Runner, image: Any, question: str | None = None) -> Any:
 
 
 def _lines(views: ViewSpec) -> list[list[int]]:
-    """How views lie in a panel: a base view above its tiles, frames of a video four a line."""
+    """How views lie in a panel: a base view above its tiles, frames of a video four per line."""
     lines = []
     for image in range(views.images):
         first = image * views.views

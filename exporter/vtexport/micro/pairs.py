@@ -15,7 +15,7 @@ NUM_PAIRS = 144 * len(scenes.KINDS)
 
 
 def write_pairs(folder: Path, number: int = NUM_PAIRS) -> Path:
-    """Write `number` images and `pairs.jsonl` into `folder`: questions of every kind in turn. Returns the latter."""
+    """Write `number` images and `pairs.jsonl` into `folder`, with each kind of question in turn; return the latter."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -115,7 +115,7 @@ def _photographs(split: Split) -> tuple[Array, ...]:
         path = next(folder / name for folder in folders if (folder / name).is_file())
         with Image.open(path) as opened:
             photo = opened.convert("RGB")
-            # About 300 pixels on the short side: a 96-pixel crop then shows a thing, not a blur.
+            # About 300 pixels on the short side, so that a 96-pixel crop shows an object and not a blur.
             scale = 300 / min(photo.size)
             photo = photo.resize((round(photo.width * scale), round(photo.height * scale)))
             photos.append(np.asarray(photo))
@@ -123,7 +123,7 @@ def _photographs(split: Split) -> tuple[Array, ...]:
 
 
 def _background(rng: np.random.Generator, split: Split) -> Array:
-    """A crop of a photograph, half its colour and brightness taken so that digits stand out."""
+    """A crop of a photograph at half its colour and brightness, so that digits stand out."""
     photos = _photographs(split)
     photo = photos[rng.integers(len(photos))]
     y = rng.integers(photo.shape[0] - IMAGE_SIZE + 1)
@@ -136,7 +136,7 @@ def _background(rng: np.random.Generator, split: Split) -> Array:
 
 
 def _draw_mask(rng: np.random.Generator, split: Split, value: int) -> Array:
-    """One handwriting of `value` at 16 x 16, bilinear; in training turned and stretched a little."""
+    """One handwritten `value`, resampled bilinearly to 16 x 16; in training slightly rotated and stretched."""
     examples = _digit_masks(split)[value]
     source = examples[rng.integers(len(examples))]
     angle, scale_x, scale_y, shift_x, shift_y = 0.0, 1.0, 1.0, 0.0, 0.0
@@ -161,17 +161,17 @@ def _draw_mask(rng: np.random.Generator, split: Split, value: int) -> Array:
 
 def _positions(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     """`count` corners (x, y), boxes apart from each other and clear of the image's midlines."""
-    found: list[tuple[int, int]] = []
-    while len(found) < count:
+    corners: list[tuple[int, int]] = []
+    while len(corners) < count:
         # Near the 8-pixel patch grid, so that a digit is about four patches, but never exactly on it.
         corner = rng.integers(0, IMAGE_SIZE // 8 - 1, size=2) * 8 + rng.integers(-2, 3, size=2)
         x, y = (int(v) for v in np.clip(corner, 0, IMAGE_SIZE - DIGIT_SIZE))
         middle = (IMAGE_SIZE - DIGIT_SIZE) // 2
         if abs(x - middle) < 6 or abs(y - middle) < 6:
             continue
-        if all(max(abs(x - u), abs(y - v)) >= DIGIT_SIZE + 2 for u, v in found):
-            found.append((x, y))
-    return found
+        if all(max(abs(x - u), abs(y - v)) >= DIGIT_SIZE + 2 for u, v in corners):
+            corners.append((x, y))
+    return corners
 
 
 def compose(rng: np.random.Generator, split: Split, count: int | None = None, max_digits: int = MAX_DIGITS) -> Scene:
@@ -214,7 +214,7 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def descriptions(scene: Scene) -> list[Question]:
-    """Open questions that only training asks: every digit, in the order of `COLOURS` or of the digits."""
+    """Open questions for training only, whose answers list all digits in the order of `COLOURS` or of their values."""
     by_colour = sorted(scene.digits, key=lambda digit: COLOUR_NAMES.index(digit.colour))
     by_value = sorted(scene.digits, key=lambda digit: digit.value)
     return [

@@ -1,4 +1,4 @@
-"""What a checkpoint is: geometry from config.json, weights from safetensors, prompts from its processor."""
+"""Reads checkpoints: geometry from config.json, weights from safetensors, prompts from its processor."""
 
 from vtexport.models.checkpoint import Checkpoint
 from vtexport.models.families import read_spec

@@ -1,4 +1,4 @@
-"""Images of any resolution: a base view and the tiles of the grid that fits an image best, chosen at build."""
+"""Images of any resolution: a base view, and the tiles of a grid that is chosen at build."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vtexport.models.views import Size, Views, rows_of
 
 
 class Anyres(Family):
-    """A family whose images are cut into tiles; a bundle holds one grid of them."""
+    """A family whose images are cut into tiles; a bundle is built for one grid of tiles."""
 
     def views(self, path: Path, parsed: Any, vision: VisionSpec, choice: ViewChoice) -> ViewSpec:
         if vision.leading:
@@ -25,18 +25,18 @@ class Anyres(Family):
         return ViewSpec(images, 1 if tiles is None else 1 + tiles[0] * tiles[1], tiles, newlines)
 
     def tiles(self, parsed: Any, vision: VisionSpec, choice: ViewChoice, images: int) -> Size | None:
-        """Rows and columns of tiles of each image of a prompt with so many of them; None for its base view alone."""
+        """Rows and columns of the tiles of each image, in a prompt of `images` images; None for the base view alone."""
         known = [_tiles(resolution, vision.image_size) for resolution in parsed.image_grid_pinpoints]
         names = ", ".join(f"{rows}x{columns}" for rows, columns in known)
         if choice.grid is None:
             raise InputError(
-                f"--grid is missing: a {self.model_type} model cuts images into rows x columns of tiles, and a bundle is "
-                f"built for one grid; give one of {names}"
+                f"--grid is missing: a {self.model_type} model cuts images into rows x columns of tiles, and a bundle "
+                f"is built for one grid; give one of {names}"
             )
-        found = re.fullmatch(r"(\d+)x(\d+)", choice.grid)
-        if found is None or (int(found[1]), int(found[2])) not in known:
+        match = re.fullmatch(r"(\d+)x(\d+)", choice.grid)
+        if match is None or (int(match[1]), int(match[2])) not in known:
             raise InputError(f"--grid {choice.grid} is no grid of this model; give one of {names}")
-        return int(found[1]), int(found[2])
+        return int(match[1]), int(match[2])
 
     def look(self, processor: Any, spec: ModelSpec, pictures: Sequence[Any]) -> Views:
         sizes = [(picture.height, picture.width) for picture in pictures]
@@ -48,7 +48,7 @@ class Anyres(Family):
         return Views(pixels, rows_of(spec, sizes) if spec.views.newlines else None)
 
     def process(self, processor: Any, pictures: Sequence[Any]) -> Any:
-        """What the image processor makes of the pictures of one prompt."""
+        """The image processor's output for the pictures of one prompt."""
         return processor(images=list(pictures), return_tensors="np")
 
 
@@ -57,7 +57,7 @@ def _tiles(resolution: Sequence[int], image_size: int) -> Size:
 
 
 def _check_grid(spec: ModelSpec, size: Size) -> None:
-    """Refuse an image that another grid than the bundle's fits best."""
+    """Refuse an image that fits another grid better than the bundle's."""
     from transformers.image_processing_utils import select_best_resolution
 
     if spec.views.tiles is None:
@@ -65,8 +65,8 @@ def _check_grid(spec: ModelSpec, size: Size) -> None:
     best = select_best_resolution(size, [tuple(point) for point in spec.config["image_grid_pinpoints"]])
     rows, columns = _tiles(best, spec.vision.image_size)
     if (rows, columns) != spec.views.tiles:
-        own = "x".join(map(str, spec.views.tiles))
+        built = "x".join(map(str, spec.views.tiles))
         raise InputError(
-            f"an image of {size[1]} x {size[0]} pixels is cut into {rows}x{columns} tiles, and this bundle was built for "
-            f"{own}; build one with --grid {rows}x{columns}, or crop the image"
+            f"an image of {size[1]} x {size[0]} pixels is cut into {rows}x{columns} tiles, and this bundle was built "
+            f"for {built}; build one with --grid {rows}x{columns}, or crop the image"
         )

@@ -1,4 +1,4 @@
-"""Where each tensor of a checkpoint lies: safetensors headers only, never a weight in memory."""
+"""Where each tensor of a checkpoint lies, read from safetensors headers; no weight is loaded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 from vtexport.errors import ModelError
 
-#: safetensors' dtype -> the engine's dtype that its numbers go into, and that of an engine that takes them as they are
+#: safetensors dtype -> the dtype of the engine that its numbers go into
 NEAREST = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "fp16"}
+#: dtype of an engine -> the safetensors dtype whose bytes it takes as they are
 AS_STORED = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
@@ -44,7 +45,7 @@ class Checkpoint:
 
     @classmethod
     def of_files(cls, folder: Path, paths: Iterable[Path]) -> Checkpoint:
-        """As `open`, of the files named."""
+        """As `open`, for the files in `paths`."""
         tensors: dict[str, TensorRecord] = {}
         for path in paths:
             for record in _read_header(path):
@@ -53,7 +54,7 @@ class Checkpoint:
 
     @property
     def stored(self) -> str:
-        """The safetensors dtype of most of its bytes."""
+        """The safetensors dtype of most of the checkpoint's bytes."""
         sizes: dict[str, int] = {}
         for record in self.tensors.values():
             sizes[record.dtype] = sizes.get(record.dtype, 0) + record.end - record.start
@@ -65,7 +66,7 @@ class Checkpoint:
         return Checkpoint(self.folder, {**self.tensors, **theirs})
 
     def find(self, prefixes: tuple[str, ...], suffix: str) -> TensorRecord:
-        """The tensor named by any of `prefixes` + `suffix`.
+        """The tensor whose name is one of `prefixes` followed by `suffix`.
 
         Raises:
             ModelError: the checkpoint has none of them.
@@ -79,7 +80,7 @@ class Checkpoint:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there is a checkpoint in `folder` to open, and not its configuration alone."""
+    """Whether `folder` holds a checkpoint's weights, not its configuration alone."""
     return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
@@ -91,7 +92,7 @@ def _shards(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is not a safetensors index ({error}); download it again") from error
-        # Names come from a file: one that leads out of the folder is not a shard of this checkpoint.
+        # The names come from a file, so a name that leads out of the folder is refused.
         strange = [name for name in names if Path(name).name != name]
         if strange:
             raise ModelError(f"{index} names {strange[0]!r}, a file outside the folder; get the checkpoint again")
@@ -115,7 +116,7 @@ def _read_header(path: Path) -> list[TensorRecord]:
 
     size = path.stat().st_size
     try:
-        # Opening loads nothing, but holds every shape to its bytes, and all of them to the file.
+        # Opening loads no weight, but checks every shape against its bytes, and their sum against the file.
         with safe_open(path, framework="numpy"):
             tensors = parse_local_safetensors_file_metadata(path).tensors
     except (OSError, SafetensorError, SafetensorsParsingError) as error:

@@ -24,7 +24,7 @@ def read_clip(folder: Path, vision: VisionSpec) -> ClipSpec:
         vision: LLaVA's own tower, whose features CLIP's visual projection must fit.
 
     Raises:
-        ModelError: no CLIP checkpoint, one without a text tower, or of another tower than LLaVA's.
+        ModelError: no CLIP checkpoint, or one without a text tower, or one whose vision tower is not LLaVA's.
     """
     from transformers import CLIPConfig
 
@@ -38,11 +38,11 @@ def read_clip(folder: Path, vision: VisionSpec) -> ClipSpec:
         parsed = CLIPConfig.from_dict(config)
     except Exception as error:  # transformers raises whatever its validators raise
         raise ModelError(f"{folder / 'config.json'} is not a valid CLIP config ({first_line(error)})") from error
-    text, own = parsed.text_config, parsed.vision_config.hidden_size
-    if own != vision.hidden_size:
+    text, width = parsed.text_config, parsed.vision_config.hidden_size
+    if width != vision.hidden_size:
         raise ModelError(
-            f"{folder} has a vision tower of width {own}, LLaVA's is {vision.hidden_size}; give the CLIP that LLaVA's "
-            "tower is from"
+            f"{folder} has a vision tower of width {width}, LLaVA's is {vision.hidden_size}; give the CLIP that "
+            "LLaVA's tower is from"
         )
     return ClipSpec(
         vocab_size=text.vocab_size,
@@ -54,7 +54,7 @@ def read_clip(folder: Path, vision: VisionSpec) -> ClipSpec:
         layer_norm_eps=text.layer_norm_eps,
         length=text.max_position_embeddings,
         projection=parsed.projection_dim,
-        # Old configs say 2, which no tokenizer of theirs used; transformers then takes the greatest id, and so do we.
+        # Old configs say 2, which their tokenizers never used; transformers then takes the greatest id, and so do we.
         eos_token_id=None if text.eos_token_id == 2 else text.eos_token_id,
     )
 
@@ -81,12 +81,12 @@ class ClipTokenizer:
         Raises:
             InputError: it has more tokens than the text tower has positions.
         """
-        found = self.tokenizer(question.replace(Llava.mark, " ").strip())["input_ids"]
-        if len(found) > self._length:
+        tokens = self.tokenizer(question.replace(Llava.mark, " ").strip())["input_ids"]
+        if len(tokens) > self._length:
             raise InputError(
-                f"the prompt has {len(found)} tokens of CLIP, whose text tower takes {self._length}; shorten it, or build "
-                "with a method that does not read it"
+                f"the prompt has {len(tokens)} CLIP tokens, but CLIP's text tower takes {self._length}; shorten it, "
+                "or build with a method that does not read the question"
             )
         ids = np.zeros(self._length, dtype=np.int64)
-        ids[: len(found)] = found
+        ids[: len(tokens)] = tokens
         return ids

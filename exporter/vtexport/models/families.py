@@ -23,19 +23,19 @@ def read_spec(folder: Path, choice: ViewChoice | None = None) -> ModelSpec:
 
     Args:
         folder: the checkpoint.
-        choice: what was chosen of its views.
+        choice: the user's choices about its views.
 
     Raises:
-        ModelError: the folder holds no LLaVA checkpoint, or one with a feature vtexport has not.
+        ModelError: the folder holds no LLaVA checkpoint, or one with a feature that vtexport does not support.
         InputError: a choice that its family does not have.
     """
     config = read_config(folder)
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        named = f"a {kind!r} model" if kind else "a config.json without model_type"
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        named = f"a {model_type!r} model" if model_type else "a config.json without model_type"
         raise ModelError(
             f"{folder} holds {named}, not LLaVA; vtexport reads checkpoints of model_type {', '.join(FAMILIES)}"
         )
     choice = choice or ViewChoice()
-    validate(choice, f"{kind} models")
-    return FAMILIES[kind].spec(folder, config, choice)
+    validate(choice, f"{model_type} models")
+    return FAMILIES[model_type].spec(folder, config, choice)

@@ -1,4 +1,4 @@
-"""What a model family is, and what all of them share: how config.json is read and weights are named."""
+"""The base class of model families: how config.json is read, and how images become views."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _DECODERS = ("llama", "mistral", "qwen2")
 
 
 class Family:
-    """To add one: a subclass in a file of its own, listed in `vtexport.models.families.FAMILIES`."""
+    """To add a family, write a subclass in a file of its own and list it in `vtexport.models.families.FAMILIES`."""
 
     #: config.json's model_type
     model_type: ClassVar[str]
-    #: what stands for an image in a prompt, and what a chat template calls such a part
+    #: the text that stands for an image in a prompt, and the type that a chat template gives to such a part
     mark: ClassVar[str] = "<image>"
     part: ClassVar[str] = "image"
     #: the name of the vision tower's module
     tower: ClassVar[str] = "vision_tower"
-    #: views of each image; of a video its frames
+    #: views per image, or frames per video
     frames: ClassVar[int] = 1
 
     def spec(self, folder: Path, config: dict[str, Any], choice: ViewChoice) -> ModelSpec:
         """The geometry, read through transformers' own configuration classes, which know every default.
 
         Raises:
-            ModelError: a feature of the checkpoint is one that the graphs do not have.
-            InputError: `choice` for what the family does not have.
+            ModelError: the checkpoint has a feature that the graphs do not support.
+            InputError: `choice` asks for something that the family does not have.
         """
         from transformers import AutoConfig
 
@@ -62,11 +62,11 @@ class Family:
         )
 
     def token_id(self, parsed: Any) -> int:
-        """The id of `mark`."""
+        """The token id of `mark`."""
         return int(parsed.image_token_id)
 
     def views(self, path: Path, parsed: Any, vision: VisionSpec, choice: ViewChoice) -> ViewSpec:
-        """What becomes of a prompt's images; see `ViewChoice`."""
+        """How a prompt's images become views; see `ViewChoice`."""
         self.refuse(choice, "grid", "arrangement")
         return ViewSpec(images=choice.images or 1, views=self.frames)
 
@@ -77,7 +77,7 @@ class Family:
                 raise InputError(f"--{name} has no effect with a {self.model_type} model; leave it out")
 
     def look(self, processor: Any, spec: ModelSpec, pictures: Sequence[Any]) -> Views:
-        """`pictures`, one an image of the prompt, as views of the tower.
+        """The views of `pictures`, one picture per image of the prompt.
 
         Raises:
             InputError: a picture that the bundle's views cannot hold.
@@ -86,10 +86,10 @@ class Family:
 
 
 def pixels_of(processed: Mapping[str, Any]) -> np.ndarray[Any, Any]:
-    """The pixels that an image processor gave out, float32 [..., 3, S, S]."""
+    """The pixels in an image processor's output, float32 [..., 3, S, S]."""
     # Video-LLaVA's processor named them otherwise before transformers 5.20.
-    found = processed.get("pixel_values_images", processed.get("pixel_values"))
-    return np.asarray(found, dtype=np.float32)
+    pixels = processed.get("pixel_values_images", processed.get("pixel_values"))
+    return np.asarray(pixels, dtype=np.float32)
 
 
 def _vision(path: Path, parsed: Any) -> VisionSpec:
@@ -132,14 +132,14 @@ def _decoder(path: Path, parsed: Any) -> DecoderSpec:
         raise ModelError(
             f"{path}: the language model is {text.model_type!r}; only {', '.join(_DECODERS)} are supported"
         )
-    kind = (text.rope_parameters or {}).get("rope_type", "default")
-    if kind not in SUPPORTED_ROPE:
+    rope_type = (text.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in SUPPORTED_ROPE:
         raise ModelError(
-            f"{path}: RoPE of type {kind!r} changes with the sequence length, which a compiled table cannot; supported are "
-            f"{', '.join(SUPPORTED_ROPE)}"
+            f"{path}: RoPE of type {rope_type!r} changes with the sequence length, which a compiled table "
+            f"cannot; supported are {', '.join(SUPPORTED_ROPE)}"
         )
     biased = bool(getattr(text, "attention_bias", False))
-    # Within its window a sliding-window decoder is a plain one, so that is as far as positions go.
+    # Within its window a sliding-window decoder equals a plain one, so positions end with the window.
     window = getattr(text, "sliding_window", None)
     return DecoderSpec(
         vocab_size=text.vocab_size,
@@ -152,7 +152,7 @@ def _decoder(path: Path, parsed: Any) -> DecoderSpec:
         activation=text.hidden_act,
         rms_norm_eps=text.rms_norm_eps,
         max_positions=min(text.max_position_embeddings, window or text.max_position_embeddings),
-        # transformers ties LLaVA's head by either flag.
+        # transformers ties LLaVA's head if either flag is set.
         tied_embeddings=bool(parsed.tie_word_embeddings or text.tie_word_embeddings),
         query_bias=biased or text.model_type == "qwen2",
         output_bias=biased,
@@ -161,14 +161,14 @@ def _decoder(path: Path, parsed: Any) -> DecoderSpec:
 
 
 def _eos_ids(folder: Path, from_config: int | list[int] | None) -> tuple[int, ...]:
-    """End tokens: generation_config.json's, which generate() obeys, else the language model's."""
+    """The end tokens in generation_config.json, which generate() obeys, or else the language model's."""
     path = folder / "generation_config.json"
-    found = from_config
+    ids = from_config
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", found)
+            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", ids)
         except (OSError, ValueError, AttributeError) as error:
             raise ModelError(f"{path} is not readable JSON ({error}); download it again") from error
-    if found is None:
+    if ids is None:
         return ()
-    return tuple(found) if isinstance(found, list) else (found,)
+    return tuple(ids) if isinstance(ids, list) else (ids,)

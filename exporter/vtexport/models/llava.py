@@ -1,4 +1,4 @@
-"""The family `llava`: LLaVA-1.5 and its kin, one view an image."""
+"""The family `llava`: LLaVA-1.5 and similar models, one view per image."""
 
 from __future__ import annotations
 

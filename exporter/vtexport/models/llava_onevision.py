@@ -10,12 +10,12 @@ from vtexport.models.anyres import Anyres
 from vtexport.models.spec import ViewChoice, VisionSpec
 from vtexport.models.views import Size
 
-# Beyond this ratio of sides to those of the tiles it is made for, the model shrinks stitched features.
+# The model shrinks stitched features whose side exceeds that of its tile limit by more than this factor.
 _INTERPOLATES = 1.1
 
 
 class LlavaOnevision(Anyres):
-    """One image is tiled; of several each is one view, with a newline behind it."""
+    """A single image is tiled; each of several images is one view, with a newline behind it."""
 
     model_type = "llava_onevision"
 
@@ -24,16 +24,16 @@ class LlavaOnevision(Anyres):
             if choice.grid is not None:
                 raise InputError("--grid has no effect with --images: this model tiles one image only; leave it out")
             return None
-        found = super().tiles(parsed, vision, choice, images)
-        assert found is not None, "one image is tiled"
+        tiles = super().tiles(parsed, vision, choice, images)
+        assert tiles is not None, "one image is tiled"
         most = int(int(str(parsed.vision_aspect_ratio).rpartition("_")[2]) * _INTERPOLATES**2)
-        if found[0] * found[1] > most:
+        if tiles[0] * tiles[1] > most:
             raise InputError(
-                f"--grid {choice.grid} has more than the {most} tiles whose features this model keeps as they are; beyond, it "
-                "interpolates them to a size of each image's own, which a compiled graph cannot; give a smaller grid"
+                f"--grid {choice.grid} has more than the {most} tiles whose features this model keeps as they are; "
+                "larger ones it resizes for each image, which a compiled graph cannot do; give a smaller grid"
             )
-        return found
+        return tiles
 
     def process(self, processor: Any, pictures: Sequence[Any]) -> Any:
-        # Nested, or the processor takes every image for a prompt of its own.
+        # Nested, because the processor would take every image of a flat list for a prompt of its own.
         return processor(images=[list(pictures)], return_tensors="np")

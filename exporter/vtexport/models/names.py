@@ -6,7 +6,7 @@ import hashlib
 
 from vtexport.models.checkpoint import Checkpoint
 
-#: a prefix in our graphs -> what checkpoints have instead; it changed with transformers' versions, newest first
+#: a prefix in our graphs -> prefixes in checkpoints, which differ between transformers' versions, newest first
 PREFIXES: dict[str, tuple[str, ...]] = {
     # A Video-LLaVA has two towers; the one for videos is read.
     "vision.": (
@@ -29,9 +29,9 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A short name for this checkpoint's weights: of every tensor's name and shape, and the final norm's values.
+    """A short name for this checkpoint's weights: a hash of all tensors' names and shapes and the final norm's values.
 
-    Two fine-tunings of one model differ in it; reading it costs one small tensor.
+    Two fine-tunings of one model have different names. Only one small tensor is read.
     """
     digest = hashlib.sha256()
     for name, record in sorted(checkpoint.tensors.items()):

@@ -1,4 +1,4 @@
-"""Prompts and images as the checkpoint's own processor sees them."""
+"""Makes prompts and pixels as the checkpoint's own processor does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROCESSOR_FILES = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt: the text tokens, before which of them each image stands, and the text with its image marks."""
+    """A tokenized prompt: text tokens, the number of them before each image, and the text with its image marks."""
 
     token_ids: tuple[int, ...]
     image_positions: tuple[int, ...]
@@ -49,7 +49,7 @@ class Prompter:
     """Turns questions into prompts and images into views of the tower, with the checkpoint's own processor files.
 
     Args:
-        folder: where they lie.
+        folder: where these files lie.
         spec: the model.
 
     Raises:
@@ -60,7 +60,7 @@ class Prompter:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         try:
-            # The processor of all modalities would want torchvision for videos.
+            # AutoProcessor, which covers all modalities, would need torchvision for videos.
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a missing or broken file
             raise ModelError(f"{folder} has no usable tokenizer ({first_line(error)}); get its files") from error
@@ -76,7 +76,7 @@ class Prompter:
 
     @property
     def images(self) -> int:
-        """Images, or videos, of a prompt."""
+        """Images, or videos, per prompt."""
         return self._spec.views.images
 
     def prompt(self, question: str) -> Prompt:
@@ -85,14 +85,14 @@ class Prompter:
         They stand where the chat template puts them, or at the marks (`<image>`) that `question` has.
 
         Raises:
-            InputError: marks for another number of images, an empty question, or no chat template.
+            InputError: a wrong number of marks, an empty question, or no chat template.
         """
         mark, count = self._family.mark, self.images
         marks = question.count(mark)
         if marks not in (0, count):
             raise InputError(
-                f"the prompt has {marks} {mark} marks, this model was built for {count} a prompt; give as many, or none, "
-                "or build with another --images"
+                f"the prompt has {marks} {mark} marks, this model was built for {count} per prompt; give as many, or "
+                "none, or build with another --images"
             )
         if not question.replace(mark, "").strip():
             raise InputError("the prompt is empty; ask something about the image")
@@ -103,36 +103,36 @@ class Prompter:
         text = self.tokenizer.apply_chat_template(
             messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
         )
-        found = list(self.tokenizer(text)["input_ids"])
-        places = [i for i, token in enumerate(found) if token == self._spec.image_token_id]
+        ids = list(self.tokenizer(text)["input_ids"])
+        places = [i for i, token in enumerate(ids) if token == self._spec.image_token_id]
         if len(places) != count:
             raise InputError(
                 f"the chat template turned the prompt into one with {len(places)} images; {count} were asked for"
             )
-        tokens = tuple(token for token in found if token != self._spec.image_token_id)
+        tokens = tuple(token for token in ids if token != self._spec.image_token_id)
         return Prompt(tokens, tuple(place - number for number, place in enumerate(places)), str(text))
 
     def views(self, pictures: Any) -> Views:
         """The pictures of a prompt as the vision graph takes them.
 
         Args:
-            pictures: a PIL image, or a sequence of as many as the prompt has; of a video, its frames.
+            pictures: a PIL image, or a sequence of one per image of the prompt; a video is the sequence of its frames.
 
         Raises:
-            InputError: another number of pictures, or one that this model's views cannot hold.
+            InputError: a wrong number of pictures, or one that this model's views cannot hold.
             ModelError: the processor yields another size than the vision tower takes.
         """
         several = self.listed(pictures)
-        found, size = self._family.look(self._images, self._spec, several), self._spec.vision.image_size
-        if found.pixels.shape[2:] != (size, size):
+        views, size = self._family.look(self._images, self._spec, several), self._spec.vision.image_size
+        if views.pixels.shape[2:] != (size, size):
             raise ModelError(
-                f"the image processor yields {found.pixels.shape[2]} x {found.pixels.shape[3]} pixels but the vision "
+                f"the image processor yields {views.pixels.shape[2]} x {views.pixels.shape[3]} pixels but the vision "
                 f"tower takes {size} x {size}; check preprocessor_config.json"
             )
-        return found
+        return views
 
     def grouped(self, pictures: Sequence[Any]) -> Any:
-        """PIL images, one a picture or one a frame, as `views` takes them."""
+        """PIL images, one per picture or per frame, grouped as `views` takes them."""
         if not self._spec.views.has_frames:
             return list(pictures)
         each = self._spec.views.views
@@ -140,26 +140,26 @@ class Prompter:
         return videos[0] if self.images == 1 else videos
 
     def listed(self, pictures: Any) -> list[Any]:
-        """`pictures` as a list, one an image of the prompt; see `views`.
+        """`pictures` as a list, one per image of the prompt; see `views`.
 
         Raises:
-            InputError: another number of them.
+            InputError: a wrong number of them.
         """
-        # Of one video the frames are a sequence themselves.
-        one = self.images == 1 and self._spec.views.has_frames
-        several = [pictures] if one or not isinstance(pictures, Sequence) else list(pictures)
+        # A single video is a sequence itself, of its frames.
+        single_video = self.images == 1 and self._spec.views.has_frames
+        several = [pictures] if single_video or not isinstance(pictures, Sequence) else list(pictures)
         if len(several) != self.images:
-            raise InputError(f"{len(several)} images were given, this model was built for {self.images} a prompt")
+            raise InputError(f"{len(several)} images were given, this model was built for {self.images} per prompt")
         return several
 
     def open_pictures(self, paths: Sequence[Path]) -> Any:
         """The pictures of one prompt from files, as `views` takes them: an image each, or a video each.
 
         Raises:
-            InputError: a file that is no such thing, or another number of them than a prompt has.
+            InputError: a file that is not an image or a video, or a wrong number of files.
         """
         if len(paths) != self.images:
-            raise InputError(f"{len(paths)} --image given, this bundle was built for {self.images} a prompt")
+            raise InputError(f"{len(paths)} --image given, this bundle was built for {self.images} per prompt")
         if self._spec.views.has_frames:
             opened: list[Any] = [open_video(path, self._spec.views.views) for path in paths]
         else:
@@ -167,7 +167,7 @@ class Prompter:
         return opened[0] if self.images == 1 else opened
 
     def pairs(self, paths: Sequence[Path], questions: Sequence[str]) -> list[tuple[Any, str]]:
-        """Pictures and questions, as many files for every question as a prompt has images.
+        """Pictures and questions in pairs; every question takes as many files as a prompt has images.
 
         Raises:
             InputError: as `open_pictures`.
@@ -175,7 +175,8 @@ class Prompter:
         if len(paths) != self.images * len(questions):
             many = "one image" if self.images == 1 else f"{self.images} images"
             raise InputError(
-                f"{len(paths)} --image and {len(questions)} --prompt given; give {many} for every prompt, in their order"
+                f"{len(paths)} --image and {len(questions)} --prompt given; give {many} for every prompt, in "
+                "their order"
             )
         starts = range(0, len(paths), self.images)
         return [
@@ -203,7 +204,7 @@ def open_video(path: Path, frames: int) -> list[Any]:
 
     Args:
         path: an animated image (GIF, WebP, PNG), or a folder of images in the order of their names.
-        frames: how many; of equally long parts the first frame each.
+        frames: how many; the video is cut into as many equal parts, and the first frame of each is taken.
 
     Raises:
         InputError: no such file, no video, or fewer frames.
@@ -211,33 +212,33 @@ def open_video(path: Path, frames: int) -> list[Any]:
     from PIL import Image, ImageSequence, UnidentifiedImageError
 
     if path.is_dir():
-        found = [open_image(file) for file in sorted(path.iterdir())]
+        stills = [open_image(file) for file in sorted(path.iterdir())]
     elif path.is_file():
         try:
             with Image.open(path) as opened:
-                found = [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
+                stills = [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
         except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(
-                f"{path}: not a readable animation; give a GIF, WebP or PNG with frames, or a folder of frames (such as "
-                "ffmpeg -i clip.mp4 -vf fps=1 frames/%03d.png writes)"
+                f"{path}: not a readable animation; give a GIF, WebP or PNG with frames, or a folder of frames (such "
+                "as ffmpeg -i clip.mp4 -vf fps=1 frames/%03d.png writes)"
             ) from error
     else:
         raise InputError(f"{path}: no such video; check the path given with --image")
-    if len(found) < frames:
-        raise InputError(f"{path} has {len(found)} frames, this model takes {frames}; give a longer one")
-    return [found[number * len(found) // frames] for number in range(frames)]
+    if len(stills) < frames:
+        raise InputError(f"{path} has {len(stills)} frames, this model takes {frames}; give a longer video")
+    return [stills[number * len(stills) // frames] for number in range(frames)]
 
 
 def _chat_template(folder: Path, tokenizer: Any) -> str | None:
-    """The tokenizer's, or that of the processor, which older checkpoints keep in a file of its own."""
+    """The tokenizer's chat template, or the processor's, which older checkpoints keep in a file of its own."""
     legacy = folder / "chat_template.json"
     if not tokenizer.chat_template and legacy.is_file():
         try:
             return str(json.loads(legacy.read_text(encoding="utf-8"))["chat_template"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{legacy} is not a chat template ({error}); get it again") from error
-    found: str | None = tokenizer.chat_template
-    return found
+    template: str | None = tokenizer.chat_template
+    return template
 
 
 def open_image(path: Path) -> Any:

@@ -15,7 +15,7 @@ _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def engines_folder() -> Path:
-    """The recipes: beside the package once installed, at the root of the repository in development."""
+    """The folder of recipes: inside the package once installed, at the root of the repository in development."""
     installed = _PACKAGE / "engines"
     return installed if installed.is_dir() else _PACKAGE.parents[1] / "engines"
 
@@ -26,7 +26,11 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The recipe `name`: `summary`; `checkpoint` (a folder beside it) or `hub` (an id); `calibration` (a file beside it); `dtype`."""
+    """The recipe `name`.
+
+    Its keys are `summary`, `checkpoint` (a folder beside the recipe) or `hub` (an id), `calibration` (a file beside the
+    recipe), and `dtype`.
+    """
     path = engines_folder() / f"{name}.toml"
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
@@ -37,10 +41,10 @@ def resolve_model(model: str, config_only: bool = False) -> Path:
     Args:
         model: a recipe's name, a folder, or a Hugging Face hub id (`owner/name`), downloaded with
             huggingface_hub's own progress into its own cache.
-        config_only: download no more than the configuration.
+        config_only: download the configuration only.
 
     Raises:
-        InputError: none of the three.
+        InputError: `model` is none of the three.
         ModelError: the hub could not be reached or has no such model.
     """
     folder = Path(model).expanduser()

@@ -16,7 +16,7 @@ def rope_tables(spec: ModelSpec) -> tuple[Any, Any]:
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    # Llama, Mistral and Qwen2 share this embedding; config.json alone tells them apart.
+    # Llama, Mistral and Qwen2 share this embedding; only their config.json differs.
     text: Any = AutoConfig.for_model(**spec.config)
     rotary = LlamaRotaryEmbedding(text.text_config)
     position = torch.arange(spec.decoder.max_positions)[None]

@@ -19,7 +19,7 @@ _HEADS = 4
 
 @dataclass(frozen=True)
 class Small:
-    """What was written: the geometry, the weights, the folder of a CLIP."""
+    """The model that `shrink` wrote: its geometry, its weights, and the folder of its CLIP, if any."""
 
     spec: ModelSpec
     checkpoint: Checkpoint
@@ -27,9 +27,9 @@ class Small:
 
 
 def shrink(spec: ModelSpec, processor: Path, clip: Path | None, folder: Path) -> Small:
-    """Write such a model into `folder`, as a checkpoint with `processor`'s files; a CLIP's text tower too.
+    """Write a small model like `spec` into `folder`, with `processor`'s files, and a small CLIP if `clip` is given.
 
-    Groups of query heads a key head, layers, image and patch size, positions, RoPE and vocabulary stay. Weights are random,
+    Query heads per key head, layers, image and patch size, positions, RoPE and vocabulary stay. Weights are random, and
     large enough that attention is not flat and no two scores are near.
     """
     import torch
@@ -50,12 +50,12 @@ def shrink(spec: ModelSpec, processor: Path, clip: Path | None, folder: Path) ->
     for name in PROCESSOR_FILES:
         if name not in ("config.json", "generation_config.json") and (processor / name).is_file():
             shutil.copyfile(processor / name, folder / name)
-    found = Small(read_spec(folder, spec.choice), Checkpoint.open(folder), None)
+    written = Small(read_spec(folder, spec.choice), Checkpoint.open(folder), None)
     if clip is None:
-        return found
+        return written
     small = _shrunken_clip(clip, vision.hidden_size, folder / "clip")
-    joined = found.checkpoint.joined("clip.", Checkpoint.open(small))
-    return Small(replace(found.spec, clip=read_clip(small, found.spec.vision)), joined, small)
+    joined = written.checkpoint.joined("clip.", Checkpoint.open(small))
+    return Small(replace(written.spec, clip=read_clip(small, written.spec.vision)), joined, small)
 
 
 def _shrunken_clip(source: Path, width: int, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A model's geometry, read from config.json; nothing here knows a size by heart."""
+"""A model's geometry, read from config.json; no size is hard-coded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from vtexport.errors import ModelError
 from vtexport.options import Meta
 
-#: bytes of a weight by an engine's dtype
+#: bytes per weight, by an engine's dtype
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -18,7 +18,8 @@ ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 class VisionSpec:
     """A vision tower, `clip` or `siglip` by `kind`, and which of its states LLaVA reads.
 
-    CLIP has a CLS token before its patches and a norm before its layers, SigLIP neither, but a bias on its patches.
+    CLIP has a CLS token before its patches and a norm before its layers. SigLIP has neither, but its patch embedding
+    has a bias.
     `feature_layer` counts states as transformers' `hidden_states` does, never negative: 0 is the embedding,
     i the output of layer i - 1. Layers after it never run.
     """
@@ -38,7 +39,7 @@ class VisionSpec:
 
     @property
     def grid(self) -> int:
-        """Patches a side."""
+        """Patches per side."""
         return self.image_size // self.patch_size
 
     @property
@@ -48,7 +49,7 @@ class VisionSpec:
 
     @property
     def num_patches(self) -> int:
-        """Patches a view, the CLS token not counted."""
+        """Patches per view, without the CLS token."""
         return self.grid * self.grid
 
     @property
@@ -58,7 +59,7 @@ class VisionSpec:
 
     @property
     def view_tokens(self) -> int:
-        """Visual tokens a view before pruning."""
+        """Visual tokens per view before pruning."""
         return self.num_patches + self.leading
 
     @property
@@ -68,15 +69,15 @@ class VisionSpec:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """How a prompt's images become views of the tower, and their tokens one visual sequence.
+    """How a prompt's images become views of the tower, and how their tokens become one visual sequence.
 
     Attributes:
-        images: images (or videos) a prompt.
-        views: views of each: 1, a base view and its tiles, or the frames of a video.
+        images: images (or videos) per prompt.
+        views: views per image: 1, a base view and its tiles, or the frames of a video.
         tiles: rows and columns of the tiles that follow the base view, or None.
-        newlines: newline tokens of each at most. With any, the sequence is laid out by rows: the base view, then the
-            tiles stitched together without their padding, a newline behind every row; its length depends on the image.
-            Without, views follow each other as they are.
+        newlines: greatest number of newline tokens per image. If there are any, the sequence is laid out by rows: the
+            base view, then the tiles stitched together without their padding, with a newline behind every row; its
+            length depends on the image. If there are none, views follow each other as they are.
     """
 
     images: int = 1
@@ -86,28 +87,28 @@ class ViewSpec:
 
     @property
     def total(self) -> int:
-        """Views a prompt."""
+        """Views per prompt."""
         return self.images * self.views
 
     @property
     def counted(self) -> bool:
-        """Whether a prompt's visual tokens are not those of one image of one size, so that they must be counted."""
+        """Whether the visual tokens of each image must be counted: prompts have several images, or newlines."""
         return self.images > 1 or self.newlines > 0
 
     @property
     def has_frames(self) -> bool:
-        """Whether what a prompt has are videos, not images."""
+        """Whether a prompt has videos in place of images."""
         return self.views > 1 and self.tiles is None
 
     @property
     def pictures(self) -> int:
-        """Images a prompt, frames of videos counted each."""
+        """Pictures per prompt: its images, or all frames of its videos."""
         return self.total if self.has_frames else self.images
 
 
 @dataclass(frozen=True)
 class ViewChoice:
-    """What a user may choose of a `ViewSpec`; None where nothing was said."""
+    """The user's choices that a `ViewSpec` is made from; None for a choice that was not made."""
 
     images: Annotated[int | None, Meta(ge=1, description="Images, or videos, per prompt.", extra={"default": "1"})] = (
         None
@@ -122,8 +123,8 @@ class ViewChoice:
     arrangement: Annotated[
         Literal["rows", "views"] | None,
         Meta(
-            description="Order of an any-resolution image's tokens: rows, with newlines and without padding, as the model "
-            "has it, or tile by tile (views), without newlines and with padding.",
+            description="Order of an any-resolution image's tokens: rows, with newlines and without padding, as the "
+            "model has it, or tile by tile (views), without newlines and with padding.",
             extra={"default": "rows"},
         ),
     ] = None
@@ -133,7 +134,7 @@ class ViewChoice:
 class ClipSpec:
     """CLIP's text tower, and the width of the space that it shares with the vision tower.
 
-    `length` is the tokens of a question, padding included; `eos_token_id` None means the greatest id ends it.
+    `length` is the number of tokens per question, padding included; `eos_token_id` is None if the greatest id ends it.
     """
 
     vocab_size: int
@@ -152,23 +153,23 @@ class ClipSpec:
         return self.hidden_size // self.num_heads
 
     def num_parameters(self, vision_size: int) -> int:
-        """Weights of the text tower and of both projections, from features of width `vision_size` and to it."""
+        """Weights of the text tower and of both projections; visual features have width `vision_size`."""
         width, inner = self.hidden_size, self.intermediate_size
         layer = 4 * width**2 + 2 * width * inner + 9 * width + inner
         projections = (width + vision_size) * (self.projection + 2)
         return (self.vocab_size + self.length) * width + self.num_layers * layer + projections
 
     def flops(self) -> int:
-        """FLOPs of the text tower on a question."""
+        """FLOPs of the text tower for one question."""
         weights = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
         return self.num_layers * (2 * self.length * weights + 2 * 2 * self.length * self.length * self.hidden_size)
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A decoder of Llama's make: Llama, Mistral, Qwen2.
+    """A decoder of Llama's architecture: Llama, Mistral, Qwen2.
 
-    `query_bias` is of the projections to query, key and value, `output_bias` of that of attention's output.
+    `query_bias`: the projections to query, key and value have a bias; `output_bias`: attention's output projection has.
     """
 
     vocab_size: int
@@ -189,9 +190,9 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything vtexport needs to know of a LLaVA checkpoint besides its weights, and of a CLIP given with it.
+    """Everything vtexport needs to know about a LLaVA checkpoint besides its weights, and about a CLIP given with it.
 
-    `choice` is what `views` was chosen by.
+    `choice` is the user's choice that `views` was made from.
     """
 
     family: str
@@ -208,7 +209,7 @@ class ModelSpec:
 
     @property
     def num_visual_tokens(self) -> int:
-        """Visual tokens a prompt before pruning, at most."""
+        """Greatest number of visual tokens per prompt before pruning."""
         return self.views.total * self.vision.view_tokens + self.views.images * self.views.newlines
 
     def num_parameters(self) -> int:

@@ -16,7 +16,7 @@ from vtexport.models.views import Views
 
 
 class VideoLlava(Family):
-    """CLIP on each frame, CLS among the visual tokens whatever the strategy says: that is for images alone."""
+    """CLIP on each frame. CLS is a visual token whatever the strategy says, because that applies to images only."""
 
     model_type = "video_llava"
     mark = "<video>"
@@ -26,8 +26,8 @@ class VideoLlava(Family):
     frames = 8
 
     def spec(self, folder: Path, config: dict[str, Any], choice: ViewChoice) -> ModelSpec:
-        found = super().spec(folder, config, choice)
-        return replace(found, vision=replace(found.vision, strategy="full"))
+        spec = super().spec(folder, config, choice)
+        return replace(spec, vision=replace(spec.vision, strategy="full"))
 
     def token_id(self, parsed: Any) -> int:
         return int(parsed.video_token_id)
@@ -38,7 +38,7 @@ class VideoLlava(Family):
             if not isinstance(video, Sequence) or len(video) != spec.views.views:
                 count = len(video) if isinstance(video, Sequence) else 1
                 raise InputError(
-                    f"a video of {count} frames was given, this model takes {spec.views.views}; give so many"
+                    f"a video of {count} frames was given, this model takes {spec.views.views}; give as many"
                 )
             frames += [pixels_of(processor(images=[frame], return_tensors="np"))[0] for frame in video]
         return Views(np.stack(frames))

@@ -1,4 +1,4 @@
-"""A prompt's images as the vision graph takes them, and the order of their tokens where rows and newlines decide it."""
+"""A prompt's images as the vision graph takes them, and the order of their tokens if they are laid out by rows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Rows:
 
     Attributes:
         sequence: [V] int64, which token stands at each place: patch p of view v is v · P + p, image i's newline is
-            T · P + i, and T · P + n is none (T views of P patches, n images).
-        row_start: [V] int64, the first place of each newline's row; of any other place itself.
-        length: [n] int64, places of each image.
+            T · P + i, and T · P + n stands for no token (T views of P patches, n images).
+        row_start: [V] int64, for a newline the first place of its row, for any other place that place itself.
+        length: [n] int64, number of places of each image.
     """
 
     sequence: Array
@@ -39,7 +39,7 @@ class Views:
 def rows_of(spec: ModelSpec, sizes: list[Size]) -> Rows:
     """The rows of images whose heights and widths in pixels are `sizes`.
 
-    A base view's tokens come first, and have no newline where tiles follow; of the stitched tiles, rows and columns that
+    The base view's tokens come first, without a newline if tiles follow. Rows and columns of the stitched tiles that
     are padding are left out (LLaVA-NeXT's `spatial_unpad`).
     """
     v, grid, patches = spec.views, spec.vision.grid, spec.vision.num_patches

@@ -1,1 +1,1 @@
-"""What `plugins/` compiles to, as Python sees it."""
+"""Python access to what `plugins/` compiles to."""

@@ -1,8 +1,8 @@
-"""The native kernels of `plugins/`, where they were built: CUDA's, and the CPU twin of each.
+"""The native kernels of `plugins/`, if they were built: the CUDA kernels and their CPU twins.
 
-The functions are those of `vtexport.pruning.ops`, on tensors of either device; CUDA kernels run on PyTorch's current
-stream, wait for nothing, and may be captured in a CUDA graph. `vtexport.pruning.ops` calls them for tensors on a GPU;
-on a CPU it has PyTorch's own arithmetic, which is quicker than the twins, whose business is to be plain.
+The functions are those of `vtexport.pruning.ops`, for tensors on either device. CUDA kernels run on PyTorch's current
+stream, never synchronise, and may be captured in a CUDA graph. `vtexport.pruning.ops` calls them for tensors on a GPU;
+on a CPU it uses PyTorch's own arithmetic, which is faster than the twins, since those are written to be plain.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def _load(name: str) -> Any:
     try:
         return import_module(f"vtexport.{name}")
-    except ImportError:  # installed where its compiler was not
+    except ImportError:  # its compiler was missing at installation
         return None
 
 
@@ -93,7 +93,7 @@ def _run(name: str, tensors: tuple[Tensor | None, ...], *attributes: float) -> N
     """Call kernel `name`; outputs, which are contiguous, are the last of `tensors`."""
     device = next(tensor.device for tensor in tensors if tensor is not None)
     dense = [None if tensor is None else tensor.detach().contiguous() for tensor in tensors]
-    # A capsule made so has no stream to wait for, where `__dlpack__` would make the default stream wait.
+    # `to_dlpack` waits for no stream, whereas `__dlpack__` would make the default stream wait.
     arrays = [None if tensor is None else to_dlpack(tensor) for tensor in dense]
     if device.type == "cpu":
         getattr(_module(_twins, "a C++ compiler").Kernels(), name)(*arrays, *attributes)

@@ -1,8 +1,8 @@
-"""The TensorRT plugins of the pruning ops: `libvtexport_plugins.so`, one a op, for TensorRT 10.13 and later.
+"""The TensorRT plugins of the pruning ops: `libvtexport_plugins.so`, one per op, for TensorRT 10.13 and later.
 
-Give them to a registry *before* a network is parsed, and TensorRT's parser runs the kernels in place of the ops' function
-bodies. TensorRT for RTX lists them too, but its parser ends the process at a node that resolves to a plugin: vtexport's own
-`tensorrt-rtx` target therefore inlines every function body first, and works whether or not they are loaded.
+Load them into a registry *before* a network is parsed; TensorRT's parser then uses the kernels in place of the ops'
+function bodies. TensorRT for RTX lists them too, but its parser ends the process at a node that resolves to a plugin:
+the target `tensorrt-rtx` therefore inlines every function body first, and works whether or not they are loaded.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ def load(registry: Any, path: Path | None = None) -> None:
     Raises:
         TargetError: there is no library, or the registry does not take it.
     """
-    found = library() if path is None else path
-    if found is None or not found.is_file():
+    file = library() if path is None else path
+    if file is None or not file.is_file():
         raise TargetError(
             f"no {LIBRARY if path is None else path}; install vtexport from source with nvcc and TENSORRT_ROOT set to a "
-            "TensorRT SDK, or give the path of one"
+            "TensorRT SDK, or give the path of such a library"
         )
     known = {creator.name for creator in registry.all_creators}
     if known.issuperset(NAMES):
         return
-    registry.load_library(str(found))
+    registry.load_library(str(file))
     missing = set(NAMES) - {creator.name for creator in registry.all_creators}
     if missing:
         raise TargetError(
-            f"{found} registers no {', '.join(sorted(missing))}; build it again from this version's source"
+            f"{file} registers no {', '.join(sorted(missing))}; build it again from this version's source"
         )

@@ -1,6 +1,6 @@
-"""Which visual tokens stay: one file a method, in PyTorch, the definition every engine is held to.
+"""Which visual tokens stay. Each method is one file of PyTorch code, which defines what every engine must compute.
 
-This module itself imports no PyTorch, so that plans can be read and listed without it.
+Importing this package does not import PyTorch, so that plans can be read and listed without it.
 """
 
 from vtexport.pruning.decoder import DecoderMethod

@@ -1,4 +1,4 @@
-"""Adaptive keep with fixed shapes: a few plans, of which every image gets the smallest that its attention allows."""
+"""`--keep auto` with fixed shapes: a few plans, of which every image gets the smallest that its attention allows."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DEFAULT_TARGET_ACCURACY = 0.97
 
 @dataclass(frozen=True)
 class AdaptiveTable:
-    """How often a method left the dense model's greedy answer as it was, by keep ratio and spread of CLS attention.
+    """How often a method left the dense model's greedy answer unchanged, by keep ratio and spread of CLS attention.
 
     Attributes:
         method: the method, its options at their defaults.
         keeps: keep ratios tried, descending.
         spread: the greatest spread (`vtexport.pruning.ops.spread`) of each bin; bins hold equally many pairs.
-        agreement: for each keep ratio the share of pairs whose answer stayed the same, a value a bin.
+        agreement: for each keep ratio, the share of pairs whose answer stayed the same, one value per bin.
     """
 
     method: str
@@ -51,7 +51,7 @@ class Policy:
     accuracy: float
 
     def choose(self, spread: Array) -> Array:
-        """The number of the plan for each image; spread [B] -> [B] int64. Limits descend, so passing them counts."""
+        """The number of the plan for each image; spread [B] -> [B] int64. It counts the limits met, which descend."""
         passed: Array = spread[:, None] <= np.array(self.limits)[None]
         return np.asarray(passed.sum(axis=1))
 
@@ -70,10 +70,10 @@ def check_buckets(buckets: Sequence[float]) -> None:
 
 
 def solve_policy(table: AdaptiveTable, plans: Sequence[PruningPlan], target: float) -> Policy:
-    """The policy of fewest mean visual tokens whose calibrated accuracy reaches `target`.
+    """The policy with the fewest mean visual tokens whose calibrated accuracy reaches `target`.
 
-    A plan of fewer tokens serves bins of lesser spread: attention on few patches says that few carry the image.
-    Every such assignment of bins to plans is looked at.
+    Plans with fewer tokens serve bins of smaller spread: attention on few patches means that few patches matter.
+    All such assignments of bins to plans are compared.
 
     Args:
         table: the calibration, with a row for the keep ratio of every plan.
@@ -100,9 +100,10 @@ def solve_policy(table: AdaptiveTable, plans: Sequence[PruningPlan], target: flo
         most = sum(rows[0]) / bins
         raise InputError(
             f"--target-accuracy {target:g} is out of reach: at keep {plans[0].keep:g}, the largest bucket, "
-            f"{table.method} left {most:.1%} of the calibrated answers as they were; give a larger bucket or a lower target"
+            f"{table.method} left {most:.1%} of the calibrated answers as they were; give a larger bucket or a lower "
+            "target"
         )
-    # A spread lies between 1 and the number of patches: 0 lets nobody pass, and one more than all everybody.
+    # A spread lies between 1 and the number of patches, so no image meets a limit of 0, and every image meets `every`.
     every = float(plans[0].num_visual_tokens + 1)
     limits = tuple(0.0 if cut == 0 else every if cut == bins else table.spread[cut - 1] for cut in best[2])
     return Policy(limits, target, round(-best[1], 4))

@@ -1,4 +1,4 @@
-"""Calibrated ranks: what the rank-based schedule rests on, measured once a model (`vtexport.measure.calibrate`) and kept."""
+"""Calibrations: measurements that schedules rest on, made once per model by `vtexport.measure.calibrate`."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ import msgspec
 from vtexport.errors import InputError
 from vtexport.pruning.adaptive import AdaptiveTable
 
-#: singular values below this share of the greatest do not count into the rank
+#: singular values below this share of the greatest do not count towards the rank
 RANK_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measurements of the dense model over image and prompt pairs, a value a decoder layer where not said otherwise.
+    """Measurements of the dense model over pairs of image and prompt.
 
     Attributes:
         model: fingerprint of the checkpoint (`vtexport.models.names.fingerprint`).
         num_visual_tokens: V.
         pairs: number of pairs measured.
-        ranks: mean numerical rank of the raters x visual attention (head mean), singular values at least
-            `RANK_TOLERANCE` of the greatest.
-        rank_spread: its standard deviation over the pairs.
-        mass: mean share of a rater's attention that falls on visual tokens.
+        ranks: for each decoder layer, the mean numerical rank of the raters x visual attention (head mean), counting
+            singular values of at least `RANK_TOLERANCE` of the greatest.
+        rank_spread: for each decoder layer, the standard deviation of this rank over the pairs.
+        mass: for each decoder layer, the mean share of a rater's attention that falls on visual tokens.
         keeps: keep ratios for which pruning layers were tried.
-        layers: for each of them, the pruning layers under which sparsevlm's next token was likeliest to be the dense
-            model's.
-        agreement: with these layers, the share of pairs whose greedy next token stayed the same.
-        exit_layer: the earliest layer after which dropping every visual token changed no greedy next token, up to
-            `exit_tolerance`; one number.
-        exit_tolerance: share of the pairs whose next token might change; one number.
-        adaptive: what `--keep auto` rests on, a table a method.
+        layers: for each of these ratios, the pruning layers with which sparsevlm gave the dense model's next token the
+            greatest likelihood.
+        agreement: for each of these ratios and with these layers, the share of pairs whose greedy next token stayed the
+            same.
+        exit_layer: the earliest layer after which dropping every visual token changed the greedy next token of at most
+            a share `exit_tolerance` of the pairs.
+        exit_tolerance: that share.
+        adaptive: the tables that `--keep auto` rests on, one per method.
     """
 
     model: str
@@ -52,7 +53,7 @@ class Calibration:
     adaptive: tuple[AdaptiveTable, ...] = ()
 
     def pruning_layers(self, keep: float) -> tuple[int, ...]:
-        """The layers to prune after for `keep`: those that did best at the nearest ratio tried, as ratios go."""
+        """The layers to prune after for `keep`: those that did best at the tried ratio nearest to it on a log scale."""
         place = min(range(len(self.keeps)), key=lambda i: abs(math.log(self.keeps[i] / keep)))
         return self.layers[place]
 
@@ -69,23 +70,26 @@ class Calibration:
             InputError: no such file, or not a calibration.
         """
         try:
-            found = msgspec.toml.decode(path.read_bytes(), type=cls)
+            calibration = msgspec.toml.decode(path.read_bytes(), type=cls)
         except OSError as error:
             raise InputError(f"{path}: no such calibration file; write one with vtexport calibrate") from error
         except (tomllib.TOMLDecodeError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not a calibration ({error}); write it anew with vtexport calibrate") from error
-        lengths = [{len(found.ranks), len(found.rank_spread), len(found.mass)}, {len(found.keeps), len(found.layers)}]
-        for table in found.adaptive:
+        lengths = [
+            {len(calibration.ranks), len(calibration.rank_spread), len(calibration.mass)},
+            {len(calibration.keeps), len(calibration.layers)},
+        ]
+        for table in calibration.adaptive:
             lengths += [{len(table.keeps), len(table.agreement)}, {len(table.spread), *map(len, table.agreement)}]
-        if any(len(same) != 1 for same in lengths) or not found.keeps:
+        if any(len(same) != 1 for same in lengths) or not calibration.keeps:
             raise InputError(f"{path} has lists of unequal length; write it anew with vtexport calibrate")
-        return found
+        return calibration
 
     def check(self, path: Path, model: str, num_visual_tokens: int, num_layers: int) -> None:
-        """Refuse to serve another model than the measured one.
+        """Refuse a model other than the measured one.
 
         Raises:
-            InputError: it is another.
+            InputError: the model is another one.
         """
         if (self.num_visual_tokens, len(self.ranks)) != (num_visual_tokens, num_layers):
             raise InputError(

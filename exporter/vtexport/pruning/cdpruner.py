@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from vtexport.arrays import Array
     from vtexport.models.spec import ModelSpec
 
-# A token of which the chosen ones leave less than this share unexplained adds nothing; in fp32 what is left of it would
-# soon be rounding, and the choice another on every runtime.
+# A token adds nothing if the chosen ones leave less than this share of it unexplained. In fp32 such a remainder would
+# soon be rounding error, and every runtime would choose differently.
 _FLOOR = 1e-3
 
 
 class QuestionIds(Extra):
-    """The question in tokens of CLIP's text tower, [B, L] int64."""
+    """The question as tokens of CLIP's text tower, [B, L] int64."""
 
     name = "question_ids"
     graph = "vision"
@@ -46,9 +46,10 @@ class QuestionIds(Extra):
 class CDPruner(VisionMethod):
     """The greedy most probable subset of a determinantal point process with kernel diag(rel) · S · diag(rel).
 
-    S is the cosine of projected tokens. rel is how *little* a patch agrees with the question in CLIP's space, scaled to
-    [0, 1]: the released code negates the cosine, for CLIP's patches agree least where what is named stands. Where no
-    token adds to the determinant any more, the most relevant ones follow; the released code divides by zero there.
+    S is the cosine similarity of projected tokens. rel is how *little* a patch agrees with the question in CLIP's
+    space, scaled to [0, 1]: the released code negates the cosine, because CLIP's patches agree least where the named
+    object stands. Once no token adds to the determinant any more, the most relevant ones follow; the released code
+    divides by zero in that case.
     """
 
     name = "cdpruner"
@@ -68,8 +69,8 @@ class CDPruner(VisionMethod):
     def settled(self, tower_layers: int) -> CDPruner:
         if not self.clip:
             raise InputError(
-                "method cdpruner needs CLIP's text tower, which LLaVA checkpoints do not carry; give the CLIP checkpoint "
-                "that its vision tower is from as --clip"
+                "method cdpruner needs CLIP's text tower, which LLaVA checkpoints do not carry; give the CLIP "
+                "checkpoint that its vision tower is from as --clip"
             )
         return self
 
@@ -98,14 +99,14 @@ class CDPruner(VisionMethod):
             taken = taken | (place == best)
             if number + 1 == plan.patch_budget:
                 break
-            own = torch.where(adds, gain, torch.zeros_like(gain)).gather(1, best)
+            added = torch.where(adds, gain, torch.zeros_like(gain)).gather(1, best)
             direction = take(kernel, best)[:, 0]
             if directions:
                 before = torch.stack(directions, dim=1)
                 share = before.gather(2, best[:, None].expand(-1, number, -1))
                 direction = direction - (share * before).sum(dim=1)
-            # A token that adds nothing has no direction of its own.
-            direction = torch.where(own > 0, direction / own.clamp(min=1e-12).sqrt(), torch.zeros_like(direction))
+            # A token that adds nothing has no direction outside the span.
+            direction = torch.where(added > 0, direction / added.clamp(min=1e-12).sqrt(), torch.zeros_like(direction))
             directions.append(direction)
             gain = gain - direction.square()
         index = places_of(marked(torch.cat(chosen, dim=1), total), plan.patch_budget)

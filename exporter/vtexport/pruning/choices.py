@@ -1,6 +1,6 @@
 """Choices that break ties by index, in operations that every runtime computes alike.
 
-Runtimes promise no order of equal values in sorting, TopK or ArgMax; here only numbers that differ are sorted.
+Runtimes promise no order of equal values in sorting, TopK or ArgMax, so only distinct numbers are sorted here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def order(score: Tensor) -> Tensor:
-    """Places of score [B, V] from the greatest down, [B, V] int64; of equal ones the lower place first."""
+    """The places of score [B, V] from the greatest down, [B, V] int64; of equal scores the lower place comes first."""
     import torch
 
     place = torch.arange(score.shape[1], device=score.device)
@@ -23,7 +23,7 @@ def order(score: Tensor) -> Tensor:
 
 
 def first_best(value: Tensor) -> Tensor:
-    """The place of the greatest value along the last axis of [..., V], the lowest of several: [...] int64."""
+    """The place of the greatest value along the last axis of [..., V], the lowest if there are several: [...] int64."""
     import torch
 
     number = value.shape[-1]
@@ -46,7 +46,7 @@ def marked(index: Tensor, total: int) -> Tensor:
     import torch
 
     place = torch.arange(total, device=index.device)
-    # TensorRT has no `any`: the runtimes' narrowest common ground is a sum.
+    # A sum, because TensorRT has no `any`.
     return (index[:, :, None] == place).float().sum(dim=1) > 0
 
 

@@ -1,4 +1,4 @@
-"""What a decoder-stage method is, and the part all of them share: who rates, and how tokens leave the rows."""
+"""The base class of decoder-stage methods, and the code that they share: which rows rate, and how tokens leave."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Attention:
-    """What one layer's attention offers the method: rows that rate, against all keys.
+    """The attention of one layer that a method scores by: the queries of the rating rows, and all keys.
 
     Attributes:
         query: [B, R, H * D] after RoPE, the rows that rate.
@@ -27,7 +27,7 @@ class Attention:
         kv_heads: G.
         scale: the factor on query · key before softmax.
         rows: [B, R] bool, which rows count.
-        places: [B, R] int64, the place of each row in the sequence; it sees the keys up to there.
+        places: [B, R] int64, the place of each row in the sequence; the row sees the keys up to it.
         positions: [B, S] int64, RoPE positions of the sequence.
         cos: [max_positions, D / 2], the table of RoPE's cosines.
     """
@@ -66,14 +66,14 @@ class DecoderState:
 
 @dataclass(frozen=True)
 class Dropped:
-    """What a stage left, and what it did.
+    """The result of a stage.
 
     Attributes:
-        sequence: the shorter rows.
-        index: [B, K'] int32 of kept tokens among those that entered the stage, -1 at the end of a row that had fewer;
+        sequence: the rows without the dropped tokens.
+        index: [B, K'] int32 of kept tokens among those that entered the stage, -1 at the end of a row that has fewer;
             None if none is kept.
         score: [B, V] fp32, or None.
-        cluster: [B, V] int32, the merged token that each joined or -1; None without recycling.
+        cluster: [B, V] int32, the number of the merged token that each token joined, or -1; None without recycling.
     """
 
     sequence: DecoderState
@@ -84,7 +84,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A method whose every option is resolved, and its stages for a budget."""
+    """A method with all options resolved, and its stages for a budget."""
 
     method: DecoderMethod
     stages: tuple[Stage, ...]
@@ -113,18 +113,18 @@ class DecoderMethod(Method):
     layers: Layers = ""
     positions: Positions = "compact"
 
-    #: which rows of attention rate visual tokens: the prompt's raters or its last token; none where no attention does
+    #: which text tokens rate visual tokens: the prompt's raters, its last token, or none if no attention is used
     raters: ClassVar[Literal["text", "last", "none"]] = "last"
-    #: whose attention: the pruning layer's own, or that of the next layer on the pruning layer's output
+    #: whose attention is used: the pruning layer's, or the next layer's on the pruning layer's output
     attention_of: ClassVar[Literal["own", "next"]] = "own"
 
     @property
     def fixes_keep(self) -> str:
-        """The option given that fixes the counts instead of a keep ratio; "" if none does."""
+        """The name of the option that fixes the counts in place of a keep ratio; "" if none does."""
         return ""
 
     def scheduled(self, budget: Budget) -> Scheduled:
-        """The static counts for `budget`.
+        """The method with all options resolved, and its static counts for `budget`.
 
         Raises:
             InputError: an option that this budget does not allow, or a keep ratio out of reach.
@@ -139,13 +139,13 @@ class DecoderMethod(Method):
         """
 
     def given_score(self, extras: Mapping[str, Tensor]) -> Tensor | None:
-        """The scores [B, V] fp32, where the method is given them as one of its `extras` instead of rating tokens."""
+        """The scores [B, V] fp32 if the method gets them as one of its `extras`; None if it rates tokens itself."""
         return None
 
     def score(self, attention: Attention, layout: Layout) -> Tensor:
-        """Scores [B, V] fp32: mean over heads and rating rows of softmaxed attention, columns of visual tokens.
+        """Scores [B, V] fp32: softmaxed attention to the visual tokens, mean over heads and rating rows.
 
-        `layout` has one image, the columns from its place on.
+        `layout` has one image; its visual tokens are the columns from its place on.
         """
         from vtexport.pruning.ops import token_score
 
@@ -158,11 +158,11 @@ class DecoderMethod(Method):
         return None
 
     def merged(self, hidden: Tensor, score: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
-        """Merged tokens [B, c, C], centres [B, c] int32 and clusters [B, V] int32 of `stage.recycled` > 0."""
+        """Merged tokens [B, c, C], centres [B, c] int32 and clusters [B, V] int32; `stage.recycled` > 0."""
         raise NotImplementedError
 
 
-def rows_that_rate(method: DecoderMethod, layout: Layout, raters: Tensor | None) -> tuple[Tensor, Tensor]:
+def rows_that_rate(layout: Layout, raters: Tensor | None) -> tuple[Tensor, Tensor]:
     """Places [B, R] of the rows to compute, and which of them count, [B, R] bool."""
     import torch
 
@@ -173,14 +173,14 @@ def rows_that_rate(method: DecoderMethod, layout: Layout, raters: Tensor | None)
 
 
 def rated(method: DecoderMethod, attention: Attention, layout: Layout, raters: Tensor | None) -> Tensor:
-    """Scores [B, V] fp32 of the visual tokens of all images by `method`; -inf for those that a row has not."""
+    """Scores [B, V] fp32 by `method` of the visual tokens of all images; -inf for tokens that a row does not have."""
     import torch
 
     present = layout.present()
     if layout.images > 1:
         key, front = layout.images_first(attention.key)
         positions = layout.images_first(attention.positions[..., None])[0][..., 0]
-        places, _ = rows_that_rate(method, front, raters)
+        places, _ = rows_that_rate(front, raters)
         attention, layout = replace(attention, key=key, positions=positions, places=places), front
     score = method.score(attention, layout)
     return score if present is None else score.masked_fill(~present, -torch.inf)
@@ -215,13 +215,13 @@ def drop(
     if forced is not None:
         index = forced
         kept = visual.gather(1, forced.long()[..., None].expand(-1, -1, visual.shape[2]))
-    own = layout.visual_of(sequence.positions[..., None])[..., 0]
-    positions, cluster, counts = own.gather(1, index.long()), None, layout.counts_of(index)
+    visual_positions = layout.visual_of(sequence.positions[..., None])[..., 0]
+    positions, cluster, counts = visual_positions.gather(1, index.long()), None, layout.counts_of(index)
     if stage.recycled:
         merged, centres, cluster = _method(plan).merged(visual, score, stage, plan)
         kept = torch.cat([kept, merged], dim=1)
-        # A merged token stands for its centre, so that is the position it keeps.
-        positions = torch.cat([positions, own.gather(1, centres.long())], dim=1)
+        # A merged token takes the position of its cluster's centre.
+        positions = torch.cat([positions, visual_positions.gather(1, centres.long())], dim=1)
     if counts is not None:
         there = layout.has(index)
         if stage.recycled:
@@ -254,8 +254,8 @@ def _with_image(
     hidden = sequence.layout.with_visual(sequence.hidden, visual, layout)
     if plan.positions == "compact":
         return DecoderState(hidden, layout.places(), layout)
-    own = sequence.layout.with_visual(sequence.positions[..., None], positions[..., None], layout)[..., 0]
-    return DecoderState(hidden, own, layout)
+    original = sequence.layout.with_visual(sequence.positions[..., None], positions[..., None], layout)[..., 0]
+    return DecoderState(hidden, original, layout)
 
 
 def _without_image(plan: PruningPlan, sequence: DecoderState) -> DecoderState:

@@ -1,4 +1,4 @@
-"""dense: no pruning, the yardstick."""
+"""dense: no pruning, the baseline of comparisons."""
 
 from __future__ import annotations
 

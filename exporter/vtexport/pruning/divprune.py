@@ -33,7 +33,7 @@ class DivPrune(VisionMethod):
         number = torch.arange(total, device=distance.device)
         itself = number == number[:, None]
         chosen = [first_best(distance.masked_fill(itself, torch.inf).amin(dim=2))[:, None]]
-        # A token's distance to itself is no use: those chosen lie below every distance.
+        # A token's distance to itself is set to -inf, so that a chosen token is never chosen again.
         spread = distance.new_full((), torch.inf).expand(distance.shape[0], total)
         lowest = torch.where(itself, -torch.inf, distance)
         for _ in range(plan.patch_budget - 1):

@@ -1,4 +1,4 @@
-"""exit: every visual token leaves after one layer, the static shadow of DyVTE (arXiv 2411.19628)."""
+"""exit: every visual token leaves after one layer, the static form of DyVTE (arXiv 2411.19628)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vtexport.pruning.schedule import Budget, parse_layers
 
 @dataclass(frozen=True)
 class Exit(DecoderMethod):
-    """All visual tokens leave after layer e; what they had to say is in the text by then.
+    """All visual tokens leave after layer e; their content has reached the text tokens by then.
 
-    DyVTE learns e per image with small routers whose weights were never released. Here e is one for all: given as a
-    layer, taken from the calibration (`--layers auto`), or the last layer that a keep ratio pays for.
+    DyVTE learns e per image with small routers whose weights were never released. Here e is the same for all images:
+    given as a layer, taken from the calibration (`--layers auto`), or the last layer that a keep ratio allows.
     """
 
     name = "exit"
@@ -32,7 +32,7 @@ class Exit(DecoderMethod):
         return Scheduled(replace(self, layers=str(layer)), (Stage.decoder(layer, budget.entering, 0),))
 
     def _layer(self, budget: Budget) -> int:
-        """The layer that the options, the calibration or the budget say."""
+        """The layer that the options, the calibration or the budget ask for."""
         if self.layers == "auto":
             if budget.calibration is None:
                 raise InputError(

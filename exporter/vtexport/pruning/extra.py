@@ -1,4 +1,4 @@
-"""What a method asks of its graphs' callers besides images and prompts."""
+"""Inputs that a method's graphs take besides images and prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Extra(ABC):
-    """An input that the vision or the prefill graph has for one method's sake; a row for every prompt of a batch."""
+    """An input that a method adds to the vision or the prefill graph, with one row per prompt of a batch."""
 
     #: the input's name
     name: ClassVar[str]
@@ -24,8 +24,8 @@ class Extra(ABC):
 
     @abstractmethod
     def shape(self, spec: ModelSpec, plan: PruningPlan) -> tuple[int, ...]:
-        """Its extents, the batch left out."""
+        """The input's shape without the batch axis."""
 
     def of_questions(self, processor: Path, spec: ModelSpec) -> Callable[[str], Array] | None:
-        """What makes it of a question, with a bundle's processor files; None if another bundle has to give it."""
+        """A function from a question to the input, made from processor files; None if another bundle gives it."""
         return None

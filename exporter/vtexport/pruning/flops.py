@@ -1,4 +1,4 @@
-"""What a plan costs, before anything is measured: 2 FLOPs a multiply-add, attention included."""
+"""The FLOPs of a plan, computed from sizes alone: 2 per multiply-add, attention included."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vtexport.models.spec import DecoderSpec, ModelSpec
 from vtexport.pruning.plan import PruningPlan
 
-#: text tokens assumed where no prompt is at hand
+#: text tokens that are assumed where there is no prompt
 NOMINAL_TEXT_TOKENS = 64
 
 
@@ -17,8 +17,8 @@ class Flops:
 
     Attributes:
         vision: tower up to the feature layer, scoring, and projector on the kept tokens.
-        prefill: the decoder over visual and text tokens, scoring at its stages, and the head on the last one.
-        decode: one further token behind them.
+        prefill: the decoder over visual and text tokens, scoring at its stages, and the head on the last token.
+        decode: one further token.
     """
 
     vision: float
@@ -34,7 +34,7 @@ class Flops:
 def plan_flops(spec: ModelSpec, plan: PruningPlan, text_tokens: int = NOMINAL_TEXT_TOKENS) -> Flops:
     """FLOPs of `plan` on `spec` for a prompt of `text_tokens` tokens beside the image.
 
-    Attention counts full rows (2n²·width multiply-adds a layer), as the papers do (SparseVLM, section 3.4).
+    Attention is counted over full rows (2n²·width multiply-adds per layer), as in the papers (SparseVLM, section 3.4).
     """
     layers = [_layer(spec.decoder, n + text_tokens, n + text_tokens) for n in plan.per_layer]
     step = [_layer(spec.decoder, 1, n + text_tokens + 1) for n in plan.per_layer]
@@ -44,7 +44,7 @@ def plan_flops(spec: ModelSpec, plan: PruningPlan, text_tokens: int = NOMINAL_TE
 
 
 def _rating(d: DecoderSpec, plan: PruningPlan, text_tokens: int) -> int:
-    """Queries of the rows that rate against all keys, at every decoder stage."""
+    """FLOPs of scoring: the queries of the rating rows against all keys, at every decoder stage."""
     method = plan.methods.decoder
     if method is None or not method.scores:
         return 0

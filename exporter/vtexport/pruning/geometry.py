@@ -1,4 +1,4 @@
-"""What of a model a plan depends on."""
+"""The properties of a model that a plan depends on."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Geometry:
         layers: decoder layers.
         leading: tokens before a view's patches that always stay (CLS under strategy `full`).
         views: views per prompt.
-        newlines: newline tokens per prompt at most.
-        tower_layers: layers of the vision tower up to the feature layer; None if no method asks.
-        model: the model itself; None where its sizes are all that is known.
+        newlines: greatest number of newline tokens per prompt.
+        tower_layers: layers of the vision tower up to the feature layer; None if no method needs them.
+        model: the model itself; None if only its sizes are known.
     """
 
     tokens: int

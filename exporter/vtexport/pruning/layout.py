@@ -1,4 +1,4 @@
-"""Where text and images stand in the rows of a batch: every row of its own length, padded on the right."""
+"""Where text and images stand in the rows of a batch; every row has its own length and is padded on the right."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows of S = L + V places: text, with each image's visual tokens where it stands, then padding.
+    """Rows of S = L + V places: text, with the visual tokens of each image at its place, then padding.
 
-    Visual tokens are numbered through all images of a row. Where a row has fewer than V, the rest of its places are
+    Visual tokens are numbered across all images of a row. If a row has fewer than V, the rest of its places are
     padding too.
 
     Attributes:
@@ -21,7 +21,7 @@ class Layout:
         text_length: [B] int64, text tokens of the prompt, at most L.
         text: L, text places of a row, padding included.
         visual: V, visual places.
-        counts: [B, n] int64, visual tokens of each image; None where there is one image, of V tokens in every row.
+        counts: [B, n] int64, visual tokens of each image; None if every row has one image of V tokens.
     """
 
     image_position: Tensor
@@ -57,16 +57,16 @@ class Layout:
         return replace(self, visual=0, counts=None if self.counts is None else self.counts * 0)
 
     def present(self) -> Tensor | None:
-        """Which of V visual tokens a row has, [B, V] bool; None where all have all."""
+        """Which of the V visual tokens each row has, [B, V] bool; None if every row has all."""
         return None if self.counts is None else self.has(self._count(self.visual))
 
     def has(self, index: Tensor) -> Tensor:
-        """Which of the visual tokens index [B, K] names a row has, [B, K] bool; where rows differ in that."""
+        """Whether a row has the visual tokens numbered `index` [B, K], [B, K] bool; only for layouts with `counts`."""
         assert self.counts is not None, "rows are asked where they differ"
         return index < self.counts.sum(dim=1, keepdim=True)
 
     def counts_of(self, index: Tensor) -> Tensor | None:
-        """How many of the visual tokens index [B, K] names are of each image, [B, n] int64; None as `counts`."""
+        """How many of the visual tokens numbered `index` [B, K] each image has, [B, n] int64; None if `counts` is."""
         if self.counts is None:
             return None
         import torch
@@ -79,7 +79,7 @@ class Layout:
         return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
 
     def visual_of(self, x: Tensor) -> Tensor:
-        """The visual rows [B, V, C] of x [B, S, C]; its last one stands in for those that a row has not."""
+        """The visual rows [B, V, C] of x [B, S, C]; the last one is repeated where a batch row has fewer."""
         number = self._count(self.visual)
         if self.counts is not None:
             number = number.minimum(self.counts.sum(dim=1, keepdim=True) - 1)
@@ -91,11 +91,11 @@ class Layout:
         return self.rows_of(x, place)
 
     def with_visual(self, x: Tensor, visual: Tensor, after: Layout) -> Tensor:
-        """The rows x [B, S, C], their visual ones replaced by `visual` [B, K, C]: [B, L + K, C], laid out as `after`."""
+        """The rows of x [B, S, C], visual ones replaced by `visual` [B, K, C]: [B, L + K, C], laid out as `after`."""
         import torch
 
         place = after._count(after.text + after.visual)
-        # Rows differ in where images stand, so a gather from both puts them together.
+        # Images stand at different places in different rows, so the result is gathered from both tensors.
         number, token, shown = place, place, None
         for at, start, count in after._images():
             first = at + start
@@ -106,15 +106,15 @@ class Layout:
             shown = inside if shown is None else shown | inside
         assert shown is not None, "a row has an image"
         if after.counts is not None:
-            # Behind a row's last text token there is nothing to show: any row will do.
+            # Places behind a row's last text token are padding, which may hold any row.
             number = number.clamp(max=self.text - 1)
         source = torch.where(shown, token + x.shape[1], self._placed(number))
         return self.rows_of(torch.cat([x, visual], dim=1), source)
 
     def images_first(self, x: Tensor) -> tuple[Tensor, Layout]:
-        """The rows x [B, S, C] with all images, as one, before all text, and their layout.
+        """The rows of x [B, S, C] with all images joined into one before all text, and their layout.
 
-        Rows behind the last image see, under causality, what they saw.
+        Under causality, rows behind the last image see the same rows as before.
         """
         import torch
 
@@ -124,23 +124,23 @@ class Layout:
         return front.bare().with_visual(self.rows_of(x, self.text_places()), self.visual_of(x), front), front
 
     def _placed(self, number: Tensor) -> Tensor:
-        """The places of text tokens number [?, R]: [B, R]."""
+        """The places [B, R] of the text tokens numbered `number` [1 or B, R]."""
         place = number
         for at, _, count in self._images():
             place = place + count * (number >= at).to(number.dtype)
         return place
 
     def _images(self) -> list[tuple[Tensor, Tensor | int, Tensor | int]]:
-        """Of every image: text tokens before it, visual tokens before it, and its own; [B, 1] each, or int."""
+        """For every image: text tokens before it, visual tokens before it, visual tokens of it; [B, 1] each, or int."""
         if self.counts is None:
             return [(self.image_position[:, :1], 0, self.visual)]
-        found: list[tuple[Tensor, Tensor | int, Tensor | int]] = []
+        images: list[tuple[Tensor, Tensor | int, Tensor | int]] = []
         start = self.counts[:, :1] * 0
         for number in range(self.images):
-            own = slice(number, number + 1)
-            found.append((self.image_position[:, own], start, self.counts[:, own]))
-            start = start + self.counts[:, own]
-        return found
+            column = slice(number, number + 1)
+            images.append((self.image_position[:, column], start, self.counts[:, column]))
+            start = start + self.counts[:, column]
+        return images
 
     def _count(self, number: int) -> Tensor:
         import torch

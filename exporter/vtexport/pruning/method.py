@@ -1,4 +1,4 @@
-"""What every pruning method has, and the one or two methods that a plan is made by."""
+"""The base class of pruning methods, and the choice of one or two methods that a plan applies."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ Self = TypeVar("Self", bound="Method")
 class Method:
     """A pruning method with its options.
 
-    To add one: a subclass of `VisionMethod` or `DecoderMethod` in a file of its own, a frozen dataclass whose annotated
-    fields are its options (`vtexport.options`), listed in `vtexport.pruning.registry.METHODS`.
+    To add a method, write a subclass of `VisionMethod` or `DecoderMethod` in a file of its own: a frozen dataclass
+    whose annotated fields are the options (`vtexport.options`). Then list it in `vtexport.pruning.registry.METHODS`.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     #: whether the method rates tokens, so that a debug build has scores to give out
     scores: ClassVar[bool] = False
-    #: what its graphs are given besides images and prompts
+    #: inputs that its graphs take besides images and prompts
     extras: ClassVar[tuple[Extra, ...]] = ()
-    #: whether its schedule rests on a calibration
+    #: whether its schedule uses a calibration
     calibrated: ClassVar[bool] = False
     #: whether `vtexport calibrate --method` can measure it, as `--keep auto` needs
     adaptive: ClassVar[bool] = True
 
     @classmethod
     def parse(cls: type[Self], given: Mapping[str, object]) -> Self:
-        """The method with the options `given`, the others at their defaults.
+        """The method with the options in `given`; the other options have their defaults.
 
         Raises:
-            InputError: an option that it does not have, or a value that it cannot have.
+            InputError: an option that the method does not have, or a value that the option cannot have.
         """
         return parse_options(cls, given, f"method {cls.name}")
 
     def check_given(self, given: Collection[str]) -> None:
-        """Refuse options that a user gave although they have no effect beside others.
+        """Refuse options that a user gave although they have no effect together with the others.
 
         Raises:
-            InputError: one of `given`.
+            InputError: an option in `given` has no effect.
         """
 
     @classmethod
@@ -57,7 +57,7 @@ class Method:
         """Refuse a model that the method cannot prune.
 
         Raises:
-            InputError: it is one.
+            InputError: the method cannot prune this model.
         """
 
 
@@ -78,7 +78,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """What prunes: a vision-stage method (`dense` for none), a decoder-stage method, or both, options resolved."""
+    """The methods of a plan, options resolved: a vision-stage one (`dense` for none), a decoder-stage one, or both."""
 
     vision: VisionMethod
     decoder: DecoderMethod | None = None

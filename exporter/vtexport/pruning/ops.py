@@ -1,9 +1,9 @@
 """The ops of the domain `vtexport`: the contract of every kernel and function body.
 
-The arithmetic stands in `vtexport.pruning.plain`. Each op is registered with `torch.library` and has a fake kernel, so
-that `torch.compile` and `torch.export` go through it; tensors on a GPU go to the CUDA kernels where this installation has
-them. Each obeys torch's protocol for functions on what is not a tensor, by which tracing turns it into one ONNX node of
-the same name (`vtexport.graph.tracing.own_ops`); the node's function body stands in `vtexport.graph.pruning_functions`.
+The arithmetic is in `vtexport.pruning.plain`. Each op is registered with `torch.library` and has a fake kernel, so
+that `torch.compile` and `torch.export` go through it; tensors on a GPU go to the CUDA kernels where this installation
+has them. Each follows torch's `__torch_function__` protocol, by which tracing turns it into one ONNX node of the same
+name (`vtexport.graph.tracing.own_ops`). The node's function body is in `vtexport.graph.pruning_functions`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef  # type: ignore[attr-defined]  # it says itself where it is from
+from torch.library import CustomOpDef  # type: ignore[attr-defined]  # imported there, but not in its __all__
 from torch.overrides import handle_torch_function, has_torch_function
 
 from vtexport.native import kernels as native
@@ -46,7 +46,7 @@ def token_score(
     Args:
         query: [B, H, R, D].
         key: [B, G, N, D], H a multiple of G (grouped keys).
-        rows: [B, R] bool, which rows count; where none does, the scores are zero.
+        rows: [B, R] bool, which rows count; if none does, the scores are zero.
         places: [B, R] int64, the last key that a row sees (its own place under causality, N - 1 without).
         start: [B] int64, first visual column.
         count: V, number of visual columns.
@@ -63,7 +63,7 @@ def token_score(
 
 
 def spread(score: Tensor) -> Tensor:
-    """Over how many patches scores are spread: exp of their entropy, 1 (all on one) … V (all alike).
+    """The spread of scores: the exponential of their entropy, from 1 (all on one patch) to V (all alike).
 
     Args:
         score: [B, V] fp32, positive.
@@ -72,7 +72,7 @@ def spread(score: Tensor) -> Tensor:
         [B] fp32.
     """
     share = score / score.sum(dim=1, keepdim=True)
-    # The smallest normal fp32 stands in for a share of zero, whose term is zero.
+    # A share of zero is clamped to the smallest normal fp32 in the logarithm; its term stays zero.
     return torch.exp(-(share * share.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(dim=1))
 
 
@@ -92,7 +92,7 @@ def token_score_heads(
     scale: float,
     heads: int,
 ) -> Tensor:
-    """`token_score` as sparsevlm-plus has it: attention divided, and only the heads that look at the image most.
+    """`token_score` for sparsevlm-plus: attention is divided, and only the heads that attend to the image most count.
 
     Args:
         query: [B, H, R, D].
@@ -100,11 +100,11 @@ def token_score_heads(
         rows: [B, R] bool.
         places: [B, R] int64.
         start: [B] int64.
-        divisor: [B, R, V] fp32, what the attention of row and visual column is divided by.
+        divisor: [B, R, V] fp32, by which the attention of each row to each visual column is divided.
         count: V.
         scale: factor on query · key.
-        heads: how many heads are averaged: those whose sum over counting rows and visual columns is greatest,
-            of equal sums the lower number.
+        heads: how many heads are averaged: those whose sum over counting rows and visual columns is greatest; of
+            equal sums, the head of lower number.
 
     Returns:
         score [B, V] fp32.
@@ -164,9 +164,9 @@ def token_recycle(
     The pool is the `pool` tokens that rank right behind the `keep` best. With d the Euclidean distance over √C,
     density = exp(-mean of the `clusters` smallest d², self included); delta = least d to a denser token, or the
     greatest d of all if none is denser; centres are the `clusters` tokens of greatest delta · density. Every token
-    joins its nearest centre, a centre itself. Ties go to the lower index, in density too. Arithmetic is fp32. Where a
-    row of `hidden` holds NaN or infinity, it is open which of its tokens merge; indices stay in range, and other rows of
-    the batch as they are.
+    joins its nearest centre, and a centre joins itself. Ties go to the lower index, in density too. Arithmetic is fp32.
+    If a row of the batch holds NaN or infinity, it is undefined which of its tokens merge, but indices stay in range
+    and other rows are not affected.
 
     Args:
         hidden: [B, V, C].

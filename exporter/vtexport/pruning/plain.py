@@ -1,6 +1,6 @@
 """The arithmetic of the pruning ops in PyTorch: what every kernel and function body must compute.
 
-Contracts stand with `vtexport.pruning.ops`.
+The contracts are in `vtexport.pruning.ops`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def token_score_heads(
 
 
 def _rank(score: Tensor) -> Tensor:
-    """How many beat each entry of score [B, V], by value or at equal value by a lower index; NaN is beaten by all."""
+    """How many entries beat each entry of score [B, V], by value or, at equal value, by a lower index; all beat NaN."""
     ranked = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     order = torch.sort(ranked, dim=1, descending=True, stable=True).indices
     return torch.argsort(order, dim=1)
@@ -79,15 +79,16 @@ def token_recycle(
     rank = _rank(score)
     index = places_of((rank >= keep) & (rank < keep + pool), pool)
     x = hidden.gather(1, index[..., None].expand(-1, -1, width)).float()
-    # About their mean the products of the expansion lose fewer digits.
+    # Centred on their mean, the products in the expanded distance lose fewer digits.
     centred = x - x.mean(dim=1, keepdim=True)
     norm = centred.square().sum(dim=2)
     product = centred @ centred.transpose(1, 2)
-    # Two tokens that are each other's nearest tie in density: a matrix that is not symmetric to the bit would break the tie.
+    # Two tokens that are each other's nearest neighbours tie in density. A matrix that is not symmetric to the last bit
+    # would break the tie.
     squared = norm[:, :, None] + norm[:, None] - (product + product.transpose(1, 2))
     itself = torch.eye(pool, dtype=torch.bool, device=x.device)
     squared = (squared / width).clamp(min=0).masked_fill(itself, 0.0)
-    # The density's logarithm orders as it does, and does not underflow where tokens lie far apart.
+    # This is the density's logarithm: it has the same order, and does not underflow if tokens lie far apart.
     density = -squared.topk(clusters, dim=2, largest=False).values.mean(dim=2)
     order = _rank(density)
     denser = order[:, None] < order[:, :, None]

@@ -1,4 +1,4 @@
-"""PruningPlan: the one static description of a pruning, read by reference, graphs, manifest and reports."""
+"""PruningPlan: the static description of a pruning that the reference, graphs, manifest and reports all read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Stage:
     recycled: int = 0
 
     def __post_init__(self) -> None:
-        # Only a decoder can go on without any visual token: their content is in the text by then.
+        # Only a decoder can go on without visual tokens: their content has reached the text tokens by then.
         least = 1 if self.layer is None else 0
         if not 0 <= self.kept <= self.tokens_in or self.recycled < 0 or self.carried < least:
             raise ValueError(f"impossible stage {self.kept} + {self.recycled} of {self.tokens_in} tokens")
@@ -62,18 +62,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Where and how far visual tokens are pruned; every count an int fixed before tracing.
+    """Where visual tokens are pruned and how many stay; every count is an int that is fixed before tracing.
 
     Attributes:
-        methods: what prunes, with its options resolved.
+        methods: the methods, with their options resolved.
         keep: the keep ratio that was asked for.
-        num_visual_tokens: visual tokens a prompt before pruning, at most.
+        num_visual_tokens: greatest number of visual tokens per prompt before pruning.
         num_layers: decoder layers.
         leading: visual tokens before a view's patches (CLS under strategy `full`), always kept by a vision stage.
         stages: in the order in which they act; none for `dense`.
-        views: views a prompt, each pruned by itself in the vision stage.
-        newlines: newline tokens a prompt at most (`vtexport.models.spec.ViewSpec`); with any, a prompt has as many visual
-            tokens as its images' sizes make, and counts are of the most.
+        views: views per prompt, each pruned by itself in the vision stage.
+        newlines: greatest number of newline tokens per prompt (`vtexport.models.spec.ViewSpec`). If there are any, the
+            number of visual tokens depends on the sizes of a prompt's images, and all counts here are upper bounds.
     """
 
     methods: MethodChoice
@@ -123,24 +123,24 @@ class PruningPlan:
 
     @property
     def patch_budget(self) -> int:
-        """Tokens that a vision-stage method chooses or makes of each view, the leading ones not counted."""
+        """Tokens that a vision-stage method chooses or makes per view, without the leading ones."""
         return (self.vision_tokens - self.newlines) // self.views - self.leading
 
     @property
     def merged_budget(self) -> int:
-        """How many of those a vision-stage method makes by merging."""
+        """How many of `patch_budget` a vision-stage method makes by merging."""
         return 0 if self.vision_stage is None else self.vision_stage.recycled // self.views
 
     def entering(self, filled: Sequence[int]) -> list[list[int]]:
-        """Visual tokens that enter each decoder layer, by layer and row, where rows have `filled` of `vision_tokens`."""
-        tokens, found = list(filled), []
+        """Visual tokens that enter each decoder layer, by layer and row; each row has `filled` of `vision_tokens`."""
+        tokens, layers = list(filled), []
         for layer in range(self.num_layers):
-            found.append(tokens)
+            layers.append(tokens)
             stage = self.decoder_stages.get(layer)
             if stage is not None:
                 # A row that loses nothing has nothing merged either.
                 tokens = [stage.carried if count > stage.kept else count for count in tokens]
-        return found
+        return layers
 
     @property
     def positions(self) -> str:
@@ -149,17 +149,17 @@ class PruningPlan:
 
     @property
     def per_layer(self) -> tuple[int, ...]:
-        """Visual tokens that enter each decoder layer, which is what its KV cache holds of them."""
+        """Visual tokens that enter each decoder layer, as many as its KV cache holds."""
         return self._counts(counted_pruned=False)
 
     @property
     def mean_visual_tokens(self) -> float:
-        """Mean over the decoder's layers of the visual tokens that enter one."""
+        """Mean over the decoder's layers of the visual tokens that enter a layer."""
         return sum(self.per_layer) / self.num_layers
 
     @property
     def mean_visual_tokens_sparsevlm(self) -> float:
-        """The same by SparseVLM's count, which takes a pruning layer as pruned already."""
+        """The same mean by SparseVLM's count, in which a pruning layer counts as pruned already."""
         return sum(self._counts(counted_pruned=True)) / self.num_layers
 
     def _counts(self, *, counted_pruned: bool) -> tuple[int, ...]:
@@ -175,19 +175,19 @@ def check_keep(keep: float) -> None:
     """Refuse a keep ratio outside (0, 1].
 
     Raises:
-        InputError: it is.
+        InputError: `keep` is outside.
     """
     if not (math.isfinite(keep) and 0 < keep <= 1):
         raise InputError(f"--keep {keep:g} is out of range; give a ratio above 0 and at most 1")
 
 
 def round_half_up(value: float) -> int:
-    """The school's rule; Python rounds halves to even."""
+    """Round halves up; Python's `round` rounds them to even."""
     return math.floor(value + 0.5)
 
 
 def token_budget(tokens: int, keep: float, leading: int = 0) -> int:
-    """round(keep * tokens), halves up; always at least one patch beside the leading tokens.
+    """round(keep * tokens), halves rounded up; at least one patch besides the leading tokens.
 
     Raises:
         InputError: `keep` is not in (0, 1], or leaves no patch at all.

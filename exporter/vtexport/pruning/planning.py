@@ -1,4 +1,4 @@
-"""A method, a keep ratio and a model's geometry -> a plan."""
+"""Makes a plan from a method, a keep ratio and a model's geometry."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def make_plan(
     Args:
         method: a key of `METHODS`, or a vision-stage and a decoder-stage method as `a+b`.
         geometry: of the model.
-        keep: mean visual tokens over the decoder's layers as a share of all, in (0, 1]; None for `dense`, and where the
-            options decide it (a released schedule, an exit layer).
+        keep: mean visual tokens over the decoder's layers as a share of all, in (0, 1]; None for `dense`, and where
+            options fix it (a released schedule, an exit layer).
         options: the method's own options; those not given have its defaults.
         calibration: of this model, for methods whose schedule rests on one.
 
@@ -79,7 +79,7 @@ def _decoder_plan(
 def _before_the_decoder(
     methods: MethodChoice, combination: Combination, geometry: Geometry, keep: float | None
 ) -> tuple[MethodChoice, tuple[Stage, ...]]:
-    """The vision stage of a combination: half of the way, in ratio, before the decoder, unless told otherwise."""
+    """The vision stage of a combination, which keeps `vision_keep`: by default the square root of the keep ratio."""
     if keep is None:
         raise InputError(f"--keep is missing; method {methods.name} splits it between its two stages")
     share = combination.vision_keep
@@ -104,7 +104,7 @@ def _plan(methods: MethodChoice, geometry: Geometry, keep: float, stages: tuple[
 
 
 def _vision_part(method: VisionMethod, geometry: Geometry, keep: float) -> tuple[VisionMethod, tuple[Stage, ...]]:
-    """`method` settled, and its stage: every view gets an equal share of the budget, once newlines have theirs.
+    """`method` settled, and its stage: after newlines are counted, every view gets an equal share of the budget.
 
     Raises:
         InputError: nothing is left for the views.
@@ -123,8 +123,8 @@ def _vision_part(method: VisionMethod, geometry: Geometry, keep: float) -> tuple
             f"{least:.2g}"
         )
     return method, tuple(
-        Stage(VISION, geometry.tokens, views * one.kept + newlines, views * one.recycled)
-        for one in method.stages(each, share / each, leading)
+        Stage(VISION, geometry.tokens, views * stage.kept + newlines, views * stage.recycled)
+        for stage in method.stages(each, share / each, leading)
     )
 
 
@@ -136,18 +136,18 @@ def adaptive_plans(
     options: Mapping[str, object],
     plan: Callable[[float], PruningPlan],
 ) -> tuple[list[PruningPlan], Policy]:
-    """The plans of `--keep auto`, from most to fewest tokens, and what chooses among them.
+    """The plans of `--keep auto`, from most to fewest tokens, and the policy that chooses among them.
 
     Args:
-        method: as `make_plan`'s.
+        method: as in `make_plan`.
         buckets: keep ratios, descending.
         target_accuracy: see `vtexport.pruning.adaptive.solve_policy`.
         calibration: of this model, with a table for `method`.
-        options: the method's own options as given; there may be none, for the calibration is of the defaults.
+        options: the method's own options as given; must be empty, because the calibration was made with the defaults.
         plan: `make_plan` with all but the keep ratio.
 
     Raises:
-        InputError: an option, no table for the method or a bucket, or a target out of reach.
+        InputError: an option was given, the calibration lacks the method or a bucket, or the target is out of reach.
     """
     for name in options:
         raise InputError(

@@ -1,4 +1,4 @@
-"""pool: average pooling on the patch grid, the other baseline."""
+"""pool: average pooling on the patch grid, a baseline."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _bins(count: int, grid: int) -> np.ndarray[Any, Any]:
 
 
 class Pool(VisionMethod):
-    """Means over the cells of a coarser grid, rows x columns at most the budget; every token is recycled."""
+    """Means over the cells of a coarser grid of at most as many cells as the budget; every token is recycled."""
 
     name = "pool"
     summary = "average pooling on the patch grid (baseline)"

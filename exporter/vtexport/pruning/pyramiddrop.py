@@ -11,7 +11,7 @@ from vtexport.pruning.schedule import Budget, clamped, every_schedule, layers_of
 
 @dataclass(frozen=True)
 class PyramidDrop(DecoderMethod):
-    """Stages after a quarter, half and three quarters of the layers, each keeping the same share of V.
+    """Stages after a quarter, half and three quarters of the layers, each of which keeps the same share of its tokens.
 
     Ranked by the attention of the last prompt token, computed with the next layer's queries and keys. The paper's
     share is 1/2 (mean visual tokens 0.469 V); here it follows from the keep ratio.

@@ -1,4 +1,4 @@
-"""Text raters: which prompt tokens have a say in which visual tokens stay (SparseVLM, section 3.2)."""
+"""Text raters: the prompt tokens whose attention decides which visual tokens stay (SparseVLM, section 3.2)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ if TYPE_CHECKING:
 
 
 def text_raters(visual: Tensor, text: Tensor, after_image: Tensor, present: Tensor | None = None) -> Tensor:
-    """The text tokens after the image that the image speaks to most.
+    """The text tokens after the image that are most similar to it.
 
     m = softmax over text of visual · textᵀ, mean over visual tokens; a rater's m is strictly greater than the mean
-    of m. If none is (a single token, or all alike), every token after the image rates: SparseVLM's released code
-    divides by zero there.
+    of m. If no m is (a single token, or all alike), every token after the image rates; SparseVLM's released code
+    divides by zero in that case.
 
     Args:
         visual: [B, V, C], the decoder's input embeddings of visual tokens.
         text: [B, L, C], those of text tokens.
         after_image: [B, L] bool, text tokens that may rate; padding and text before the image may not.
-        present: [B, V] bool, which visual tokens there are; None for all.
+        present: [B, V] bool, which visual tokens each row has; None if every row has all.
 
     Returns:
         [B, L] bool.
@@ -28,8 +28,8 @@ def text_raters(visual: Tensor, text: Tensor, after_image: Tensor, present: Tens
 
     logits = visual.float() @ text.float().transpose(1, 2)
     logits = logits.masked_fill(~after_image[:, None], -torch.inf)
-    # A row without any text after the image would be NaN; it has no rater, and scores of zero.
-    # A sum, not a mean (which is compared with its own mean alone): torch exports a mean's axis as a computation, which TensorRT does not fold.
+    # A row without any text after the image would be NaN; it gets no raters, and scores of zero.
+    # A sum over V does for the mean: weights are compared with their own mean only.
     shares = torch.softmax(logits, dim=-1).nan_to_num(0.0)
     if present is not None:
         shares = shares * present[..., None].to(shares.dtype)

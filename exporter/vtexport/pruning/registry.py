@@ -1,4 +1,4 @@
-"""The methods that there are; a new one is listed here."""
+"""The table of all methods; a new method is added here."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ DEFAULT_METHOD = SparseVLM.name
 
 
 def parts_of(name: str) -> tuple[type[VisionMethod], type[DecoderMethod] | None]:
-    """The vision-stage and the decoder-stage method that `name` says: one method, or one of each as `a+b`.
+    """The vision-stage and the decoder-stage method that `name` names: one method alone, or one of each as `a+b`.
 
     Raises:
         InputError: an unknown method, or two that cannot be combined.
@@ -72,15 +72,15 @@ def parts_of(name: str) -> tuple[type[VisionMethod], type[DecoderMethod] | None]
 
 
 def choose(name: str, given: Mapping[str, object], *, resolved: bool = False) -> MethodChoice:
-    """What `name` says, with the options `given` to its parts; those not given have their defaults.
+    """The methods that `name` names, with the options in `given`; options not given have their defaults.
 
     Args:
         name: see `parts_of`.
         given: values by option name.
-        resolved: whether `given` are a plan's, which also has what only a build fills in.
+        resolved: whether `given` comes from a plan, which also holds the options that only a build fills in.
 
     Raises:
-        InputError: see `parts_of`; or an option that no part has, or a value that it cannot have.
+        InputError: as `parts_of`; or an option that no part has, or a value that the option cannot have.
     """
     vision, decoder = parts_of(name)
     combined = decoder is not None and vision is not Dense
@@ -89,14 +89,14 @@ def choose(name: str, given: Mapping[str, object], *, resolved: bool = False) ->
         declared = [option_fields(owner)[option] for owner in owners if option in option_fields(owner)]
         if not declared or (declared[0].extra.get("resolved") and not resolved):
             raise InputError(f"{flag_of(option)} has no effect with method {name}; leave it out")
-    own = [{key: given[key] for key in given if key in option_fields(owner)} for owner in owners]
+    by_owner = [{key: given[key] for key in given if key in option_fields(owner)} for owner in owners]
     choice = MethodChoice(
-        vision.parse(own[0]),
-        None if decoder is None else decoder.parse(own[1]),
-        parse_options(Combination, own[2], f"method {name}") if combined else None,
+        vision.parse(by_owner[0]),
+        None if decoder is None else decoder.parse(by_owner[1]),
+        parse_options(Combination, by_owner[2], f"method {name}") if combined else None,
     )
     if not resolved:
-        # A plan has all options, so of its own none can be told from a default.
+        # A plan lists every option, so the options that a user gave can no longer be told from defaults.
         for part in choice.parts:
             part.check_given(given)
     return choice

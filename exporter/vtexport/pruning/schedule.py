@@ -1,4 +1,4 @@
-"""Keep ratio -> counts of a decoder-stage schedule: pruning layers, rules, released presets, recycling counts."""
+"""From a keep ratio to the counts of a decoder-stage schedule: pruning layers, rules, presets, recycling counts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vtexport.pruning.plan import Stage, check_keep, round_half_up
 
 #: how far, in visual tokens, the mean of a schedule may lie from keep * V
 TOLERANCE = 1.5
-# SparseVLM's pruning layers of 32 (its released code), which other depths scale.
+# SparseVLM's pruning layers of 32 (from its released code); other depths scale them.
 _LAYERS, _OF = (2, 6, 15), 32
 _SUBDIVISIONS = 64
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a decoder-stage method has to plan for.
+    """What a decoder-stage method plans its stages for.
 
     Attributes:
         entering: visual tokens that enter the decoder.
@@ -57,7 +57,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Preset:
-    """A released schedule: `kept` at `layers`, for V visual tokens and N decoder layers."""
+    """A released schedule: `kept` tokens after `layers`, for a number of visual tokens and of decoder layers."""
 
     method: str
     kept: tuple[int, int, int]
@@ -81,13 +81,13 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Recycling:
-    """How many dropped tokens are merged into how many: SparseVLM, section 3.3, to its released code's constants."""
+    """How many dropped tokens are merged into how many (SparseVLM, section 3.3, with its released code's constants)."""
 
     pool: float = 0.3
     clusters: float = 0.1
 
     def counts(self, dropped: int) -> tuple[int, int]:
-        """(m, c): m = int(pool * d) + 1 tokens of highest score, c = int(clusters * m) + 1 clusters."""
+        """(m, c) for d dropped tokens: m = int(pool * d) + 1 of highest score, c = int(clusters * m) + 1 clusters."""
         if dropped == 0:
             return 0, 0
         pool = min(int(self.pool * dropped) + 1, dropped)
@@ -95,7 +95,7 @@ class Recycling:
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """SparseVLM's layers 2, 6, 15 of 32 scaled to `num_layers`; each once, none after the last but one."""
+    """SparseVLM's layers 2, 6, 15 of 32 scaled to `num_layers`, without duplicates and at most `num_layers - 2`."""
     scaled = (layer * num_layers // _OF for layer in _LAYERS)
     return tuple(sorted({min(layer, num_layers - 2) for layer in scaled}))
 
@@ -107,22 +107,22 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
         InputError: not numbers, repeated, or outside 0 … num_layers - 2 (after the last layer nothing is left to save).
     """
     try:
-        found = tuple(int(part) for part in text.split(","))
+        layers = tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"--layers {text!r} is not a list of numbers; write --layers 2,6,15") from error
-    for layer in found:
+    for layer in layers:
         if not 0 <= layer <= num_layers - 2:
             raise InputError(
                 f"--layers {layer} is out of range: this decoder has {num_layers} layers, and pruning after one pays "
                 f"only if another follows; give layers from 0 to {num_layers - 2}"
             )
-        if found.count(layer) > 1:
+        if layers.count(layer) > 1:
             raise InputError(f"--layers names layer {layer} twice; give every pruning layer once")
-    return tuple(sorted(found))
+    return tuple(sorted(layers))
 
 
 def listed(layers: Sequence[int]) -> str:
-    """`parse_layers` backwards."""
+    """The inverse of `parse_layers`."""
     return ",".join(map(str, layers))
 
 
@@ -134,8 +134,8 @@ def layers_of(stages: Sequence[Stage]) -> str:
 def choose_layers(text: str, budget: Budget) -> tuple[int, ...]:
     """The pruning layers that option `layers` asks for: a list, `auto`, or empty.
 
-    `auto` is what the calibration found best for this keep ratio; empty is that too where the model is calibrated,
-    else `default_layers`.
+    `auto` takes the layers that the calibration found best for this keep ratio. Empty does the same for a calibrated
+    model, and takes `default_layers` for others.
 
     Raises:
         InputError: see `parse_layers`; or `auto` without a calibration.
@@ -184,7 +184,7 @@ def preset_stages(name: str, method: str, budget: Budget, recycling: Recycling |
 
 
 def nominal_ranks(budget: Budget) -> tuple[float, ...]:
-    """Ranks for a model that was never calibrated: the shares that the tightest released schedule keeps, by depth."""
+    """Ranks for a model without calibration: the shares that the tightest released schedule keeps, by depth."""
     preset = PRESETS["sparsevlm-64"]
     depths = [0.0, *(layer / preset.num_layers for layer in preset.layers), 1.0]
     shares = [count / preset.num_visual_tokens for count in preset.kept]
@@ -202,12 +202,12 @@ def nominal_ranks(budget: Budget) -> tuple[float, ...]:
 def solve(
     budget: Budget, layers: tuple[int, ...], rule: str, recycling: Recycling | None, method: str
 ) -> tuple[Stage, ...]:
-    """The schedule of `rule` whose mean visual tokens come closest to the budget; of two equally close, the larger.
+    """The schedule of `rule` whose mean visual tokens come closest to the budget; the larger of two equally close ones.
 
-    Rule `rank` (the paper's): d_i = round(λ (v - r_i)) tokens leave at pruning layer i, of v that enter it.
+    Rule `rank` (the paper's): d_i = round(λ (v - r_i)) of the v tokens that enter pruning layer i leave.
     Rule `proportional`: k_i = round(s r_i) stay. r_i are calibrated ranks (nominal ones without calibration);
-    always 1 ≤ k_i ≤ v - 1. Every schedule that the rule can yield is looked at, so a larger keep never yields a
-    smaller mean.
+    always 1 ≤ k_i ≤ v - 1. All schedules that the rule can yield are compared, so a larger keep never yields a smaller
+    mean.
 
     Raises:
         InputError: no schedule comes within `TOLERANCE` of the budget.
@@ -220,7 +220,7 @@ def solve(
 def nearest(
     family: Iterable[tuple[Stage, ...]], budget: Budget, method: str, layers: Sequence[int]
 ) -> tuple[Stage, ...]:
-    """The schedule of `family` whose mean visual tokens are nearest to the budget; of two equally near, the larger.
+    """The schedule of `family` whose mean visual tokens are nearest to the budget; the larger of two equally near ones.
 
     Raises:
         InputError: none is within `TOLERANCE`.
@@ -228,12 +228,11 @@ def nearest(
     means = {_mean(stages, budget): stages for stages in family}
     best = min(means, key=lambda mean: (abs(mean - budget.target), -mean))
     if best - budget.target > TOLERANCE:
-        listed = ", ".join(map(str, layers))
         least = math.ceil(1000 * min(means) / budget.total) / 1000
         raise InputError(
-            f"--keep {budget.keep:g} is out of reach of {method} pruning after layers {listed}: what lies before "
-            f"runs on {budget.entering} tokens, so {least:g} is the least; prune at earlier --layers, or combine with "
-            f"a vision-stage method (--method fastervlm+{method})"
+            f"--keep {budget.keep:g} is out of reach of {method} pruning after layers {', '.join(map(str, layers))}: the layers "
+            f"up to the first run on {budget.entering} tokens, so {least:g} is the least; prune at earlier --layers, "
+            f"or combine with a vision-stage method (--method fastervlm+{method})"
         )
     if budget.target - best > TOLERANCE:
         most = math.floor(1000 * max(means) / budget.total) / 1000
@@ -278,7 +277,7 @@ def _family(
 
         return clamped(layers, entering, keep, recycling)
 
-    # Beyond these every layer keeps as little (rank) or as much (proportional) as it may.
+    # Beyond `largest`, every layer keeps as little (rank) or as much (proportional) as it may.
     if rule == "rank":
         largest = max(entering / max(entering - rank, 1.0) for rank in ranks)
     else:
@@ -289,7 +288,7 @@ def _family(
 def clamped(
     layers: Sequence[int], entering: int, keep: Callable[[int, int], int], recycling: Recycling | None
 ) -> tuple[Stage, ...]:
-    """Stages that keep `keep(number of the stage, tokens that enter it)`, at least 1 and at least 1 less than enter."""
+    """Stages that keep `keep(number of the stage, tokens that enter it)`, clamped to 1 … tokens that enter it - 1."""
     stages: list[Stage] = []
     tokens = entering
     for number, layer in enumerate(layers):
@@ -304,7 +303,7 @@ def clamped(
 def every_schedule(schedule: Callable[[float], tuple[Stage, ...]], largest: float) -> tuple[tuple[Stage, ...], ...]:
     """Every schedule that a parameter in [0, largest] yields, by halving the range until neighbours are equal."""
     steps = [largest * i / _SUBDIVISIONS for i in range(_SUBDIVISIONS + 1)]
-    found = {schedule(step) for step in steps}
+    schedules = {schedule(step) for step in steps}
     todo = [(low, schedule(low), high, schedule(high)) for low, high in itertools.pairwise(steps)]
     while todo:
         low, first, high, last = todo.pop()
@@ -312,6 +311,6 @@ def every_schedule(schedule: Callable[[float], tuple[Stage, ...]], largest: floa
             continue
         middle = (low + high) / 2
         between = schedule(middle)
-        found.add(between)
+        schedules.add(between)
         todo += [(low, first, middle, between), (middle, between, high, last)]
-    return tuple(sorted(found, key=lambda stages: [(s.layer or 0, s.kept) for s in stages]))
+    return tuple(sorted(schedules, key=lambda stages: [(s.layer or 0, s.kept) for s in stages]))

@@ -32,10 +32,10 @@ class Ranking(Extra):
 
 @dataclass(frozen=True)
 class SGL(DecoderMethod):
-    """One stage by a ranking from outside: what another bundle's decoder attended to while it answered.
+    """One stage by a ranking from outside: how much another bundle's decoder attended to each token while it answered.
 
-    That bundle is a dense one of a model with the same visual tokens, built to give out its ranking: attention summed
-    over layers, heads and text queries, those of the prompt after the image and of the tokens it generated.
+    That bundle holds a dense model with the same visual tokens, and is built to give out its ranking: attention summed
+    over layers, heads and text queries, which are the prompt's tokens after the image and the generated tokens.
     """
 
     name = "sgl"

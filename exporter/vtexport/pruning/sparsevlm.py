@@ -77,9 +77,9 @@ class TextGuided(DecoderMethod):
 
 @dataclass(frozen=True)
 class SparseVLM(TextGuided):
-    """Visual tokens by the attention that the prompt's text raters pay them at a few decoder layers.
+    """The visual tokens that the prompt's text raters attend to most, at a few decoder layers.
 
-    What leaves is recycled: the better part of it is merged into a few tokens behind the survivors.
+    Dropped tokens are recycled: those of highest score are merged into a few tokens, which follow the kept ones.
     """
 
     name = "sparsevlm"
@@ -92,8 +92,8 @@ class SparseVLM(TextGuided):
     merge: Annotated[
         Literal["mean", "sum"],
         Meta(
-            description="How tokens are merged: mean averages those that are near (the released code), sum adds up those "
-            "alike by cosine (the paper)."
+            description="How tokens are merged: mean averages those that are near (the released code), sum adds up "
+            "those alike by cosine (the paper)."
         ),
     ] = "mean"
 

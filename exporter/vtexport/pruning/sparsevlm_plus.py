@@ -26,7 +26,7 @@ _HEADS, _OF = 14, 32
 def rope_reach(spec: ModelSpec) -> int:
     """The first distance at which RoPE, applied to two vectors of ones, yields no positive product.
 
-    `max_positions` if every distance is positive.
+    `max_positions` if the product is positive at every distance.
     """
     cos, _ = rope_tables(spec)
     negative = (cos.sum(dim=1) <= 0).nonzero()
@@ -35,17 +35,17 @@ def rope_reach(spec: ModelSpec) -> int:
 
 @dataclass(frozen=True)
 class SparseVLMPlus(TextGuided):
-    """SparseVLM's raters; attention divided by what RoPE alone gives a distance, over the heads that see the image.
+    """SparseVLM's raters; attention is divided by RoPE's weight of a distance, over the heads that attend to the image.
 
-    The divisor at distance d is (1ᵀ R_d 1) / √D, the product of two vectors of ones after RoPE. It turns negative
-    beyond a distance of its own (`rope_reach`), so geometries and prompts that reach it are refused.
+    The divisor at distance d is (1ᵀ R_d 1) / √D, the product of two vectors of ones after RoPE. It stops being positive
+    at a distance that depends on the model (`rope_reach`), so geometries and prompts that reach it are refused.
     """
 
     name = "sparsevlm-plus"
     summary = "sparsevlm with RoPE's distance taken out of the scores, no recycling (SparseVLM's released v2.0)"
     positions: OnlyOriginalPositions = "original"
     reach: Annotated[
-        int, Meta(description="The distance from which on its weights are of no use.", extra={"resolved": True})
+        int, Meta(description="First distance at which RoPE's weight is not positive.", extra={"resolved": True})
     ] = 0
 
     def scheduled(self, budget: Budget) -> Scheduled:
@@ -54,16 +54,16 @@ class SparseVLMPlus(TextGuided):
         reach = rope_reach(budget.geometry.model)
         if budget.entering >= reach:
             raise InputError(
-                f"method {self.name} weighs distances below {reach} positions only, and {budget.entering} visual tokens "
-                "enter this decoder; use sparsevlm, or combine with a vision-stage method"
+                f"method {self.name} weighs distances below {reach} positions only, and {budget.entering} visual "
+                "tokens enter this decoder; use sparsevlm, or combine with a vision-stage method"
             )
         return super(SparseVLMPlus, replace(self, reach=reach)).scheduled(budget)
 
     def check_prompt(self, reach: int) -> None:
         if self.reach and reach >= self.reach:
             raise InputError(
-                f"the prompt's end lies {reach} positions behind the image's first token, and method {self.name} weighs "
-                f"distances below {self.reach} only; shorten the prompt"
+                f"the prompt's end lies {reach} positions behind the image's first token, and method {self.name} "
+                f"weighs distances below {self.reach} only; shorten the prompt"
             )
 
     def score(self, attention: Attention, layout: Layout) -> Tensor:
@@ -76,11 +76,11 @@ class SparseVLMPlus(TextGuided):
         weight = 2 * attention.cos.float().sum(dim=1) / math.sqrt(size)
         rows = attention.positions.gather(1, attention.places)
         columns = layout.visual_of(attention.positions[..., None])[..., 0]
-        # Rows before the image rate nothing; their distance must only stay inside the table.
+        # Rows before the image rate nothing; their distance only has to stay inside the table.
         distance = (rows[:, :, None] - columns[:, None]).clamp(min=0)
         divisor, present = weight[distance], layout.present()
         if present is not None:
-            # A token that a row has not is paid nothing, so that it has no say in which heads count.
+            # A token that a row does not have gets no attention, so that it does not affect which heads count.
             divisor = divisor.masked_fill(~present[:, None], torch.inf)
         return token_score_heads(
             query,

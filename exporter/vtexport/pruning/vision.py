@@ -1,4 +1,4 @@
-"""What a vision-stage method is, and the part all of them share."""
+"""The base class of vision-stage methods, and the code that they share."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class TowerLayer:
 
 @dataclass(frozen=True)
 class TowerState:
-    """What the vision tower offers a method.
+    """The part of the vision tower's state that a method can read.
 
-    Rows are views: a batch of b prompts of T views each has B = b · T.
+    Rows are views: a batch of b prompts with T views each has B = b · T.
 
     Attributes:
-        features: output of the layer that yields the selected features, CLS first [B, 1 + V, C]; of a tower without
-            CLS [B, V, C].
-        layers: attention of every layer up to that one, which is the last; none of a tower without CLS.
+        features: output of the layer that yields the selected features, CLS first [B, 1 + V, C]; [B, V, C] for a
+            tower without CLS.
+        layers: attention of every layer up to and including that one; empty for a tower without CLS.
         scale: the factor on query · key before softmax.
-        grid: patches a side; V = grid².
+        grid: patches per side; V = grid².
         project: the projector, token by token: [..., C] -> [..., width of the decoder].
-        relevance: for a method that reads the question, the cosine of every patch and the question in CLIP's shared
-            space, [B, V] fp32.
-        padding: [B, V] bool, patches that show nothing of the image; None where all do.
+        relevance: for a method that reads the question, the cosine similarity of every patch and the question in CLIP's
+            shared space, [B, V] fp32.
+        padding: [B, V] bool, the patches to leave out because they show nothing of the image; None for none.
     """
 
     features: Tensor
@@ -58,7 +58,7 @@ class TowerState:
         return self.features[:, self.features.shape[1] - self.grid * self.grid :]
 
     def cls_score(self, layer: int = -1) -> Tensor:
-        """Row of CLS in the attention of `layer`, mean over heads, columns of the patches [B, V] fp32; -inf for padding.
+        """Attention of CLS to the patches in `layer`, mean over heads, [B, V] fp32; -inf for padding.
 
         Softmax runs over all 1 + V keys, CLS's own included.
         """
@@ -68,12 +68,12 @@ class TowerState:
 
         query, key = self.layers[layer].query, self.layers[layer].key
         batch, keys = key.shape[0], key.shape[2]
-        one = torch.ones(batch, 1, dtype=torch.int64, device=key.device)
-        score = token_score(query, key, one > 0, one * (keys - 1), one[:, 0], self.grid * self.grid, self.scale)
+        ones = torch.ones(batch, 1, dtype=torch.int64, device=key.device)
+        score = token_score(query, key, ones > 0, ones * (keys - 1), ones[:, 0], self.grid * self.grid, self.scale)
         return score if self.padding is None else score.masked_fill(self.padding, -torch.inf)
 
     def spread(self) -> Tensor:
-        """How many patches share CLS's attention in the layer that yields the features, [B] fp32."""
+        """The spread of CLS attention over patches in the layer that yields the features, [B] fp32."""
         from vtexport.pruning.ops import spread
 
         return spread(self.cls_score())
@@ -84,12 +84,12 @@ class Pruned:
     """A method's result.
 
     Attributes:
-        tokens: [B, K, C], projected already if `projected`.
+        tokens: [B, K, C].
         index: [B, K'] int32, ascending, of the tokens that stay as they were; None if all are merged.
-        score: [B, V] if the method rates tokens.
-        projected: whether `tokens` are the decoder's already.
-        length: [B, n] int64, how many of the K tokens are each image's, where that is not the same for all; the rest,
-            at the end, are none, and -1 in `index`.
+        score: [B, V] if the method rates tokens, else None.
+        projected: whether the projector has been applied to `tokens`.
+        length: [B, n] int64, how many of the K tokens belong to each image, where that differs between prompts. The
+            places that remain at the end hold no token, and are -1 in `index`.
     """
 
     tokens: Tensor
@@ -101,13 +101,13 @@ class Pruned:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """`vtexport.models.views.Rows` of a batch, as tensors, and the newline.
+    """`vtexport.models.views.Rows` of a batch as tensors, and the newline's embedding.
 
     Attributes:
         sequence: [b, V] int64.
-        row_start: [b, V] int64; not read where nothing is pruned.
+        row_start: [b, V] int64; not read if nothing is pruned.
         newline: [width of the decoder].
-        images: n, images a prompt.
+        images: n, images per prompt.
     """
 
     sequence: Tensor
@@ -118,21 +118,21 @@ class RowOrder:
 
 @dataclass(frozen=True)
 class VisionMethod(Method):
-    """A method that acts between vision tower and decoder."""
+    """A method that acts between the vision tower and the decoder."""
 
     #: whether the kept tokens are those of highest score
     ranked: ClassVar[bool] = True
     #: whether it needs the vision tower's CLS token
     reads_cls: ClassVar[bool] = False
-    #: whether it leaves out patches that are padding, as a sequence laid out by rows asks for
+    #: whether it leaves out patches that are padding, as a sequence laid out by rows requires
     skips_padding: ClassVar[bool] = False
 
     @classmethod
     def check_model(cls, spec: ModelSpec) -> None:
         if cls.reads_cls and not spec.vision.class_token:
             raise InputError(
-                f"method {cls.name} reads the vision tower's CLS token, and {spec.vision.kind} has none; use sparsevlm, "
-                "divprune, or another that reads none"
+                f"method {cls.name} reads the vision tower's CLS token, and {spec.vision.kind} has none; use "
+                "sparsevlm, divprune, or another that reads none"
             )
         if spec.views.newlines and not cls.skips_padding:
             raise InputError(
@@ -141,7 +141,7 @@ class VisionMethod(Method):
             )
 
     def settled(self, tower_layers: int) -> VisionMethod:
-        """The method with every option filled in that the tower's layers up to the feature layer decide.
+        """The method with those options filled in that depend on the number of tower layers up to the feature layer.
 
         Raises:
             InputError: an option that this tower does not allow.
@@ -150,7 +150,7 @@ class VisionMethod(Method):
 
     @property
     def companion(self) -> str:
-        """The CLIP checkpoint whose text tower reads the question for this method, a folder or a hub id; "" for none."""
+        """The CLIP checkpoint (a folder or a hub id) whose text tower reads the question; "" for none."""
         return ""
 
     def stages(self, tokens: int, keep: float, leading: int) -> tuple[Stage, ...]:
@@ -162,7 +162,7 @@ class VisionMethod(Method):
         return {}
 
     def select(self, state: TowerState, plan: PruningPlan, constants: Mapping[str, Tensor]) -> Pruned:
-        """Choose or make `plan.patch_budget` of the V patch tokens; `index` counts patches from 0."""
+        """Choose `plan.patch_budget` of the V patch tokens, or merge into as many; `index` counts patches from 0."""
         raise NotImplementedError
 
 
@@ -174,12 +174,12 @@ def prune(
 ) -> Pruned:
     """Apply the vision stage of `plan` to a tower's state; `constants` are those of its method as tensors.
 
-    Every view is pruned by itself. Leading tokens (CLS under strategy `full`) stay in front of their view's and are never
-    rated.
+    Every view is pruned by itself. Leading tokens (CLS under strategy `full`) stay in front of their view's tokens and
+    are never rated.
 
     Returns:
-        projected tokens [b, K, width of the decoder], a prompt's views one after the other or as `rows` say, and, into its
-        unpruned sequence, the index of those that stay as they were.
+        projected tokens [b, K, width of the decoder], a prompt's views one after the other or in the order of `rows`;
+        and the index, in the prompt's unpruned sequence, of the tokens that stay as they were.
     """
     if rows is not None:
         return _by_rows(plan, state, constants, rows)
@@ -190,11 +190,11 @@ def prune(
 
 
 def _of_views(plan: PruningPlan, state: TowerState, constants: Mapping[str, Tensor]) -> Pruned:
-    """Every view's own tokens, projected, leading ones in front."""
+    """The projected tokens of every view by itself, leading ones in front."""
     import torch
 
     pruned = plan.methods.vision.select(state, plan, constants)
-    # The projector works token by token: after pruning it yields the same and costs less.
+    # The projector works token by token, so after pruning it gives the same result at a lower cost.
     tokens = pruned.tokens if pruned.projected else state.project(pruned.tokens)
     index = pruned.index
     if plan.leading:
@@ -205,7 +205,7 @@ def _of_views(plan: PruningPlan, state: TowerState, constants: Mapping[str, Tens
 
 
 def _one_after_the_other(pruned: Pruned, plan: PruningPlan, state: TowerState) -> Pruned:
-    """The tokens of a prompt's views behind each other."""
+    """The tokens of a prompt's views, one view after the other."""
     import torch
 
     views = plan.views
@@ -225,15 +225,15 @@ def _joined(tokens: Tensor, views: int) -> Tensor:
 
 
 def _padding(state: TowerState, rows: RowOrder) -> Tensor:
-    """Which patches stand nowhere in the sequence, [B, V] bool."""
+    """Which patches are missing from the sequence, [B, V] bool."""
     import torch
 
     batch, patches = rows.sequence.shape[0], state.grid * state.grid
     views = state.features.shape[0] // batch
-    # TensorRT scatters at most as many values as there are places for them.
+    # TensorRT scatters at most as many values as the target has places.
     places = max(views * patches + rows.images + 1, rows.sequence.shape[1])
     shown = torch.zeros(batch, places, dtype=torch.float32, device=rows.sequence.device)
-    # Places that hold nothing name the same entry many times, with the same value.
+    # Places without a token all name one entry, and all write the same value to it.
     shown = shown.scatter(1, rows.sequence, torch.ones_like(rows.sequence, dtype=torch.float32))
     absent: Tensor = (shown[:, : views * patches] == 0).unflatten(1, (views, patches)).flatten(0, 1)
     return absent
@@ -243,22 +243,22 @@ def _by_rows(plan: PruningPlan, state: TowerState, constants: Mapping[str, Tenso
     """The tokens of a prompt in the order of its rows, pruned or not."""
     import torch
 
-    own = plan.views * state.grid * state.grid
+    num_patches = plan.views * state.grid * state.grid
     kept = _Kept(rows.sequence)
     if plan.vision_stage is not None:
         padding = _padding(state, rows)
         pruned = plan.methods.vision.select(replace(state, padding=padding), plan, constants)
         kept = _kept_of_rows(pruned, plan, padding, rows)
     joined = _joined(state.patches, plan.views)
-    source = kept.sequence.clamp(max=own - 1)[..., None].expand(-1, -1, joined.shape[2])
+    source = kept.sequence.clamp(max=num_patches - 1)[..., None].expand(-1, -1, joined.shape[2])
     projected = state.project(joined.gather(1, source))
-    tokens = torch.where((kept.sequence < own)[..., None], projected, rows.newline)
+    tokens = torch.where((kept.sequence < num_patches)[..., None], projected, rows.newline)
     return Pruned(tokens, kept.place, kept.score, projected=True, length=kept.length)
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What of a sequence by rows stays: its entries, their places, each image's number of them; and the scores."""
+    """The part of a sequence by rows that stays: its entries, their places, their number per image, and the scores."""
 
     sequence: Tensor
     place: Tensor | None = None
@@ -278,7 +278,8 @@ def _kept_of_rows(pruned: Pruned, plan: PruningPlan, padding: Tensor, rows: RowO
     chosen = marked(pruned.index, patches) & ~padding
     stay = _joined(chosen[..., None].float(), plan.views)[..., 0]
     stay = torch.cat([stay, torch.zeros_like(stay[:, : rows.images + 1])], dim=1)
-    # What stays up to each place, less what stayed before its start: of a patch itself, of a newline its row.
+    # How many stay up to each place, less those before its start. A patch starts at itself, a newline with its row, so
+    # the difference is above 0 where the patch, or any patch of the newline's row, stays.
     upto = stay.gather(1, sequence).cumsum(dim=1)
     before = torch.cat([torch.zeros_like(upto[:, :1]), upto], dim=1).gather(1, rows.row_start)
     stays = upto - before > 0
@@ -293,5 +294,5 @@ def _image_of(sequence: Tensor, plan: PruningPlan, rows: RowOrder, patches: int)
     """The image whose token stands at each place of a sequence by rows, [b, V]; n where there is none."""
     import torch
 
-    own, each = plan.views * patches, plan.views // rows.images * patches
-    return torch.where(sequence < own, sequence // each, sequence - own)
+    num_patches, per_image = plan.views * patches, plan.views // rows.images * patches
+    return torch.where(sequence < num_patches, sequence // per_image, sequence - num_patches)

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VisionZip(VisionMethod):
-    """`dominant` tokens by the CLS row summed over heads, then `contextual` ones made of the rest.
+    """`dominant` tokens by the CLS row summed over heads, then `contextual` ones merged from the rest.
 
-    Of the R others, targets stand at stride max(1, R // c); every other one joins the target whose head-mean key is
-    nearest by cosine. A contextual token is its target plus the mean of what joined. The authors' 54 + 10 of 64
-    tokens sets the default share of contextual ones.
+    Of the R other tokens, c at stride max(1, R // c) are targets; each of the rest joins the target whose head-mean key
+    is nearest by cosine. A contextual token is its target plus the mean of the tokens that joined it. The default share
+    of contextual tokens is the authors' 10 of 64 (54 + 10).
     """
 
     name = "visionzip"
@@ -33,7 +33,7 @@ class VisionZip(VisionMethod):
 
     def stages(self, tokens: int, keep: float, leading: int) -> tuple[Stage, ...]:
         budget = token_budget(tokens, keep, leading) - leading
-        # Merging needs tokens to merge: at most as many contextual ones as are dropped.
+        # Merging needs tokens to merge, so there are at most as many contextual tokens as dropped ones.
         contextual = min(round_half_up(budget * self.contextual), budget - 1, tokens - leading - budget)
         return (Stage(VISION, tokens, leading + budget - contextual, contextual),)
 
@@ -55,7 +55,7 @@ class VisionZip(VisionMethod):
         number = torch.arange(rest.shape[1], device=rest.device)
         is_target = (number % stride == 0) & (number < stride * contextual)
         targets = rest[:, : stride * contextual : stride]
-        # The sum over heads: cosines do not tell it from the mean, whose axis TensorRT cannot fold.
+        # A sum over heads has the same cosines as the mean.
         key = state.layers[-1].key[:, :, 1:].float().sum(dim=1)
         joined = first_best(cosine(take(key, rest), take(key, targets)))
         members = joined[:, None] == torch.arange(contextual, device=rest.device)[:, None]

@@ -1,4 +1,4 @@
-"""vispruner: important patches by CLS attention, and of the others the least alike (VisPruner, ICCV 2025)."""
+"""vispruner: important patches by CLS attention, and the most dissimilar of the others (VisPruner, ICCV 2025)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vtexport.pruning.vision import Pruned, TowerState, VisionMethod
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The released code thins by at most eight tokens a round.
+# The released code drops at most eight tokens per round.
 _ROUND = 8
 
 
 @dataclass(frozen=True)
 class VisPruner(VisionMethod):
-    """int(K * important) patches by the CLS row; the others thinned of duplicates until K - K_imp are left.
+    """K_imp = int(K * important) patches by the CLS row; the others are thinned of duplicates until K - K_imp remain.
 
-    A round splits the list (at first by descending attention) into even slots a and odd slots b, and drops those a
-    whose greatest cosine to a b is largest; what survives of a, in descending similarity, comes before b. A list of
-    odd length has one more a.
+    A round splits the list (at first in order of descending attention) into its even places a and odd places b, and
+    drops those of a whose greatest cosine to b is largest. The rest of a, in descending similarity, comes before b. If
+    the length is odd, a has one more.
     """
 
     name = "vispruner"

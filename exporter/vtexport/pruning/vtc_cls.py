@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VTCCls(VisionMethod):
-    """Top K patches by the head-mean CLS row, summed over tower layers l0 … the feature layer.
+    """Top K patches by the head-mean CLS row, summed over tower layers l0 up to the feature layer.
 
-    The authors record no default for l0 (`tower_from`); here it is the middle of the tower.
+    The authors give no default for l0 (`tower_from`); here it is the middle of the tower.
     """
 
     name = "vtc-cls"

@@ -1,4 +1,4 @@
-"""What a user gets: the answer, what every stage did with the image, and what it took."""
+"""The result for a user: the answer, what every stage did with the image, and the timings."""
 
 from __future__ import annotations
 
@@ -73,10 +73,12 @@ def stage_reports(plan: PruningPlan, grid: int, kept: Mapping[str, Array], views
     cells = _cells(plan, grid, views)
     entering = len(cells)
     for stage in plan.stages:
-        # A stage that merges every patch lists none; leading tokens stay all the same.
-        each = plan.num_visual_tokens // plan.views
-        every = [i for i in range(each * plan.views) if i % each < plan.leading] if stage.layer is None else []
-        index = [int(i) for i in kept.get(stage.where, np.array(every))]
+        # A stage that merges every patch lists no kept tokens, but keeps the leading ones.
+        per_view = plan.num_visual_tokens // plan.views
+        leading = (
+            [i for i in range(per_view * plan.views) if i % per_view < plan.leading] if stage.layer is None else []
+        )
+        index = [int(i) for i in kept.get(stage.where, np.array(leading))]
         cells = [cells[i] for i in index] + [None] * stage.recycled
         reports.append(StageReport(stage.where, entering, len(index), stage.recycled, index, cells))
         entering = len(cells)

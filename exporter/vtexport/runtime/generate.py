@@ -30,7 +30,7 @@ def look(engine: Engine, plan: PruningPlan, requests: Sequence[Request]) -> Visi
 
 
 def _extras(plan: PruningPlan, graph: str, requests: Sequence[Request]) -> dict[str, Array]:
-    """What the methods of `plan` ask for besides images and prompts, stacked over the batch."""
+    """The inputs of `graph` that the methods of `plan` need besides images and prompts, stacked over the batch."""
     names = [extra.name for part in plan.methods.parts for extra in part.extras if extra.graph == graph]
     return {name: np.stack([request.extras[name] for request in requests]) for name in names}
 
@@ -48,7 +48,7 @@ def visual_lengths(plan: PruningPlan, vision: VisionOutput, requests: Sequence[R
 
 
 class Generation:
-    """One batch on its way: vision and prefill when it is made, a decode step per step of its iteration.
+    """The generation of one batch: creating it runs vision and prefill, each step of its iteration a decode step.
 
     Args:
         engine: an opened engine.
@@ -104,7 +104,7 @@ class Generation:
         )
 
     def __iter__(self) -> Iterator[Mapping[int, int]]:
-        """The next token of every row that still runs, by row; once for every step."""
+        """Yield, at every step, the next token of each row that still runs, by row."""
         decoding, results = self._decoding, self.results
         history: list[list[Array]] = [[] for _ in results]
         running = np.ones(len(results), dtype=bool)
@@ -125,7 +125,7 @@ class Generation:
             if step + 1 == decoding.max_new_tokens or not running.any():
                 break
             start = time.perf_counter()
-            # Rows that have ended go on with the batch; what they yield is not read.
+            # Rows that have ended go on with the batch; their tokens are ignored.
             self._logits = self._engine.decode(self._cache, tokens, cached + step, cached + step + ahead)
             self._step_ms.append(1000 * (time.perf_counter() - start))
             if self._cache.ranking is not None:
@@ -136,7 +136,7 @@ class Generation:
 
     @property
     def timings(self) -> Timings:
-        """What the batch took so far."""
+        """The timings of the batch so far."""
         return Timings(self._vision_ms, self._prefill_ms, tuple(self._step_ms), self._cache.nbytes)
 
 
@@ -153,16 +153,16 @@ def generate(
     """Answer `requests` as one batch.
 
     Args:
-        engine: see `Generation`, as for all that is not said here.
-        plan: see there.
-        requests: see there.
-        decoding: see there.
+        engine: see `Generation`.
+        plan: see `Generation`.
+        requests: see `Generation`.
+        decoding: see `Generation`.
         on_token: called with (row, token) as tokens come.
-        bucket: see there.
-        vision: see there.
+        bucket: see `Generation`.
+        vision: see `Generation`.
 
     Raises:
-        InputError: see there.
+        InputError: see `Generation`.
     """
     generation = Generation(engine, plan, requests, decoding, bucket=bucket, vision=vision)
     for tokens in generation:
@@ -183,14 +183,14 @@ def _check_positions(lengths: Array, decoding: Decoding) -> None:
 
 
 def _check_prompts(plan: PruningPlan, requests: Sequence[Request]) -> None:
-    """Refuse prompts that the plan's method cannot weigh."""
+    """Refuse prompts that the plan's method cannot rate."""
     if plan.methods.decoder is not None:
         behind = max(len(request.prompt.token_ids) - request.prompt.image_positions[0] for request in requests)
         plan.methods.decoder.check_prompt(behind + plan.vision_tokens)
 
 
 def _result(row: int, vision: VisionOutput, prefill: PrefillOutput, bucket: int) -> Result:
-    """What the graphs gave out for one row, by stage."""
+    """The outputs of the graphs for one row, by stage."""
     result = Result(bucket=bucket)
     kept = vision.seen(bucket).kept
     if kept is not None:

@@ -1,4 +1,4 @@
-"""A bundle whose decoder ranks the visual tokens that another bundle prunes by (method sgl)."""
+"""A bundle whose decoder ranks visual tokens, for another bundle that prunes by the ranking (method sgl)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_needed(plan: PruningPlan, given: Sequence[str]) -> None:
     """Refuse a ranking that nothing would read.
 
     Raises:
-        InputError: `given`, what the methods of `plan` have from another bundle, names none.
+        InputError: `given`, the inputs that the methods of `plan` take from another bundle, lists no ranking.
     """
     if Ranking.name not in given:
         raise InputError(f"--ranking-from has no effect with method {plan.method}; leave it out")
@@ -39,22 +39,22 @@ class Ranker:
     """
 
     def __init__(self, runner: Runner, plan: PruningPlan, folder: Path) -> None:
-        self._runner, own = runner, runner.bundle.folder
+        self._runner, ranking_folder = runner, runner.bundle.folder
         if not runner.bundle.manifest.gives_ranking:
-            raise InputError(f"{own} gives no ranking; build it with --method dense --give-ranking")
+            raise InputError(f"{ranking_folder} gives no ranking; build it with --method dense --give-ranking")
         (stage,) = plan.decoder_stages.values()
         if runner.plan.num_visual_tokens != stage.tokens_in:
             raise InputError(
-                f"{own} ranks {runner.plan.num_visual_tokens} visual tokens but {stage.tokens_in} enter {folder}'s "
-                "pruning layer; give a model with the same visual tokens"
+                f"{ranking_folder} ranks {runner.plan.num_visual_tokens} visual tokens but {stage.tokens_in} enter "
+                f"{folder}'s pruning layer; give a model with the same visual tokens"
             )
 
     def ranked(
         self, requests: Sequence[Request], pairs: Sequence[tuple[Any, str]], max_new_tokens: int
     ) -> list[Request]:
-        """`requests` with what the ranking bundle attended to while it answered the same pairs."""
-        own = [self._runner.request(*pair) for pair in pairs]
-        results, _ = self._runner.generate(own, self._runner.decoding(max_new_tokens))
+        """`requests` with the ranking that the ranking bundle gives while it answers the same pairs."""
+        ranking_requests = [self._runner.request(*pair) for pair in pairs]
+        results, _ = self._runner.generate(ranking_requests, self._runner.decoding(max_new_tokens))
         completed = []
         for request, result in zip(requests, results, strict=True):
             assert result.ranking is not None, "a build that gives its ranking gives one for every row"

@@ -1,4 +1,4 @@
-"""What a generation is given, and what it yields."""
+"""The inputs and results of a generation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Request:
     Attributes:
         prompt: its prompt.
         views: its images.
-        extras: what the plan's method has besides them (`vtexport.pruning.extra`), by name, without the batch's axis.
+        extras: the method's inputs besides them (`vtexport.pruning.extra`), by name, without the batch axis.
     """
 
     prompt: Prompt
@@ -51,11 +51,11 @@ class Result:
     Attributes:
         token_ids: the generated tokens, the end token included if it came.
         kept: by stage (`Stage.where`), the tokens that stay as they were, indices [K'] int32 into its input.
-        debug: what else a debug build gives out: by stage `score` and `cluster`, and `raters` over the text.
+        debug: the further outputs of a debug build: by stage `score` and `cluster`, and `raters` over the text.
         logits: [len(token_ids), vocabulary] fp32 if asked for.
-        ranking: [V] attention to each visual token over prompt and answer, of a build that gives it.
+        ranking: [V] attention to each visual token over prompt and answer, if the build gives it.
         bucket: the number of the plan that this row got.
-        spread: the spread of CLS attention by which that plan was chosen; None where there is one plan.
+        spread: the spread of CLS attention by which that plan was chosen; None if there is only one plan.
     """
 
     token_ids: list[int] = field(default_factory=list)

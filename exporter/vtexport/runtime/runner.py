@@ -23,13 +23,13 @@ from vtexport.runtime.request import Decoding, Request, Result, Timings
 from vtexport.runtime.text import TextStream
 from vtexport.targets.base import Compiled, VisionOutput
 
-#: tokens of an answer, where nothing else is said
+#: default maximum of tokens per answer
 MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A prompt whose images have been seen: its text with a mark for each, the question in it, their tokens [K, C]."""
+    """A prompt after the vision stage: its text with a mark per image, its question, the images' tokens [K, C]."""
 
     text: str
     question: str
@@ -49,7 +49,7 @@ class Runner:
 
         Raises:
             TargetError: the target cannot run here.
-            InputError: a ranking is missing, has no effect, or is of another length.
+            InputError: a ranking has no effect, or is of another length.
         """
         manifest = bundle.manifest
         target = bundle.target()
@@ -66,7 +66,7 @@ class Runner:
         extras = [extra for part in self.plan.methods.parts for extra in part.extras]
         makers = {extra.name: extra.of_questions(bundle.processor_folder, self.spec) for extra in extras}
         self._makers = {name: maker for name, maker in makers.items() if maker is not None}
-        #: what another bundle has to give for every request, by name
+        #: names of the inputs that another bundle must give for every request
         self.given = [name for name, maker in makers.items() if maker is None]
         self._ranker: Ranker | None = None
         if ranking_from is not None:
@@ -91,7 +91,7 @@ class Runner:
 
     @property
     def plan(self) -> PruningPlan:
-        """The plan; of several, the one of most tokens."""
+        """The plan; if there are several, the one with the most tokens."""
         return self.plans[0]
 
     @property
@@ -105,10 +105,10 @@ class Runner:
         return Request(self.prompter.prompt(question), self.prompter.views(image), extras)
 
     def need_language_model(self) -> None:
-        """Refuse to answer with a vision engine alone.
+        """Refuse a bundle that cannot answer, because it holds a vision engine alone.
 
         Raises:
-            InputError: that is all the bundle holds.
+            InputError: the bundle has no language model.
         """
         if "decode" not in self.bundle.manifest.graphs:
             raise InputError(
@@ -176,15 +176,15 @@ class Runner:
             yield piece
 
     def embed(self, pairs: Sequence[tuple[Any, str]]) -> list[Embedded]:
-        """The vision stage alone: prompts and their images' tokens, for a language model that runs elsewhere.
+        """Run the vision stage alone, to give prompts and visual tokens to a language model that runs elsewhere.
 
         Raises:
             InputError: the bundle prunes inside the decoder.
         """
         if self.plan.decoder_stages:
             raise InputError(
-                f"{self.bundle.folder} prunes inside the decoder (method {self.plan.method}), so its visual tokens alone are "
-                "not what it answers from; build with a vision-stage method such as fastervlm"
+                f"{self.bundle.folder} prunes inside the decoder (method {self.plan.method}), so its visual tokens "
+                "alone do not carry the pruning; build with a vision-stage method such as fastervlm"
             )
         requests = [self.request(image, question) for image, question in pairs]
         vision = look(self.engine, self.plan, requests)
@@ -203,7 +203,7 @@ class Runner:
         return self.policy.choose(vision.spread)
 
     def decoding(self, max_new_tokens: int) -> Decoding:
-        """Up to the model's own end tokens and positions."""
+        """Decoding up to the model's own end tokens and positions."""
         model = self.bundle.manifest.model
         return Decoding(max_new_tokens, model.max_positions, model.eos_token_ids)
 
@@ -215,7 +215,7 @@ class Runner:
     ) -> tuple[list[Result], list[Timings]]:
         """`vtexport.runtime.generate.generate` with this bundle's engine and plans.
 
-        With several plans the images are looked at once, and rows of equal plan go on as one batch.
+        With several plans, the vision graph runs once, and rows with the same plan go on as one batch.
 
         Returns:
             results in the order of `requests`, and the timings of the batch that each was in.
@@ -247,7 +247,7 @@ class Runner:
     def _completed(
         self, requests: Sequence[Request], pairs: Sequence[tuple[Any, str]], max_new_tokens: int
     ) -> list[Request]:
-        """`requests` with what the ranking bundle gives for the same pairs."""
+        """`requests` with the inputs that the ranking bundle gives for the same pairs."""
         if self._ranker is None:
             raise InputError(
                 f"{self.bundle.folder} prunes by another bundle's ranking; give that bundle as --ranking-from"
@@ -272,7 +272,7 @@ class Runner:
 
 
 def _renumbered(on_token: Callable[[int, int], None] | None, rows: Sequence[int]) -> Callable[[int, int], None] | None:
-    """`on_token` for some rows of a batch."""
+    """`on_token` for a batch that consists of `rows` of a larger one."""
     return None if on_token is None else lambda row, token: on_token(rows[row], token)
 
 

@@ -1,4 +1,4 @@
-"""Tokens as they come -> text as it grows."""
+"""Turns tokens into text as they come."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class TextStream:
         self._given = 0
 
     def add(self, token: int) -> str:
-        """What `token` adds to the text; empty while a character is not whole yet."""
+        """The text that `token` adds; empty while a character is incomplete."""
         self._tokens.append(token)
         text = self._prompter.decode(self._tokens)
-        # A character may need several tokens: what is not whole yet waits.
+        # A character may need several tokens; an incomplete one waits.
         return "" if text.endswith("\ufffd") else self._from(text)
 
     def rest(self) -> str:
-        """What is left when all tokens have come."""
+        """The text that is left when all tokens have come."""
         return self._from(self._prompter.decode(self._tokens))
 
     def _from(self, text: str) -> str:

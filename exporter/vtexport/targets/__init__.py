@@ -24,7 +24,7 @@ def get_target(name: str, options: Mapping[str, object] | None = None) -> Target
     """The target called `name` with the options given, the others at their defaults.
 
     Raises:
-        InputError: there is no such target, or it does not have such an option or value.
+        InputError: an unknown target, an option that it does not have, or an invalid value.
     """
     if name not in TARGETS:
         raise InputError(f"unknown target {name!r}; choose one of {', '.join(TARGETS)}")

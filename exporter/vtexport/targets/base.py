@@ -1,4 +1,4 @@
-"""What a target is: how a bundle is compiled for a runtime, and how that runtime is opened."""
+"""The interface of targets: how a bundle is compiled for a runtime, and how it is opened there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: milliseconds of each graph's layers by their names, over all its calls
 LayerTimes = Mapping[str, Mapping[str, float]]
-#: the folder of a bundle where graphs lie, and the weights that they point into
+#: the folder of a bundle that holds graphs and the weights that they point into
 ENGINE_FOLDER = "engine"
 
 
@@ -34,7 +34,7 @@ class Availability:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the vision graph gives the prefill graph of one plan: visual [B, K, C]; kept [B, K'] int32 or None."""
+    """The vision graph's outputs for one plan's prefill graph: visual [B, K, C]; kept [B, K'] int32 or None."""
 
     visual: Array
     kept: Array | None
@@ -42,20 +42,20 @@ class Seen:
 
 @dataclass(frozen=True)
 class VisionOutput:
-    """The vision graph's outputs by name (`vtexport.graph.graphs.VisionGraph`), rows of a batch in front."""
+    """The vision graph's outputs by name (`vtexport.graph.graphs.VisionGraph`); the first axis is the batch."""
 
     arrays: Mapping[str, Array]
 
     def seen(self, bucket: int = 0) -> Seen:
-        """What plan number `bucket` works on."""
-        own, shared = f".{bucket}", self.arrays.get("visual")
+        """The outputs for plan number `bucket`."""
+        suffix, shared = f".{bucket}", self.arrays.get("visual")
         if shared is not None:
             return Seen(shared, self.arrays.get("kept"))
-        return Seen(self.arrays["visual" + own], self.arrays.get("kept" + own))
+        return Seen(self.arrays["visual" + suffix], self.arrays.get("kept" + suffix))
 
     @property
     def score(self) -> Array | None:
-        """Scores [B, V] of a debug build of a vision-stage method that rates."""
+        """Scores [B, V], in a debug build with a vision-stage method that rates."""
         return self.arrays.get("score")
 
     @property
@@ -65,38 +65,38 @@ class VisionOutput:
 
     @property
     def spread(self) -> Array:
-        """How many patches share CLS's attention, [B] fp32; of a build with several plans."""
+        """How many patches share CLS's attention, [B] fp32; only in a build with several plans."""
         return self.arrays["spread"]
 
     def rows(self, rows: Array) -> VisionOutput:
-        """The same of some rows of the batch."""
+        """The outputs for the given rows of the batch."""
         return VisionOutput({name: array[rows] for name, array in self.arrays.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Input:
-    """A graph's inputs; one that the graph does not have is None.
+    """The inputs of a graph; an input that the graph does not have is None.
 
     Attributes:
-        extras: what the plan's method has besides (`vtexport.pruning.extra`), by name, [B, …] each.
+        extras: further inputs of the plan's method (`vtexport.pruning.extra`), by name, [B, …] each.
     """
 
     extras: Mapping[str, Array] = field(default_factory=dict)
 
     def feeds(self) -> dict[str, Array]:
         """The graph's inputs by name."""
-        own = {name: array for name, array in vars(self).items() if name != "extras" and array is not None}
-        return {**own, **self.extras}
+        present = {name: array for name, array in vars(self).items() if name != "extras" and array is not None}
+        return {**present, **self.extras}
 
 
 @dataclass(frozen=True)
 class VisionInput(_Input):
-    """What the vision graph takes (`vtexport.graph.graphs.VisionGraph`).
+    """The inputs of the vision graph (`vtexport.graph.graphs.VisionGraph`).
 
     Attributes:
-        pixel_values: [B, 3, S, S] fp32, of several views a prompt [B, T, 3, S, S].
-        sequence: [B, V] int64, for a sequence laid out by rows.
-        row_start: [B, V] int64, for one that is pruned.
+        pixel_values: fp32 [B, 3, S, S], or [B, T, 3, S, S] with several views per prompt.
+        sequence: [B, V] int64, if the visual sequence is laid out by rows (`vtexport.models.views.Rows`).
+        row_start: [B, V] int64, if such a sequence is pruned.
     """
 
     pixel_values: Array
@@ -106,14 +106,14 @@ class VisionInput(_Input):
 
 @dataclass(frozen=True)
 class PrefillInput(_Input):
-    """What prefill takes.
+    """The inputs of the prefill graph.
 
     Attributes:
         input_ids: [B, L] int64, the prompts without their images, padded on the right.
-        image_position: [B] int64, text tokens before the image; of n images a prompt [B, n].
+        image_position: int64 [B], text tokens before the image, or [B, n] with n images per prompt.
         text_length: [B] int64, text tokens of each prompt.
-        visual: [B, K, C], what the vision graph gave.
-        visual_length: [B, n] int64, visual tokens of each image, where rows differ in that or have several.
+        visual: [B, K, C], the vision graph's output.
+        visual_length: [B, n] int64, visual tokens of each image, if rows differ in that or have several images.
     """
 
     input_ids: Array
@@ -125,13 +125,13 @@ class PrefillInput(_Input):
 
 @dataclass(frozen=True)
 class PrefillOutput:
-    """What prefill gives.
+    """The outputs of the prefill graph.
 
     Attributes:
         logits: [B, vocabulary] fp32 of each row's last token.
         cache: the KV cache, with room for further tokens.
-        stages: what the decoder stages give out, by name (`vtexport.graph.graphs.PrefillGraph`): kept.i, and of a
-            debug build score.i, cluster.i and raters; ranking if built to give it.
+        stages: the outputs of the decoder stages, by name (`vtexport.graph.graphs.PrefillGraph`): kept.i; in a debug
+            build also score.i, cluster.i and raters; ranking if the build gives it.
     """
 
     logits: Array
@@ -147,7 +147,7 @@ class Cache(Protocol):
 
     @property
     def ranking(self) -> Array | None:
-        """Of the last decode step, [B, V] attention to each visual token; None unless built to give it."""
+        """The attention to each visual token in the last decode step, [B, V]; None unless the build gives it."""
         ...
 
 
@@ -163,11 +163,11 @@ class Engine(Protocol):
         ...
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
-        """The prefill graph of plan number `bucket`; the cache gets room for `new_tokens` tokens more."""
+        """The prefill graph of plan number `bucket`; the cache gets room for `new_tokens` more tokens."""
         ...
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
-        """Logits [B, vocabulary] after one more token a row.
+        """Logits [B, vocabulary] after one more token per row.
 
         Args:
             cache: what `prefill` gave, updated in place.
@@ -188,14 +188,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class CompileJob:
-    """What a target gets to compile.
+    """The input of `Target.compile`.
 
     Attributes:
         folder: the bundle under construction; graphs and weights lie in `engine/`.
         models: the traced graphs by name, weights attached.
         spec, plans, dtype: what they were traced from.
         report: called with (line, steps) when a piece of work begins; steps None if unknown.
-        advance: called with steps done.
+        advance: called with the number of steps done.
         warn: called with a runtime's own warnings and errors.
     """
 
@@ -211,7 +211,7 @@ class CompileJob:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a target made: files by graph, relative to the bundle, and what of this machine the manifest keeps."""
+    """The result of `Target.compile`: files by graph, relative to the bundle; versions and facts for the manifest."""
 
     files: Mapping[str, str]
     versions: Mapping[str, str]
@@ -222,16 +222,16 @@ class Compiled:
 class Target(ABC):
     """A runtime to compile for, with its options.
 
-    To add one: a subclass in a folder of its own, a frozen dataclass whose annotated fields are its options
-    (`vtexport.options`), listed in `vtexport.targets.TARGETS`.
+    To add one, write a subclass in a folder of its own, as a frozen dataclass whose annotated fields are its options
+    (`vtexport.options`), and list it in `vtexport.targets.TARGETS`.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
-    #: whether its engines hold their weights, rather than point at them
+    #: whether its engines hold their weights, rather than point to them
     weights_inside: ClassVar[bool] = False
-    #: whether the language model is left to another program, so that there is a vision graph alone
+    #: whether the language model is left to another program, so that there is only a vision graph
     vision_only: ClassVar[bool] = False
 
     @classmethod
@@ -245,21 +245,21 @@ class Target(ABC):
         return cls.can_build()
 
     def check(self) -> None:  # noqa: B027 - not every target has something to refuse
-        """Refuse options that this machine or each other do not allow.
+        """Refuse options that do not work on this machine or with each other.
 
         Raises:
-            InputError: an option, with what to do about it.
+            InputError: an option does not work; the message says what to do about it.
         """
 
     def check_plans(self, spec: ModelSpec, plans: Sequence[PruningPlan]) -> None:  # noqa: B027 - as above
-        """Refuse plans that the target has no place for.
+        """Refuse plans that the target does not support.
 
         Raises:
-            InputError: one of them.
+            InputError: a plan is not supported.
         """
 
     def scheme(self) -> Scheme | None:
-        """How the weights of the decoder's linear layers are held; None for as they are."""
+        """The quantisation of the decoder's linear layers; None to leave their weights as they are."""
         return None
 
     @abstractmethod
@@ -271,27 +271,27 @@ class Target(ABC):
         """
 
     def finish(self, folder: Path, compiled: Compiled) -> None:  # noqa: B027 - as above
-        """Remove from the bundle what only compiling and verifying needed."""
+        """Remove from the bundle the files that only compiling and the self-check needed."""
 
     @abstractmethod
     def open(self, folder: Path, compiled: Compiled, threads: int) -> Engine:
         """Open what was compiled; `threads` 0 leaves the number to the runtime.
 
         Raises:
-            TargetError: it was compiled for another version or device than there is here.
+            TargetError: it was compiled for another version or device than this machine has.
         """
 
 
 def prefill_names(plans: int) -> list[str]:
-    """The names of the prefill graphs of so many plans."""
+    """The names of the prefill graphs of a bundle with this number of plans."""
     return ["prefill"] if plans == 1 else [f"prefill-{bucket}" for bucket in range(plans)]
 
 
 def prefill_name(graphs: Collection[str], bucket: int) -> str:
-    """The name of the prefill graph of plan number `bucket` in a bundle of so many graphs: one vision, one decode."""
+    """The name of plan number `bucket`'s prefill graph; all of `graphs` but vision and decode are prefill graphs."""
     return prefill_names(len(graphs) - 2)[bucket]
 
 
 def graph_names(plans: int) -> list[str]:
-    """The names of all graphs of a bundle with so many plans."""
+    """The names of all graphs of a bundle with this number of plans."""
     return ["vision", *prefill_names(plans), "decode"]

@@ -51,7 +51,7 @@ def quantize(models: Sequence[ir.Model], scheme: Scheme) -> dict[str, Lazy]:
     """Replace the products with the decoder's weights by those of `scheme`, in all `models`.
 
     Returns:
-        by the names of the new initialisers, how each is made of the weight that it replaces.
+        for each new initialiser, by name, how it is made from the weight that it replaces.
     """
     sources: dict[str, Lazy] = {}
     encoder = _Encoder(scheme)
@@ -82,7 +82,7 @@ class _Encoder:
 
 
 def _weight_of(node: ir.Node) -> str | None:
-    """The weight that a product is with, if it is one of the decoder's layers'."""
+    """The name of the weight in a product, if it belongs to one of the decoder's layers."""
     if node.op_type != "MatMul" or node.inputs[1] is None:
         return None
     transpose = node.inputs[1].producer()
@@ -103,14 +103,14 @@ def _replace(graph: ir.Graph, node: ir.Node, name: str, encoder: _Encoder) -> di
     assert weight.shape is not None, "weights have shapes"
     assert weight.dtype is not None, "weights have dtypes"
     rows, columns = (int(extent) for extent in weight.shape.numpy())
-    scheme, parts, found = encoder.scheme, [], {}
-    for number, (kind, extents) in enumerate(scheme.tensors(rows, columns, weight.dtype)):
-        made = f"{name}.{scheme.parts[number]}"
-        value = ir.Value(name=made, shape=ir.Shape(extents), type=ir.TensorType(kind))
-        value.const_value = ir.LazyTensor(_never, dtype=kind, shape=ir.Shape(extents), name=made)
+    scheme, parts, sources = encoder.scheme, [], {}
+    for number, (element_type, extents) in enumerate(scheme.tensors(rows, columns, weight.dtype)):
+        part = f"{name}.{scheme.parts[number]}"
+        value = ir.Value(name=part, shape=ir.Shape(extents), type=ir.TensorType(element_type))
+        value.const_value = ir.LazyTensor(_never, dtype=element_type, shape=ir.Shape(extents), name=part)
         graph.register_initializer(value)
         parts.append(value)
-        found[made] = Lazy(name, weight.dtype, partial(encoder, number))
+        sources[part] = Lazy(name, weight.dtype, partial(encoder, number))
     nodes = scheme.product(x, parts, rows, columns)
     old, new = node.outputs[0], nodes[-1].outputs[0]
     new.name, new.shape, new.type = old.name, old.shape, old.type
@@ -121,11 +121,11 @@ def _replace(graph: ir.Graph, node: ir.Node, name: str, encoder: _Encoder) -> di
         graph.remove(transpose, safe=True)
     if not weight.uses():
         del graph.initializers[name]
-    return found
+    return sources
 
 
 def block_quantizer(**config: Any) -> Any:
-    """ONNX Runtime's quantizer of weights in blocks, by its `DefaultWeightOnlyQuantConfig`."""
+    """ONNX Runtime's block-wise weight quantizer; `config` is for its `DefaultWeightOnlyQuantConfig`."""
     import logging
 
     root = logging.getLogger()
@@ -135,7 +135,7 @@ def block_quantizer(**config: Any) -> Any:
         DefaultWeightOnlyQuantizer,
     )
 
-    # Importing it sets up logging for the whole process.
+    # Importing it changes logging for the whole process, which is undone here.
     root.handlers[:], root.level = handlers, level
     return DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(**config))
 

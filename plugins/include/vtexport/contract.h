@@ -1,5 +1,5 @@
-// The contract of the op domain `vtexport`, shared by every implementation: what an op is told, and what it refuses.
-// What each op computes is said once, in exporter/vtexport/pruning/ops.py.
+// The contract of the op domain `vtexport`, shared by every implementation: the inputs of an op, and what it refuses.
+// What each op computes is documented once, in exporter/vtexport/pruning/ops.py.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@ auto for_type(DType type, Run run) {
   }
 }
 
-// Extents are int32: the largest problem of LLaVA (batch 64, 40 heads, 2,880 keys) is far inside.
+// Extents are int32: the largest problem of LLaVA (batch 64, 40 heads, 2,880 keys) is far below the limit.
 
 // TokenScore, and TokenScoreHeads where best_heads > 0.
 //   query [batch, heads, rows, size], key [batch, kv_heads, keys, size], counts [batch, rows] bool,
@@ -33,7 +33,7 @@ auto for_type(DType type, Run run) {
 struct ScoreProblem {
   int32_t batch, heads, kv_heads, rows, keys, size, visual;
   float scale;
-  int32_t best_heads;  // 0: the mean of all heads; else attention is divided, and so many heads are averaged
+  int32_t best_heads;  // 0: the mean of all heads; else attention is divided, and this many heads are averaged
   DType type;
 
   // Why no implementation can run this problem; null if every one can.

@@ -1,4 +1,4 @@
-"""What run prints."""
+"""The output of `vtexport run`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Printer:
         self._pieces: list[list[str]] = [[] for _ in range(rows)]
 
     def add(self, row: int, token: int) -> None:
-        """A token of `row` came."""
+        """Take the next token of `row`."""
         piece = self._texts[row].add(token)
         self._pieces[row].append(piece)
         if len(self._texts) == 1:
             self._write(piece, nl=False)
 
     def close(self) -> None:
-        """All tokens have come."""
+        """Print what is left when all tokens have come."""
         if len(self._texts) == 1:
             self._write(self._texts[0].rest())
             return
@@ -35,7 +35,7 @@ class Printer:
 
 
 def run_summary(answers: Sequence[Answer]) -> str:
-    """A line on tokens and time; with `--keep auto` one for every keep ratio chosen."""
+    """One line on tokens and time; with `--keep auto` one per chosen keep ratio."""
     return "\n".join(
         _run_line([answer for answer in answers if answer.keep == keep])
         for keep in sorted({answer.keep for answer in answers})
@@ -44,7 +44,7 @@ def run_summary(answers: Sequence[Answer]) -> str:
 
 def _run_line(answers: Sequence[Answer]) -> str:
     tokens, times = answers[0].visual_tokens, answers[0].timings_ms
-    step = "" if times["per_token"] is None else f", {times['per_token']:.1f} ms a token"
+    step = "" if times["per_token"] is None else f", {times['per_token']:.1f} ms per token"
     spreads = ", ".join(f"{answer.spread:.1f}" for answer in answers if answer.spread is not None)
     chosen = f"keep {answers[0].keep:g} chosen (attention spread over {spreads} patches): " if spreads else ""
     return (

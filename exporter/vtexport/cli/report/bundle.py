@@ -1,4 +1,4 @@
-"""What build, build --dry-run and inspect print."""
+"""The output of `vtexport build`, `build --dry-run` and `inspect`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vtexport.pruning.flops import NOMINAL_TEXT_TOKENS, plan_flops
 
 
 def build_summary(bundle: Bundle) -> RenderableType:
-    """What `vtexport build` ends with: tokens, cost, sizes, verification, and the next command to type."""
+    """The summary at the end of `vtexport build`: tokens, cost, sizes, verification, and the next command to type."""
     target = bundle.manifest.target
     rows = [
         *_plan_rows(bundle),
@@ -27,19 +27,21 @@ def build_summary(bundle: Bundle) -> RenderableType:
     return facts([("bundle", str(bundle.folder)), *rows])
 
 
-def dry_run_summary(found: Estimate) -> RenderableType:
-    """What `vtexport build --dry-run` prints."""
-    weights = f"{megabytes(found.weight_bytes)} of weights " + ("converted" if found.converts else "as they are")
+def dry_run_summary(estimate: Estimate) -> RenderableType:
+    """The output of `vtexport build --dry-run`."""
+    weights = f"{megabytes(estimate.weight_bytes)} of weights " + ("converted" if estimate.converts else "as they are")
     check = (
-        "this model" if found.checked_in_full else "a small model of the same layers, for this one does not fit here"
+        "this model"
+        if estimate.checked_in_full
+        else "a small model of the same layers, because this one cannot run here"
     )
-    rows = [row for plan in found.engines.plans for row in _one_plan(plan, found.spec)]
+    rows = [row for plan in estimate.engines.plans for row in _one_plan(plan, estimate.spec)]
     return facts(
         [
             *rows,
-            ("target", f"{found.target.name}, {found.engines.dtype}"),
-            ("size", f"{weights}, about {megabytes(found.graph_bytes)} of graphs"),
-            ("peak memory", f"about {megabytes(found.peak_memory)}"),
+            ("target", f"{estimate.target.name}, {estimate.engines.dtype}"),
+            ("size", f"{weights}, about {megabytes(estimate.graph_bytes)} of graphs"),
+            ("peak memory", f"about {megabytes(estimate.peak_memory)}"),
             ("checked on", check),
             ("written", "nothing: a dry run"),
         ]
@@ -47,7 +49,7 @@ def dry_run_summary(found: Estimate) -> RenderableType:
 
 
 def bundle_table(bundle: Bundle, *, verified: bool) -> RenderableType:
-    """What `vtexport inspect` prints."""
+    """The output of `vtexport inspect`."""
     manifest = bundle.manifest
     files = make_table("file", "bytes", "sha256")
     for entry in manifest.files:
@@ -68,12 +70,12 @@ def bundle_table(bundle: Bundle, *, verified: bool) -> RenderableType:
 
 
 def _plan_rows(bundle: Bundle) -> list[tuple[str, str]]:
-    """The plan; of several, what chooses, and then each."""
+    """The rows of the plan; if there are several, first those on how one is chosen."""
     spec, policy = bundle.spec(), bundle.manifest.policy()
     plans = bundle.manifest.pruning_plans()
     rows: list[tuple[str, str]] = []
     if policy is not None:
-        rows.append(("keep auto", f"{policy.accuracy:.1%} of answers as dense ones at calibration"))
+        rows.append(("keep auto", f"{policy.accuracy:.1%} of answers as in the dense model at calibration"))
         for number, plan in enumerate(plans):
             limit = f"spread up to {policy.limits[number - 1]:.4g} patches" if number else "any other image"
             rows.append((f"  keep {plan.keep:g}", limit))
@@ -98,19 +100,19 @@ def _one_plan(plan: PruningPlan, spec: ModelSpec) -> list[tuple[str, str]]:
 
 
 def _verification(bundle: Bundle) -> str:
-    found = bundle.manifest.verification
-    if found is None:
+    entry = bundle.manifest.verification
+    if entry is None:
         return "not checked"
-    kept = "same kept tokens" if found.same_kept else "kept tokens equal up to rounding"
-    answers = "same greedy tokens" if found.same_tokens else "greedy tokens equal up to rounding"
+    kept = "same kept tokens" if entry.same_kept else "kept tokens equal up to rounding"
+    answers = "same greedy tokens" if entry.same_tokens else "greedy tokens equal up to rounding"
     return (
-        f"{kept}, {answers}, largest logit error {found.max_logit_error:.1e} of {found.tolerance:g} allowed "
-        f"({found.samples} samples x {found.tokens} tokens; {found.ran} against {found.against})"
+        f"{kept}, {answers}, largest logit error {entry.max_logit_error:.1e} of {entry.tolerance:g} allowed "
+        f"({entry.samples} samples x {entry.tokens} tokens; {entry.ran} against {entry.against})"
     )
 
 
 def _next(bundle: Bundle) -> str:
-    """What to do with a bundle."""
+    """The command to try next with a bundle."""
     model = bundle.manifest.model
     if "decode" not in bundle.manifest.graphs:
         return "give it to TensorRT-LLM: docs/tensorrt-llm.md"

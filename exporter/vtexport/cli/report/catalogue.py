@@ -1,4 +1,4 @@
-"""What list and doctor print."""
+"""The output of `vtexport list` and `vtexport doctor`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def catalogue() -> dict[str, dict[str, str]]:
 
 
 def catalogue_tables() -> RenderableType:
-    """What `vtexport list` prints."""
+    """The tables that `vtexport list` prints."""
     defaults = (DEFAULT_METHOD, DEFAULT_TARGET)
     parts: list[RenderableType] = []
     for title, entries in catalogue().items():
@@ -36,7 +36,7 @@ def catalogue_tables() -> RenderableType:
 
 
 def health_tables() -> RenderableType:
-    """What `vtexport doctor` prints."""
+    """The lists that `vtexport doctor` prints."""
     rows = []
     for health in examine():
         for what, state in (("build", health.build), ("run", health.run)):

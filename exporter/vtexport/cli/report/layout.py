@@ -1,4 +1,4 @@
-"""What all reports are made of: tables, lists of facts, sizes."""
+"""The parts of all reports: tables, lists of facts, sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def make_table(*columns: str, title: str | None = None) -> Table:
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> RenderableType:
-    """Names and values, a line each however long: a path or command in it can be copied whole."""
+    """Names and values, one unwrapped line each, so that paths and commands can be copied whole."""
     width = max(len(name) for name, _ in rows)
     lines = [Text.assemble((name.ljust(width), "bold"), "  ", value) for name, value in rows]
     return Text("\n", no_wrap=True, overflow="ignore").join(lines)

@@ -1,4 +1,4 @@
-"""What profile and eval print."""
+"""The output of `vtexport profile` and `vtexport eval`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vtexport.measure.profile import STAGES, Report, Side
 
 
 def profile_table(report: Report) -> RenderableType:
-    """What `vtexport profile` prints."""
+    """The table that `vtexport profile` prints."""
     sides = [side for side in (report.this, report.against) if side is not None]
     table = make_table("stage, ms")
     for side in sides:
@@ -32,18 +32,18 @@ def profile_table(report: Report) -> RenderableType:
 
 
 def _device_row(side: Side, graph: str) -> list[float]:
-    found = side.on_device.get(graph)
-    return [0.0, 0.0, 0.0] if found is None else list(vars(found).values())
+    stats = side.on_device.get(graph)
+    return [0.0, 0.0, 0.0] if stats is None else list(vars(stats).values())
 
 
 def layer_table(report: Report, number: int) -> RenderableType:
-    """What `vtexport profile --layers` prints besides."""
+    """The table that `vtexport profile --layers` adds."""
     table = make_table("graph", "layer", "ms", "of the graph")
     for graph, layers in report.layers.items():
         total = sum(layers.values())
         for name, spent in list(layers.items())[:number]:
             table.add_row(graph, name, f"{spent:.3f}", f"{spent / total:.1%}")
-    return Group("", table, "one answer, under the runtime's own profiler, which slows what it watches")
+    return Group("", table, "one answer, under the runtime's own profiler, which slows the run down")
 
 
 def _side_row(side: Side) -> tuple[str, str]:
@@ -59,12 +59,12 @@ def _conditions(report: Report) -> str:
     return (
         f"{report.device}; {known}; batch {report.batch}, {report.text_tokens} text tokens, {report.new_tokens} new "
         f"tokens, {report.runs} runs after {report.warm_up} to warm up; first token = preprocess + vision + prefill, "
-        "pruning inside vision"
+        "pruning included"
     )
 
 
 def score_table(score: Score) -> RenderableType:
-    """What `vtexport eval` prints."""
+    """The table that `vtexport eval` prints."""
     table = make_table("questions", "right", "of", "accuracy")
     for kind, (right, total) in score.by_kind.items():
         table.add_row(kind, str(right), str(total), f"{right / total:.1%}")

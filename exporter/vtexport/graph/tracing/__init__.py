@@ -1,8 +1,8 @@
 """Runs a PyTorch module on stand-ins for tensors and writes down, as an ONNX graph, what it computes.
 
-`Recorder` meets every torch function that the module calls, and looks it up in a table of conversions that the modules
-beside it fill. Nodes are chosen for the narrowest runtime: ONNX Runtime's CPU has no `Where` on bool, TensorRT wants
-reduced axes and most other parameters constant.
+`Recorder` intercepts every torch function that the module calls, and looks it up in a table of conversions that the
+modules beside it fill. Nodes are chosen so that every runtime supports them: ONNX Runtime's CPU has no `Where` on bool,
+and TensorRT wants reduction axes and most other parameters constant.
 """
 
 from vtexport.graph.tracing import arithmetic, layers, own_ops, selection, shapes  # noqa: F401 - they fill the table

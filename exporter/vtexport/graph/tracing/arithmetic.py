@@ -58,7 +58,7 @@ def _mod(r: Recorder, a: Any, b: Any) -> Traced:
 
 @converts("floor_divide", "__floordiv__")
 def _floordiv(r: Recorder, a: Any, b: Any) -> Traced:
-    # ONNX divides integers towards zero; what is left after the remainder divides exactly.
+    # ONNX rounds integer quotients towards zero, so the remainder is subtracted first and the division is exact.
     return binary(r, "Div", _sub(r, a, _mod(r, a, b)), b)
 
 

@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NoReturn
 
-# No real extent is as large: where one is taken for a plain number by mistake, the graph cannot be made.
+# No real extent is as large, so a graph that takes one for a plain number by mistake cannot be made.
 _STANDS_FOR = 1 << 40
 
 
 class Extent(int):
     """A dynamic extent: a sum of named ones with whole coefficients, and a constant, such as `text + 144`.
 
-    It is an `int` only so that PyTorch's functions take it as a size. What arithmetic on it cannot be expressed is an
+    It is an `int` only so that PyTorch's functions take it as a size. Arithmetic whose result is not such a sum is an
     error, and so is asking whether it is greater or smaller than something.
 
     Attributes:
         terms: coefficients by name, none of them zero.
-        constant: what is added.
+        constant: the constant of the sum.
     """
 
     terms: Mapping[str, int]
     constant: int
 
     def __new__(cls, terms: Mapping[str, int], constant: int = 0) -> Extent:
-        made = super().__new__(cls, _STANDS_FOR)
-        made.terms = dict(sorted(terms.items()))
-        made.constant = constant
-        return made
+        extent = super().__new__(cls, _STANDS_FOR)
+        extent.terms = dict(sorted(terms.items()))
+        extent.constant = constant
+        return extent
 
     @classmethod
     def named(cls, name: str) -> Extent:
@@ -81,7 +81,7 @@ class Extent(int):
         return hash((tuple(self.terms.items()), self.constant))
 
     def _unknown(self, *_: object) -> NoReturn:
-        raise TypeError(f"nothing but sums and multiples is known of the extent {self}")
+        raise TypeError(f"the extent {self} is dynamic and supports only sums and multiples")
 
     __lt__ = __le__ = __gt__ = __ge__ = __mod__ = __rmod__ = __rfloordiv__ = __truediv__ = __pow__ = _unknown
 

@@ -64,7 +64,7 @@ def _silu(r: Recorder, x: Traced, inplace: bool = False) -> Traced:
 
 @converts("gelu")
 def _gelu(r: Recorder, x: Traced, approximate: str = "none") -> Traced:
-    # Opset 18 has no Gelu; these are the forms that runtimes fuse into one.
+    # Opset 18 has no Gelu; runtimes fuse these forms into one.
     if approximate == "tanh":
         cubic = add(r, x, mul(r, power(r, x, 3.0), 0.044715))
         inner = elementwise(r, "Tanh", mul(r, cubic, math.sqrt(2 / math.pi)))

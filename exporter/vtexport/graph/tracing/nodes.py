@@ -1,4 +1,4 @@
-"""What conversions share: nodes of one output, operands in the dtype that torch computes in, shapes."""
+"""Helpers for conversions: nodes of one output, operands in the dtype that torch computes in, shapes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ INTEGERS = (torch.int64, torch.int32, torch.bool)
 
 
 def emit(r: Recorder, op_type: str, inputs: Sequence[Any], kind: Kind, **attributes: Any) -> Traced:
-    """The output of a node that has one."""
+    """The output of a node with a single output."""
     return r.node(op_type, inputs, attributes, like=[kind])[0]
 
 
 def elementwise(r: Recorder, op_type: str, x: Any, **attributes: Any) -> Traced:
-    """An output like the one input."""
+    """The output, like the input, of a node with a single input."""
     x = r.tensor(x)
     return emit(r, op_type, [x], Kind(x.dtype, x.shape), **attributes)
 
@@ -31,13 +31,13 @@ def cast(r: Recorder, x: Traced, dtype: torch.dtype) -> Traced:
 
 def promoted(a: Any, b: Any) -> torch.dtype:
     """The dtype that torch computes with for two operands, at least one of them a tensor."""
-    kinds = [x.dtype for x in (a, b) if isinstance(x, Traced | torch.Tensor)]
-    if len(kinds) == 2:
-        return torch.promote_types(*kinds)
+    dtypes = [x.dtype for x in (a, b) if isinstance(x, Traced | torch.Tensor)]
+    if len(dtypes) == 2:
+        return torch.promote_types(*dtypes)
     (number,) = (x for x in (a, b) if not isinstance(x, Traced | torch.Tensor))
-    if isinstance(number, float) and kinds[0] in INTEGERS:
+    if isinstance(number, float) and dtypes[0] in INTEGERS:
         return torch.float32
-    return torch.int64 if kinds[0] == torch.bool and not isinstance(number, bool) else kinds[0]
+    return torch.int64 if dtypes[0] == torch.bool and not isinstance(number, bool) else dtypes[0]
 
 
 def operand(r: Recorder, x: Any, dtype: torch.dtype) -> Traced:
@@ -56,11 +56,11 @@ def broadcast(*shapes: Shape) -> Shape:
     """The shape that tensors of `shapes` broadcast to.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not broadcast.
     """
     rank, shape = max(map(len, shapes)), []
     for axis in range(rank):
-        sizes = [one[axis - rank] for one in shapes if axis - rank >= -len(one)]
+        sizes = [extents[axis - rank] for extents in shapes if axis - rank >= -len(extents)]
         wide = {size for size in sizes if size != 1}
         if len(wide) > 1:
             raise ValueError(f"shapes {', '.join(map(str, shapes))} do not broadcast")

@@ -21,7 +21,7 @@ from vtexport.graph.tracing.extent import Extent
 _CPU = torch.device("cpu")
 Shape = tuple[int, ...]
 Conversion = TypeVar("Conversion", bound=Callable[..., Any])
-#: by the name of a torch function or method: what writes it down; called with the recorder and the function's arguments
+#: name of a torch function or method -> its conversion, which is called with the recorder and the function's arguments
 CONVERSIONS: dict[str, Callable[..., Any]] = {}
 
 TYPES = {
@@ -42,7 +42,7 @@ class Kind(NamedTuple):
 
 
 def converts(*names: str) -> Callable[[Conversion], Conversion]:
-    """Register a function as what writes down the torch functions called `names`."""
+    """Register a function as the conversion of the torch functions called `names`."""
 
     def register(conversion: Conversion) -> Conversion:
         CONVERSIONS.update(dict.fromkeys(names, conversion))
@@ -54,7 +54,7 @@ def converts(*names: str) -> Callable[[Conversion], Conversion]:
 class Traced:
     """Stands for a tensor: an ONNX value with a dtype and a shape. It has the methods and operators of a tensor."""
 
-    #: what of torch's protocol makes its functions take a stand-in; the recorder, being a mode, comes before it
+    #: torch's functions accept a stand-in only if it has this method; the recorder, being a mode, is asked first
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any) -> Any:
         return NotImplemented
@@ -132,16 +132,16 @@ class Recorder(TorchFunctionMode):
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__()
         self.graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET})
-        self._named = {id(tensor): own for own, tensor in (*module.named_parameters(), *module.named_buffers())}
-        #: what a value was before it was expanded
+        self._named = {id(tensor): path for path, tensor in (*module.named_parameters(), *module.named_buffers())}
+        #: an expanded value -> the stand-in that it was expanded from
         self.expanded: dict[ir.Value, Traced] = {}
         self._made: dict[object, tuple[Traced, ...]] = {}
         self._extents: dict[str, tuple[Traced, int]] = {}
         self._count: dict[str, int] = {}
         self._scope = [""]
         self._converting = False
-        for own, part in module.named_modules():
-            part.register_forward_pre_hook(partial(self._enter, own))
+        for scope, part in module.named_modules():
+            part.register_forward_pre_hook(partial(self._enter, scope))
             part.register_forward_hook(self._leave)
 
     def _enter(self, scope: str, _module: nn.Module, _inputs: Any) -> None:
@@ -154,7 +154,7 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", str(func))
-        # A conversion asks torch about dtypes, and a module its parameters for their attributes.
+        # Not part of the graph: a conversion's questions to torch about dtypes, and a module's reads of attributes.
         if self._converting or name == "__get__":
             return func(*args, **kwargs or {})
         return self.convert(name, *args, **kwargs or {})
@@ -174,14 +174,14 @@ class Recorder(TorchFunctionMode):
             self._converting = not outermost
 
     def input(self, name: str, kind: Kind) -> Traced:
-        """A new input of the graph; the extents that first appear in it are read off it when the graph runs."""
+        """A new input of the graph; extents that first appear in it are read from it when the graph runs."""
         value = self._value(name, kind)
         self.graph.inputs.append(value)
-        made = Traced(self, value, kind)
+        traced = Traced(self, value, kind)
         for axis, extent in enumerate(kind.shape):
             if isinstance(extent, Extent):
-                self._extents.setdefault(str(extent), (made, axis))
-        return made
+                self._extents.setdefault(str(extent), (traced, axis))
+        return traced
 
     def output(self, name: str, tensor: Traced) -> None:
         """A new output of the graph."""
@@ -201,7 +201,7 @@ class Recorder(TorchFunctionMode):
         like: Sequence[Kind],
         domain: str = "",
     ) -> tuple[Traced, ...]:
-        """The outputs, of kinds `like`, of a node; of two nodes that are alike there is one."""
+        """The outputs, of kinds `like`, of a node; a node equal to an earlier one is not added again."""
         tensors, given = [self.tensor(tensor) for tensor in inputs], attributes or {}
         key = (domain, op_type, *(id(tensor.value) for tensor in tensors), repr(sorted(given.items())))
         if key not in self._made:
@@ -233,7 +233,7 @@ class Recorder(TorchFunctionMode):
         return tuple(Traced(self, value, kind) for value, kind in zip(outputs, like, strict=True))
 
     def tensor(self, source: Any, dtype: torch.dtype | None = None) -> Traced:
-        """What stands for `source`: a stand-in, a parameter or buffer of the module, or a number, of `dtype`."""
+        """The stand-in for `source`: itself a stand-in, a parameter or buffer of the module, or a number of `dtype`."""
         if isinstance(source, Traced):
             return source
         if isinstance(source, torch.Tensor):
@@ -266,19 +266,19 @@ class Recorder(TorchFunctionMode):
 
     def _extent(self, size: Extent) -> Traced:
         """The extent `size` as int64 [1]."""
-        one = Kind(torch.int64, (1,))
+        vector = Kind(torch.int64, (1,))
         known = self._extents.get(str(size))
         if known is not None:
             source, axis = known
-            return self.node("Shape", [source], {"start": axis, "end": axis + 1}, like=[one])[0]
+            return self.node("Shape", [source], {"start": axis, "end": axis + 1}, like=[vector])[0]
         total: Traced | None = None
         for name, number in size.terms.items():
             term = self._extent(Extent.named(name))
             if number != 1:
-                (term,) = self.node("Mul", [term, self.constant([number])], like=[one])
-            total = term if total is None else self.node("Add", [total, term], like=[one])[0]
+                (term,) = self.node("Mul", [term, self.constant([number])], like=[vector])
+            total = term if total is None else self.node("Add", [total, term], like=[vector])[0]
         assert total is not None, "an extent has a term"
-        return self.node("Add", [total, self.constant([size.constant])], like=[one])[0] if size.constant else total
+        return self.node("Add", [total, self.constant([size.constant])], like=[vector])[0] if size.constant else total
 
     def _initialiser(self, source: torch.Tensor) -> Traced:
         name = self._named.get(id(source))

@@ -22,7 +22,7 @@ class Top(NamedTuple):
 
 
 def _reduced(x: Traced, dim: int | Sequence[int], keepdim: bool) -> tuple[list[int], Shape]:
-    axes = sorted(axis_of(x, one) for one in ([dim] if isinstance(dim, int) else dim))
+    axes = sorted(axis_of(x, number) for number in ([dim] if isinstance(dim, int) else dim))
     shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
     return axes, tuple(size for axis, size in enumerate(shape) if keepdim or axis not in axes)
 
@@ -138,7 +138,7 @@ def _slice(r: Recorder, x: Traced, axis: int, part: slice) -> Traced:
     elif isinstance(size, Extent) and part.step is None and part.start is None and known and part.stop >= 0:
         start, stop, step = 0, part.stop, 1
         length = part.stop
-    else:  # how many elements that is depends on the extents' values
+    else:  # the number of elements depends on the extents' values
         raise NotImplementedError(f"{part} of {size} elements")
     bounds = [r.constant([number]) for number in (start, stop, axis, step)]
     return emit(r, "Slice", [x, *bounds], Kind(x.dtype, with_extents(x.shape, axis, length)))

@@ -1,4 +1,4 @@
-"""Tensors in other shapes, put together, made anew, in other dtypes."""
+"""Reshapes, joins, creates and casts tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def transpose(r: Recorder, source: Any, first: int, second: int) -> Traced:
 def _reshape(r: Recorder, x: Traced, *sizes: Any) -> Traced:
     wanted = sizes_of(sizes)
     shape = [_left_over(x.shape, wanted) if size == -1 else size for size in wanted]
-    # A zero takes the extent from the same place of the input, and one place may be left to the runtime to work out.
+    # A zero takes the extent from the same axis of the input, and one axis may be left to the runtime as -1.
     given = [
         0 if isinstance(size, Extent) and axis < x.ndim and x.shape[axis] == size else size
         for axis, size in enumerate(shape)
@@ -80,15 +80,15 @@ def _unflatten(r: Recorder, x: Traced, dim: int, sizes: Sequence[int]) -> Traced
 @converts("expand")
 def _expand(r: Recorder, source: Any, *sizes: Any) -> Traced:
     x, wanted = r.tensor(source), sizes_of(sizes)
-    own = (1,) * (len(wanted) - x.ndim) + x.shape
-    shape = tuple(old if new == -1 else new for old, new in zip(own, wanted, strict=True))
+    padded = (1,) * (len(wanted) - x.ndim) + x.shape
+    shape = tuple(old if new == -1 else new for old, new in zip(padded, wanted, strict=True))
     if shape == x.shape:
         return x
     # A one leaves an extent as it is.
-    given = [1 if old == new else new for old, new in zip(own, shape, strict=True)]
-    made = emit(r, "Expand", [x, r.extents(given)], Kind(x.dtype, shape))
-    r.expanded[made.value] = x
-    return made
+    given = [1 if old == new else new for old, new in zip(padded, shape, strict=True)]
+    expanded = emit(r, "Expand", [x, r.extents(given)], Kind(x.dtype, shape))
+    r.expanded[expanded.value] = x
+    return expanded
 
 
 @converts("repeat_interleave")

@@ -1,1 +1,1 @@
-"""ONNX Runtime: the embedded default, on any CPU."""
+"""ONNX Runtime: the default target, on any CPU."""

@@ -1,13 +1,13 @@
 """ONNX Runtime's own kernels in place of the `vtexport.nn` functions.
 
-Rewrites, one node for one:
+Rewrites, one node by one node:
     FullAttention    -> com.microsoft.MultiHeadAttention
     CausalAttention  -> com.microsoft.GroupQueryAttention without a past
     CachedAttention  -> com.microsoft.GroupQueryAttention, which writes the new token into the cache in place
     Rotary           -> com.microsoft.RotaryEmbedding
 The `vtexport` functions stay as they are: their bodies run on the standard kernels. So do cached and causal
-attention with a head size that is no multiple of 8, which GroupQueryAttention does not take, and RMSNorm, whose body
-ONNX Runtime fuses itself into a kernel that has no name in a valid ONNX file.
+attention with a head size that is not a multiple of 8, which GroupQueryAttention does not take, and RMSNorm, whose body
+ONNX Runtime itself fuses into a kernel that a valid ONNX file cannot name.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _lowered(node: ir.Node, lengths: _Lengths) -> ir.Node:
         return ir.Node(_MS, "MultiHeadAttention", node.inputs, [heads, scale])
     values: list[ir.Attr] = [heads, scale, ir.AttrInt64("kv_num_heads", attributes.get_int("kv_heads"))]
     if node.op_type == "CausalAttention":
-        # A padded row needs no length of its own: causality keeps its padding, on the right, unseen.
+        # A padded row needs no length of its own: causal attention never reaches the padding on the right.
         inputs = [*node.inputs, None, None, *lengths.of_prompt(node)]
     else:
         inputs = [*node.inputs[:5], *lengths.of_cache(node)]
@@ -76,7 +76,7 @@ def _lowered(node: ir.Node, lengths: _Lengths) -> ir.Node:
 class _Lengths:
     """GroupQueryAttention's seqlens_k [B] (tokens before the last one) and total length, int32.
 
-    Made once for all layers of the same number of rows (prefill), and for each layer's own lengths (decode).
+    Made once for all layers with the same number of rows (prefill), and for each layer's own lengths (decode).
     """
 
     def __init__(self, graph: ir.Graph) -> None:

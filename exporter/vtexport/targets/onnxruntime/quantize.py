@@ -46,7 +46,7 @@ class NBits(Scheme):
         return values.astype(weight.dtype)
 
     def _unpacked(self, packed: Array) -> Array:
-        """Bytes as numbers, int32; of two in a byte the low half comes first."""
+        """The numbers in the bytes, int32; of two in a byte, the low half comes first."""
         wide = packed.astype(np.int32)
         return wide if self.bits == 8 else np.stack([wide & 15, wide >> 4], axis=-1).reshape(len(packed), -1)
 
@@ -59,5 +59,5 @@ class NBits(Scheme):
         return {"com.microsoft": 1}
 
 
-#: what `--quantize` may say
+#: schemes by the value of `--quantize`
 SCHEMES: dict[str, Scheme] = {"int8": NBits(8), "int4": NBits(4)}

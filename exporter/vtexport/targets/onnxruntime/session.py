@@ -27,7 +27,7 @@ from vtexport.targets.base import (
 
 @dataclass
 class OrtCache:
-    """A buffer [B, G, M_i, D] a layer and part, bound as both past and present of the decode session."""
+    """Buffers [B, G, M_i, D] per layer for keys and values, bound as both past and present of the decode session."""
 
     buffers: list[Any]
     binding: Any
@@ -43,7 +43,7 @@ class OrtCache:
 
 
 class OrtEngine:
-    """The sessions of a bundle, one a graph; a session is made when it is first used."""
+    """The sessions of a bundle, one per graph; a session is made when it is first used."""
 
     def __init__(self, folder: Path, files: Mapping[str, str], threads: int = 0) -> None:
         self._paths = {name: folder / file for name, file in files.items()}
@@ -61,7 +61,7 @@ class OrtEngine:
             options = ort.SessionOptions()
             options.intra_op_num_threads = self._threads
             options.log_severity_level = 3
-            # Of 4-bit weights that stand in a graph of TensorRT's, which is checked here: it would round activations too.
+            # For the self-check of TensorRT graphs with 4-bit weights: by default, activations would be rounded too.
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
             if self._traces is not None:
                 options.enable_profiling = True
@@ -70,10 +70,10 @@ class OrtEngine:
                 self._sessions[name] = ort.InferenceSession(
                     self._paths[name], options, providers=["CPUExecutionProvider"]
                 )
-            except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
-                first = first_line(error)
+            except Exception as error:  # ONNX Runtime raises its own exception types, none of them public
+                reason = first_line(error)
                 raise TargetError(
-                    f"ONNX Runtime cannot load {self._paths[name]} ({first}); build the bundle again"
+                    f"ONNX Runtime cannot load {self._paths[name]} ({reason}); build the bundle again"
                 ) from error
         return self._sessions[name]
 
@@ -93,21 +93,21 @@ class OrtEngine:
     def vision(self, inputs: VisionInput) -> VisionOutput:
         session = self.session("vision")
         names = [output.name for output in session.get_outputs()]
-        found = dict(zip(names, session.run(names, inputs.feeds()), strict=True))
-        return VisionOutput(found)
+        outputs = dict(zip(names, session.run(names, inputs.feeds()), strict=True))
+        return VisionOutput(outputs)
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
         session = self.session(prefill_name(self._paths, bucket))
         names = [output.name for output in session.get_outputs()]
-        found = dict(zip(names, session.run(names, inputs.feeds()), strict=True))
-        logits = found.pop("logits")
-        present = {name: found.pop(name) for name in names if name.startswith("present.")}
+        outputs = dict(zip(names, session.run(names, inputs.feeds()), strict=True))
+        logits = outputs.pop("logits")
+        present = {name: outputs.pop(name) for name in names if name.startswith("present.")}
         cache = self._cache(present, new_tokens, logits.shape[1])
-        if "ranking" in found:
-            cache.ranking = np.zeros_like(found["ranking"])
+        if "ranking" in outputs:
+            cache.ranking = np.zeros_like(outputs["ranking"])
             cache.binding.bind_ortvalue_output("ranking", ort.OrtValue.ortvalue_from_numpy(cache.ranking))
             cache.binding.bind_cpu_input("image_position", inputs.image_position)
-        return PrefillOutput(logits, cache, found)
+        return PrefillOutput(logits, cache, outputs)
 
     def _cache(self, present: Mapping[str, Array], new_tokens: int, vocabulary: int) -> OrtCache:
         binding = self.session("decode").io_binding()
@@ -116,7 +116,7 @@ class OrtEngine:
             batch, groups, tokens, size = entries.shape
             room = np.zeros((batch, groups, tokens + new_tokens, size), dtype=entries.dtype)
             room[:, :, :tokens] = entries
-            # On the CPU the OrtValue is the array's own memory; bound twice, it is updated in place.
+            # On the CPU the OrtValue shares the array's memory; bound twice, it is updated in place.
             buffer = ort.OrtValue.ortvalue_from_numpy(room)
             binding.bind_ortvalue_input(name.replace("present", "past"), buffer)
             binding.bind_ortvalue_output(name, buffer)

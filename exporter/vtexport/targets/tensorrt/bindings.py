@@ -1,6 +1,6 @@
-"""The Python bindings of a TensorRT: the full one, or that for RTX GPUs. One API, so one code path serves both.
+"""The Python bindings of full TensorRT or of TensorRT for RTX. They share one API, so one code path serves both.
 
-Names used here and beside are those of TensorRT 10.13 to 11.x and of TensorRT for RTX 1.7.
+The names used in this package are those of TensorRT 10.13 to 11.x and of TensorRT for RTX 1.7.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import Any
 
 from vtexport.errors import TargetError
 
-# Said of every int64 input; vtexport feeds int64, nothing is for the user to do.
+# TensorRT warns so about every int64 input; vtexport feeds int64, so there is nothing for the user to do.
 _BINDING = re.compile(r"Make sure input \S+ has Int64 binding")
 
 
 @dataclass(frozen=True)
 class Bindings:
-    """One TensorRT: its module, and the logger that it was given."""
+    """A TensorRT module, and the logger that it was given."""
 
     trt: Any
     logger: Any
 
     @property
     def version(self) -> str:
-        """Such as 11.4.0.106."""
+        """TensorRT's version, such as 11.4.0.106."""
         return str(self.trt.__version__)
 
     @property
     def first_error(self) -> str:
-        """What was logged as an error first since `begin`."""
+        """The first error that was logged since `begin`."""
         errors: list[str] = self.logger.errors
         return errors[0] if errors else "no reason given"
 
@@ -41,7 +41,7 @@ class Bindings:
 def bindings(package: str) -> Bindings:
     """The bindings in `package`, "tensorrt" or "tensorrt_rtx_bindings".
 
-    TensorRT keeps one logger a process, the first that it is given: this one.
+    TensorRT keeps one logger per process, the first that it is given: this one.
 
     Raises:
         TargetError: the package, or a library that it needs, is missing.
@@ -52,7 +52,7 @@ def bindings(package: str) -> Bindings:
         raise TargetError(f"{package} cannot be imported ({error}); install TensorRT's Python package") from error
 
     class Logger(trt.ILogger):  # type: ignore[misc,name-defined]
-        """Keeps errors for exceptions, hands warnings on once each."""
+        """Keeps errors for exceptions, and passes each warning on once."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -61,7 +61,7 @@ def bindings(package: str) -> Bindings:
             self._said: set[str] = set()
 
         def begin(self, warn: Callable[[str], None] = lambda _text: None) -> None:
-            """A new piece of work: its warnings go to `warn`."""
+            """Begin a piece of work, whose warnings go to `warn`."""
             self.errors, self.warn, self._said = [], warn, set()
 
         def log(self, severity: Any, message: str) -> None:

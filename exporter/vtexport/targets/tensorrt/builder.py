@@ -1,4 +1,4 @@
-"""ONNX file -> TensorRT plan, with TensorRT's progress and messages shown as vtexport's own."""
+"""Compiles an ONNX file into a TensorRT plan; shows TensorRT's progress and messages as vtexport's own."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vtexport.targets.tensorrt.bindings import Bindings
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for every plan of a bundle.
+    """The builder settings, equal for all plans of a bundle.
 
     Attributes:
-        architectures: compute capabilities to build for, such as 89, where TensorRT builds ahead of time; none: this GPU.
-        version_compatible: whether later TensorRTs can load the plan.
+        architectures: compute capabilities to build for ahead of time, such as 89; empty for this GPU.
+        version_compatible: whether later versions of TensorRT can load the plan.
         hardware: a name of `HardwareCompatibilityLevel`.
         strip_weights: leave the weights out of the plan; they are put back when it is opened.
         timing_cache: a file of TensorRT's measurements, read if it is there and written back.
@@ -38,7 +38,7 @@ class Build:
     Attributes:
         name: the graph's name, for messages.
         shapes: input -> its smallest, usual and largest shape.
-        settings: see there.
+        settings: see `Settings`.
         report: called with (line, steps) when a phase begins.
         advance: called as its steps are done.
         warn: called with TensorRT's warnings and errors.
@@ -74,14 +74,14 @@ def build_plan(bindings: Bindings, source: Path, build: Build) -> bytes:
     config = builder.create_builder_config()
     monitor = _monitor(trt, build)
     config.progress_monitor = monitor
-    # Layers are then timed under their names.
+    # With this, layers are profiled under their names.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if settings.architectures:
         config.num_compute_capabilities = len(settings.architectures)
     for place, number in enumerate(settings.architectures):
         if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), place):
             raise refused(f"target compute capability {number} for")
-    # TensorFloat-32 has too few digits: scores would rank other tokens than on other targets.
+    # TensorFloat-32 has too few digits: scores would rank tokens differently than on other targets.
     config.clear_flag(trt.BuilderFlag.TF32)
     if settings.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
@@ -131,7 +131,7 @@ def _monitor(trt: Any, build: Build) -> Any:
 
 
 def read_timings(config: Any, path: Path) -> None:
-    """Let a build begin with the measurements in `path`, if it exists."""
+    """Let a build start from the kernel timings in `path`, if it exists."""
     try:
         known = path.read_bytes() if path.exists() else b""
     except OSError as error:
@@ -139,12 +139,12 @@ def read_timings(config: Any, path: Path) -> None:
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, False):
         raise InputError(
-            f"--timing-cache {path} is no timing cache of this GPU and TensorRT; give another file, or none"
+            f"--timing-cache {path} is not a timing cache of this GPU and TensorRT; give another file, or none"
         )
 
 
 def write_timings(config: Any, path: Path) -> None:
-    """Leave a build's measurements in `path`."""
+    """Write a build's kernel timings to `path`."""
     # Under another name first: builds that run at the same time never see half a file.
     written = path.with_name(f"{path.name}.{os.getpid()}")
     written.write_bytes(bytes(config.get_timing_cache().serialize()))

@@ -1,6 +1,6 @@
-"""Running TensorRT plans on a GPU, memory and stream by PyTorch.
+"""Runs TensorRT plans on a GPU, with memory and streams from PyTorch.
 
-Written against TensorRT's documented API; vtexport's own tests have had no GPU and never ran it.
+Written against TensorRT's documented API; vtexport's own tests have had no GPU and have never run it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Opening:
-    """How plans were built: without their weights, with code for later versions."""
+    """How plans were built: `stripped` of their weights, with `host_code` for later versions."""
 
     stripped: bool = False
     host_code: bool = False
@@ -48,8 +48,8 @@ class Opening:
 class CudaCache:
     """Two sets of buffers [B, G, capacity, D]: a step reads one and writes the other.
 
-    From the third step on each direction is a CUDA graph, replayed, unless TensorRT does something in it that cannot be
-    captured: what a step reads besides lies in `inputs`, which keep their places.
+    From the third step on, each direction is captured as a CUDA graph and replayed, unless TensorRT does something that
+    cannot be captured. A step's other inputs lie in `inputs`, whose addresses therefore do not change.
     """
 
     front: dict[str, Any]
@@ -69,17 +69,17 @@ class CudaCache:
 class _Graph:
     """A deserialized plan with its execution context."""
 
-    def __init__(self, bindings: Bindings, path: Path, how: Opening) -> None:
+    def __init__(self, bindings: Bindings, path: Path, opening: Opening) -> None:
         trt = bindings.trt
         bindings.logger.begin()
         runtime = trt.Runtime(bindings.logger)
-        runtime.engine_host_code_allowed = how.host_code
+        runtime.engine_host_code_allowed = opening.host_code
         self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             raise TargetError(
                 f"TensorRT cannot load {path} ({bindings.first_error}); build the bundle again on this GPU"
             )
-        if how.stripped:
+        if opening.stripped:
             _refit(bindings, self.engine, path.with_suffix(".onnx"))
         self.context = self.engine.create_execution_context()
         if self.context is None:
@@ -124,7 +124,7 @@ class _Graph:
 
     @property
     def milliseconds(self) -> float:
-        """On the GPU, of the last call; waits for it."""
+        """Time of the last call on the GPU; waits for the call to end."""
         self._end.synchronize()
         return float(self._start.elapsed_time(self._end))
 
@@ -141,8 +141,8 @@ def _refit(bindings: Bindings, engine: Any, source: Path) -> None:
 class TensorRTEngine:
     """The plans of a bundle on the current GPU."""
 
-    def __init__(self, bindings: Bindings, paths: Mapping[str, Path], how: Opening) -> None:
-        self._bindings, self._paths, self._how = bindings, paths, how
+    def __init__(self, bindings: Bindings, paths: Mapping[str, Path], opening: Opening) -> None:
+        self._bindings, self._paths, self._how = bindings, paths, opening
         self._graphs: dict[str, _Graph] = {}
         self._profiling = False
         self._ran: set[str] = set()
@@ -161,14 +161,14 @@ class TensorRTEngine:
         return {name: self._graphs[name].milliseconds for name in self._ran if name in self._graphs}
 
     def vision(self, inputs: VisionInput) -> VisionOutput:
-        found = self._graph("vision").run(on_gpu(inputs.feeds()))
-        return VisionOutput({name: tensor.cpu().numpy() for name, tensor in found.items()})
+        outputs = self._graph("vision").run(on_gpu(inputs.feeds()))
+        return VisionOutput({name: tensor.cpu().numpy() for name, tensor in outputs.items()})
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
         graph = self._graph(prefill_name(self._paths, bucket))
-        found = graph.run(on_gpu(inputs.feeds()))
+        outputs = graph.run(on_gpu(inputs.feeds()))
         front, back, stages = {}, {}, {}
-        for name, tensor in found.items():
+        for name, tensor in outputs.items():
             if not name.startswith("present."):
                 stages[name] = tensor.cpu().numpy()
                 continue
@@ -196,14 +196,14 @@ class TensorRTEngine:
             past = {name.replace("present", "past"): buffer for name, buffer in cache.front.items()}
             known = {**cache.outputs[direction], **cache.back}
             cache.outputs[direction] = graph.run({**cache.inputs, **past}, known)
-            # TensorRT wants to have run once in this shape before it is captured.
+            # TensorRT must have run once in this shape before it can be captured.
             if cache.steps >= 2 and cache.capturable and not self._profiling:
                 cache.graphs[direction] = _captured(graph)
                 cache.capturable = cache.graphs[direction] is not None
-        found = cache.outputs[direction]
-        logits: Array = found["logits"].cpu().numpy()
-        if "ranking" in found:
-            cache.ranking = found["ranking"].cpu().numpy()
+        outputs = cache.outputs[direction]
+        logits: Array = outputs["logits"].cpu().numpy()
+        if "ranking" in outputs:
+            cache.ranking = outputs["ranking"].cpu().numpy()
         cache.front, cache.back = cache.back, cache.front
         cache.steps += 1
         return logits
@@ -236,7 +236,7 @@ class TensorRTEngine:
             yield
         finally:
             self._profiling = False
-            # A profiler cannot be taken off a context again; a new context has none.
+            # A profiler cannot be removed from a context; a new context has none.
             for graph in self._graphs.values():
                 graph.context = graph.engine.create_execution_context()
 
@@ -247,7 +247,7 @@ def on_gpu(arrays: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def _captured(graph: _Graph) -> Any:
-    """The call that `graph` made last, as a CUDA graph; None if it cannot be captured."""
+    """The last call of `graph` as a CUDA graph; None if it cannot be captured."""
     captured = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     try:

@@ -1,7 +1,7 @@
 """The target `tensorrt`: TensorRT 10.13 to 11.x, with the pruning ops as plugins.
 
-Written against the documented API, whose names vtexport's tests hold against TensorRT's own Python bindings; no test
-machine has had a GPU with TensorRT, so no plan of this target was ever built or run by us.
+Written against the documented API, whose names vtexport's tests check against TensorRT's own Python bindings. No test
+machine has had a GPU with TensorRT, so we have never built or run a plan of this target.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vtexport.targets.quantize import Scheme
     from vtexport.targets.tensorrt.builder import Settings
 
-#: option -> TensorRT's name, and which GPUs then run the plan
+#: value of `hardware_compatible` -> TensorRT's name of that level
 HARDWARE = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-sm": "SAME_COMPUTE_CAPABILITY"}
 PLUGINS_FOLDER = "plugins"
 
@@ -60,8 +60,8 @@ class FullTensorRT(AnyTensorRT):
         if gpu is None:
             return Availability(
                 False,
-                "TensorRT builds on the GPU that it builds for, and PyTorch can use none here; "
-                "run on a machine with one, or choose --target tensorrt-rtx",
+                "TensorRT builds on the GPU that will run the engines, and PyTorch can use none here; "
+                "build on a machine with one, or choose --target tensorrt-rtx",
             )
         version = cls.bindings().version
         if int(version.split(".", maxsplit=1)[0]) < 10:
@@ -88,11 +88,11 @@ class FullTensorRT(AnyTensorRT):
 
     def before(self, folder: Path) -> None:
         """Register the plugins, and put their library into the bundle."""
-        found = plugins.library()
-        if self.plugins and found is not None:
+        library = plugins.library()
+        if self.plugins and library is not None:
             (folder / PLUGINS_FOLDER).mkdir()
-            shutil.copyfile(found, folder / PLUGINS_FOLDER / plugins.LIBRARY)
-            plugins.load(self.bindings().trt.get_plugin_registry(), found)
+            shutil.copyfile(library, folder / PLUGINS_FOLDER / plugins.LIBRARY)
+            plugins.load(self.bindings().trt.get_plugin_registry(), library)
 
     def prepare(self, model: ir.Model) -> None:
         from vtexport.graph.domains import DOMAIN_VERSION, PRUNING
@@ -103,7 +103,7 @@ class FullTensorRT(AnyTensorRT):
         inline_functions(model, keep=PRUNING)
         for node in model.graph.all_nodes():
             if node.domain == PRUNING:
-                # By these the parser knows a plugin's node, whatever its version.
+                # By these the parser of every TensorRT version recognises a plugin's node.
                 node.attributes.add(_string("plugin_version", str(DOMAIN_VERSION)))
                 node.attributes.add(_string("plugin_namespace", ""))
 

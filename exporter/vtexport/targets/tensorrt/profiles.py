@@ -1,4 +1,4 @@
-"""The optimisation profile of each graph: between which shapes its inputs may vary, and where they usually lie."""
+"""The optimisation profile of each graph: the smallest, usual and largest shapes of its inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from vtexport.targets.base import CompileJob
 
-#: how many tokens of text are usual in a prompt, and how many of text and answer in a cache
+#: usual number of text tokens in a prompt, and of text and answer tokens in a cache
 _PROMPT, _CACHE = 48, 128
 
 
@@ -28,12 +28,12 @@ def profile_shapes(
     def between(extent: Any) -> tuple[int, int, int]:
         if isinstance(extent, int):
             return extent, extent, extent
-        kind, _, layer = str(extent.value).partition("_")
-        if kind == "batch":
+        axis, _, layer = str(extent.value).partition("_")
+        if axis == "batch":
             return 1, 1, max_batch
-        if kind == "text":
+        if axis == "text":
             return 1, min(_PROMPT, max_text), max_text
-        assert kind == "capacity", f"graph {name} has an extent of no known kind: {extent.value}"
+        assert axis == "capacity", f"graph {name} has an extent of no known kind: {extent.value}"
         visual = max(plan.per_layer[int(layer)] for plan in job.plans)
         room = min(visual + max_text, job.spec.decoder.max_positions)
         return 1, min(visual + min(_CACHE, max_text), room), room

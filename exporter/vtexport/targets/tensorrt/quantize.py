@@ -18,7 +18,7 @@ _OPSET = 21
 
 
 class _Dequantized(Scheme):
-    """levels [K, N] and scales; symmetric, so that there are no zero points."""
+    """Levels [K, N] and scales; symmetric, so that there are no zero points."""
 
     parts: ClassVar[tuple[str, ...]] = ("levels", "scales")
 
@@ -27,7 +27,7 @@ class _Dequantized(Scheme):
         return ir.Node("", "DequantizeLinear", parts, values)
 
     def opset(self) -> Mapping[str, int]:
-        # Between 18, in which graphs are traced, and 21 operators only gained types.
+        # Graphs are traced in opset 18; from there to 21, operators only gained types.
         return {"": _OPSET}
 
 
@@ -83,7 +83,7 @@ class Blocks(_Dequantized):
         return [weight, ir.Node("", "MatMul", [x, weight.outputs[0]])]
 
 
-#: what `--quantize` may say
+#: schemes by the value of `--quantize`
 SCHEMES: dict[str, Scheme] = {
     "int8": Channels(ir.DataType.INT8, np.int8, 127.0),
     "fp8": Channels(ir.DataType.FLOAT8E4M3FN, ml_dtypes.float8_e4m3fn, 448.0),

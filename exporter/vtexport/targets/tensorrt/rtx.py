@@ -61,10 +61,8 @@ class TensorRTRTXTarget(AnyTensorRT):
         from vtexport.targets.tensorrt.builder import Settings
 
         if self.strip_weights and this_gpu() is None:
-            # TensorRT for RTX 1.7.1 fails to build even a single MatMul so.
-            raise InputError(
-                "--strip-weights works on a machine with a GPU only with target tensorrt-rtx; leave it out"
-            )
+            # Without a GPU, TensorRT for RTX 1.7.1 fails to build even a single MatMul without weights.
+            raise InputError("--strip-weights with target tensorrt-rtx needs a GPU in this machine; leave it out")
         return Settings(architectures=parse_architectures(self.sm), strip_weights=self.strip_weights)
 
     def prepare(self, model: ir.Model) -> None:
@@ -83,11 +81,11 @@ def parse_architectures(text: str) -> tuple[int, ...]:
         InputError: not a list of known compute capabilities.
     """
     try:
-        found = tuple(sorted({int(part) for part in text.split(",")}))
+        architectures = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError as error:
         raise InputError(f"--sm {text!r} is not a list of numbers; write --sm 86,89,120") from error
-    for number in found:
+    for number in architectures:
         if number not in ARCHITECTURES:
             known = ", ".join(map(str, ARCHITECTURES))
             raise InputError(f"--sm {number} is not supported by target tensorrt-rtx; choose from {known}")
-    return found
+    return architectures

@@ -1,4 +1,4 @@
-"""What both TensorRT targets do alike: compile each graph into a plan, and open plans on a GPU."""
+"""What all TensorRT targets share: they compile each graph into a plan, and open plans on a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: input -> its smallest, usual and largest shape
 Shapes = Mapping[str, tuple[Any, Any, Any]]
-#: how the targets that hold a decoder may hold its weights
+#: the option `quantize` of the targets that compile the decoder
 Quantize = Annotated[
     Literal["", "int8", "fp8", "int4"],
     Meta(description="Hold the weights of the decoder's linear layers in fewer bits."),
@@ -38,7 +38,7 @@ class Device:
 
 
 def this_gpu() -> Device | None:
-    """The GPU that PyTorch uses here, None without one."""
+    """The GPU that PyTorch uses here; None without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -58,17 +58,17 @@ class AnyTensorRT(Target):
     #: whether later versions of TensorRT load its plans
     version_compatible = False
 
-    max_batch: Annotated[int, Meta(ge=1, description="Prompts per batch at most.")] = 4
+    max_batch: Annotated[int, Meta(ge=1, description="Maximum number of prompts per batch.")] = 4
     max_text: Annotated[
-        int, Meta(ge=1, description="Text tokens per prompt, and of prompt and answer together, at most.")
+        int, Meta(ge=1, description="Maximum number of text tokens per prompt, and of prompt and answer together.")
     ] = 512
     strip_weights: Annotated[
-        bool, Meta(description="Keep one copy of the weights for all plans, put in when a bundle is opened.")
+        bool, Meta(description="Keep one copy of the weights for all plans, loaded into them when a bundle is opened.")
     ] = False
 
     @abstractmethod
     def settings(self) -> Settings:
-        """The builder's settings by this target's options."""
+        """The builder's settings according to this target's options."""
 
     @abstractmethod
     def prepare(self, model: ir.Model) -> None:
@@ -76,10 +76,10 @@ class AnyTensorRT(Target):
 
     @abstractmethod
     def check_gpu(self, gpu: Device, compiled: Compiled) -> str | None:
-        """Why `gpu` cannot run what was compiled, None if it can."""
+        """Why `gpu` cannot run what was compiled; None if it can."""
 
     def parsed(self, model: ir.Model, shapes: Shapes, job: CompileJob) -> tuple[ir.Model, Shapes]:
-        """What TensorRT is given to parse, and its profile, where that is not the bundle's own graph."""
+        """The graph that TensorRT parses, and its profile; by default the bundle's own graph."""
         return model, shapes
 
     def plan_file(self, name: str) -> str:
@@ -87,20 +87,20 @@ class AnyTensorRT(Target):
         return f"{ENGINE_FOLDER}/{name}.plan"
 
     def engine(self) -> type[TensorRTEngine]:
-        """What runs the plans."""
+        """The class that runs the plans."""
         from vtexport.targets.tensorrt.engine import TensorRTEngine
 
         return TensorRTEngine
 
     def facts(self) -> dict[str, Option]:
-        """What of this machine a plan depends on, for the manifest."""
+        """The facts about this machine that a plan depends on, for the manifest."""
         return {}
 
     def before(self, folder: Path) -> None:
-        """What must be done before the first graph is parsed."""
+        """Do what is necessary before the first graph is parsed."""
 
     def load(self, folder: Path, compiled: Compiled) -> None:
-        """What must be done before the first plan is opened."""
+        """Do what is necessary before the first plan is opened."""
 
     @classmethod
     def bindings(cls) -> Bindings:
@@ -166,22 +166,23 @@ class AnyTensorRT(Target):
         later = self.version_compatible and _numbers(here) >= _numbers(built_with)
         if built_with != here and not later:
             raise TargetError(
-                f"{folder} was built with {self.name} {built_with}, here is {here}; install that one, or build again"
+                f"{folder} was built with {self.name} {built_with}, but this machine has {here}; "
+                "install that version, or build again"
             )
         refusal = None if gpu is None else self.check_gpu(gpu, compiled)
         if gpu is not None and refusal is not None:
             raise TargetError(f"{folder} {refusal}, not for {gpu.name}; build again for it")
         self.load(folder, compiled)
-        how = Opening(
+        opening = Opening(
             stripped=self.strip_weights,
-            # A plan that later versions load carries code of its own for them to run.
+            # A plan for later versions carries host code, which they must be allowed to run.
             host_code=self.version_compatible,
         )
-        return self.engine()(bindings, {name: folder / file for name, file in compiled.files.items()}, how)
+        return self.engine()(bindings, {name: folder / file for name, file in compiled.files.items()}, opening)
 
 
 def quantize_scheme(kind: str) -> Scheme | None:
-    """What `--quantize` says of a TensorRT target; None for weights as they are."""
+    """The scheme for a value of `--quantize`; None leaves weights as they are."""
     from vtexport.targets.tensorrt.quantize import SCHEMES
 
     return SCHEMES.get(kind)
@@ -192,10 +193,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def inline_functions(model: ir.Model, keep: Any = None) -> None:
-    """Replace function calls by their bodies, but for functions of domain `keep`, whose bodies go.
+    """Replace function calls by their bodies; functions of domain `keep` stay calls and lose their bodies.
 
-    Inlined here, function bodies get node names that are their own; TensorRT's parser would repeat them. Nodes whose
-    bodies go can only be plugins: whether a body or a plugin wins differs between TensorRT's versions.
+    Inlining here gives every node a unique name, while TensorRT's parser would repeat the names in each body. A call
+    without a body can only be a plugin; with one, TensorRT's versions differ on whether the body or the plugin wins.
     """
     from onnx_ir.passes.common import InlinePass
 
@@ -203,5 +204,5 @@ def inline_functions(model: ir.Model, keep: Any = None) -> None:
         InlinePass()(model)
         return
     InlinePass(criteria=lambda function: function.domain != keep)(model)
-    for identifier in [one for one in model.functions if one[0] == keep]:
+    for identifier in [key for key in model.functions if key[0] == keep]:
         del model.functions[identifier]

@@ -14,7 +14,7 @@ from vtexport.targets.tensorrt.engine import TensorRTEngine, on_gpu
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-#: what its vision runner calls the engine's input and output, and where it looks for it
+#: the names of the engine's input and output in TensorRT-LLM's vision runner, and the files of the layout
 INPUT, OUTPUT = "input", "encoder_output"
 ENGINE, CONFIG, SCRIPT = "vision/model.engine", "vision/config.json", "llm/build.sh"
 _PRECISION = {"fp16": "float16", "fp32": "float32"}
@@ -24,23 +24,23 @@ def renamed(model: ir.Model, dtype: str) -> ir.Model:
     """A copy of a vision graph whose pixels come in the engine's dtype, under the names above."""
     import onnx_ir as ir
 
-    made = model.clone()
-    graph = made.graph
-    pixels, kind = graph.inputs[0], {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}[dtype]
-    given = ir.Value(name=INPUT, shape=pixels.shape, type=ir.TensorType(kind))
-    cast = ir.Node("", "Cast", [given], [ir.AttrInt64("to", int(ir.DataType.FLOAT))])
+    copy = model.clone()
+    graph = copy.graph
+    pixels, element_type = graph.inputs[0], {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}[dtype]
+    source = ir.Value(name=INPUT, shape=pixels.shape, type=ir.TensorType(element_type))
+    cast = ir.Node("", "Cast", [source], [ir.AttrInt64("to", int(ir.DataType.FLOAT))])
     cast.outputs[0].shape, cast.outputs[0].type = pixels.shape, pixels.type
     cast.outputs[0].name = pixels.name
     pixels.replace_all_uses_with(cast.outputs[0])
-    graph.inputs[0] = given
+    graph.inputs[0] = source
     graph.insert_before(graph.node(0), cast)
     graph.outputs[0].name = OUTPUT
-    return made
+    return copy
 
 
 def write_layout(job: CompileJob, batch: int, text: int) -> None:
-    """Write what stands beside the engine: its config.json, and the script that builds the language model
-    for `batch` prompts of `text` text tokens at most.
+    """Write the files beside the engine: its config.json, and the script that builds the language model for at most
+    `batch` prompts of `text` text tokens.
     """
     (plan,), hidden = job.plans, job.spec.decoder.hidden_size
     config = {
@@ -59,12 +59,12 @@ def write_layout(job: CompileJob, batch: int, text: int) -> None:
 
 
 def build_flags(tokens: int, batch: int, text: int, precision: str) -> dict[str, int | str]:
-    """What trtllm-build must be told for `tokens` visual tokens an image; one image a prompt."""
+    """The values of trtllm-build's flags for `tokens` visual tokens per image and one image per prompt."""
     return {
         "precision": precision,
         "batch": batch,
         "length": tokens + text,
-        # Exactly as many rows of the prompt table as images can fill.
+        # Exactly the rows of the prompt table that images can fill.
         "multimodal": batch * tokens,
     }
 
@@ -82,11 +82,11 @@ trtllm-build --checkpoint_dir "$here/checkpoint" --output_dir "$here" --gemm_plu
 
 
 class EngineFlowVision(TensorRTEngine):
-    """The vision engine of that layout, by its own names."""
+    """The vision engine of that layout, whose input and output have the names above."""
 
     def vision(self, inputs: VisionInput) -> VisionOutput:
         graph = self._graph("vision")
         pixels = inputs.pixel_values.astype(np.dtype(str(graph.kind(INPUT)).removeprefix("torch.")))
-        found: Mapping[str, object] = graph.run(on_gpu({INPUT: pixels}))
-        arrays = {name: tensor.cpu().numpy() for name, tensor in found.items()}  # type: ignore[attr-defined]
+        outputs: Mapping[str, object] = graph.run(on_gpu({INPUT: pixels}))
+        arrays = {name: tensor.cpu().numpy() for name, tensor in outputs.items()}  # type: ignore[attr-defined]
         return VisionOutput({"visual" if name == OUTPUT else name: array for name, array in arrays.items()})

@@ -1,4 +1,4 @@
-"""What TensorRT-LLM's PyTorch backend takes for images that were seen and pruned already."""
+"""Prompts for TensorRT-LLM's PyTorch backend, with the visual tokens of images that were pruned already."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vtexport.arrays import Array
 
 
 class Embedded(Protocol):
-    """A prompt: its text, an image mark for each image, and each image's tokens [K, C]."""
+    """A prompt: its text with a mark for each image, its question, and each image's tokens [K, C]."""
 
     @property
     def text(self) -> str: ...
@@ -24,7 +24,7 @@ class Embedded(Protocol):
 
 
 class Embedder(Protocol):
-    """What answers with embeddings: `vtexport.runtime.runner.Runner`."""
+    """Turns images and questions into embeddings: `vtexport.runtime.runner.Runner`."""
 
     def embed(self, pairs: Sequence[tuple[Any, str]]) -> Sequence[Embedded]: ...
 
@@ -45,30 +45,31 @@ def prompts(runner: Embedder, pairs: Sequence[tuple[Any, str]], dtype: Any = Non
         InputError: the bundle prunes inside the decoder, or a pair that `Runner.ask` would refuse.
     """
     return [
-        {"prompt": one.text, "multi_modal_embeddings": {"image": _tensors(one, dtype)}} for one in runner.embed(pairs)
+        {"prompt": prompt.text, "multi_modal_embeddings": {"image": _tensors(prompt, dtype)}}
+        for prompt in runner.embed(pairs)
     ]
 
 
 def messages(runner: Embedder, pairs: Sequence[tuple[Any, str]], dtype: Any = None) -> list[list[dict[str, Any]]]:
-    """Messages for `trtllm-serve`'s chat completions; arguments and errors as of `prompts`.
+    """Messages for `trtllm-serve`'s chat completions; arguments and errors as for `prompts`.
 
     Returns:
-        For each pair the messages of a conversation: a part of type `image_embeds` an image, a tensor as `torch.save`
-        writes it in base64, and the question.
+        For each pair the messages of a conversation: one part of type `image_embeds` per image, with its tensor as
+        `torch.save` writes it, in base64, and then the question.
     """
-    found = []
-    for one in runner.embed(pairs):
+    conversations = []
+    for prompt in runner.embed(pairs):
         parts: list[dict[str, Any]] = [
-            {"type": "image_embeds", "image_embeds": {"data": _encoded(tensor)}} for tensor in _tensors(one, dtype)
+            {"type": "image_embeds", "image_embeds": {"data": _encoded(tensor)}} for tensor in _tensors(prompt, dtype)
         ]
-        found.append([{"role": "user", "content": [*parts, {"type": "text", "text": one.question}]}])
-    return found
+        conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": prompt.question}]}])
+    return conversations
 
 
-def _tensors(one: Embedded, dtype: Any) -> list[Any]:
+def _tensors(prompt: Embedded, dtype: Any) -> list[Any]:
     import torch
 
-    return [torch.from_numpy(image).to(dtype or torch.from_numpy(image).dtype) for image in one.images]
+    return [torch.from_numpy(image).to(dtype or torch.from_numpy(image).dtype) for image in prompt.images]
 
 
 def _encoded(tensor: Any) -> str:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class TensorRTLLMTarget(FullTensorRT):
     """A vision engine for TensorRT-LLM.
 
-    Flow `pytorch` is for its PyTorch backend, whose prompts `vtexport.targets.tensorrt_llm.prompts` makes. Flow `engine` is
-    the layout that its engine flow (up to 1.2) opens by itself: `vision/model.engine` and `vision/config.json`, and a
-    script that builds the language model to match.
+    Flow `pytorch` is for its PyTorch backend, with prompts from `vtexport.targets.tensorrt_llm.prompts`. Flow `engine`
+    is the layout that its engine flow (up to 1.2) opens by itself: `vision/model.engine` and `vision/config.json`, with
+    a script that builds the matching language model.
     """
 
     name: ClassVar[str] = "tensorrt-llm"
@@ -36,7 +36,7 @@ class TensorRTLLMTarget(FullTensorRT):
 
     flow: Annotated[
         Literal["pytorch", "engine"],
-        Meta(description="TensorRT-LLM's PyTorch backend, or the folder layout of its engine flow (up to 1.2)."),
+        Meta(description="For TensorRT-LLM's PyTorch backend, or in the layout of its engine flow (up to 1.2)."),
     ] = "pytorch"
 
     def check(self) -> None:
@@ -54,8 +54,8 @@ class TensorRTLLMTarget(FullTensorRT):
             )
         if self.flow == "engine" and (len(plans) > 1 or spec.views.total > 1 or spec.clip is not None):
             raise InputError(
-                "--flow engine gives the vision engine one view and no question, and takes one count of tokens; use "
-                "--flow pytorch for this build"
+                "--flow engine takes one view, no question and a fixed number of visual tokens; use --flow pytorch for "
+                "this build"
             )
 
     def compile(self, job: CompileJob) -> Compiled:

@@ -1,8 +1,8 @@
-// Stands in front of plugins/cuda/launch.cuh and runs the kernels on a CPU, for want of a GPU: every thread of a block is a
-// fiber that runs to its next barrier. What the GPU leaves open is drawn: in which order threads run between barriers, and in
-// which order blocks run. Kernels that give the same bits in every order share no memory without a barrier; one that some
-// threads never reach ends the program; dynamic shared memory begins as rubbish. It says nothing of speed, of alignment beyond what
-// the CPU's sanitizers see, or of how tensor cores round.
+// Replaces plugins/cuda/launch.cuh and runs the kernels on a CPU, where there is no GPU: every thread of a block is a
+// fiber that runs to its next barrier. Orders that a GPU leaves open are varied: that of threads between barriers, and
+// that of blocks. Kernels that give the same bits in every order share no memory without a barrier. A barrier that some
+// threads never reach ends the program, and dynamic shared memory begins with random contents. The emulator says
+// nothing about speed, alignment beyond what the CPU's sanitizers see, or the rounding of tensor cores.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -45,7 +45,7 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
-// One block at a time: its threads, and what they meet at.
+// One block at a time: its threads, and their barriers.
 class Block {
  public:
   static constexpr unsigned kWarp = 32;
@@ -98,7 +98,7 @@ class Block {
     if (__builtin_setjmp(own.place) == 0) __builtin_longjmp(home_place_, 1);
   }
 
-  // Everyone's word, as the warp or the block exchanges it.
+  // The word of every thread, as the warp or the block exchanges it.
   template <typename T>
   void say(T value) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -143,7 +143,7 @@ class Block {
     return true;
   }
 
-  // Opens every barrier that all have reached; false when all threads are done.
+  // Opens every barrier that all threads have reached; false when all threads are done.
   bool release() {
     unsigned done = 0, at_block = 0;
     bool opened = false;
@@ -212,7 +212,7 @@ inline int __syncthreads_count(int wanted) {
   block.wait(true);
   int count = 0;
   for (unsigned t = 0; t < block.threads(); ++t) count += block.heard<bool>(t);
-  block.wait(true);  // nobody says anything new before all have heard
+  block.wait(true);  // no thread writes a new word before all have read the old ones
   return count;
 }
 
@@ -244,7 +244,7 @@ T min(T a, T b) {
   return b < a ? b : a;
 }
 
-// Matrices of a warp: every lane holds a copy of all of it, and answers for its own share of a result.
+// Matrices of a warp: every lane holds a copy of the whole matrix, and writes its own share of a result.
 namespace nvcuda::wmma {
 
 struct matrix_a;
@@ -312,7 +312,7 @@ class Launcher {
 
   template <typename... Parameters, typename... Arguments>
   void run(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared, Arguments... arguments) {
-    constexpr size_t kLimit = 64 * 1024;  // what the smallest GPU supported gives a block
+    constexpr size_t kLimit = 64 * 1024;  // the limit per block on the smallest supported GPU
     if (block > 1024 || shared > kLimit || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
       error_ = cudaErrorInvalidValue;
     }
@@ -337,7 +337,7 @@ class Launcher {
 
 }  // namespace vtexport::cuda
 
-// The harness says in which order threads and blocks run.
+// The harness chooses the order of threads and blocks.
 extern "C" __attribute__((visibility("default"), weak)) void vtexport_emulate(int order) {
   vtexport::emulator::order = static_cast<vtexport::emulator::Order>(order);
 }
