@@ -106,6 +106,34 @@ def test_every_method_builds(method: str, tiny_checkpoint: Path, tmp_path: Path)
     assert all((bundle.folder / path).stat().st_size > 10_000 for path in bundle.manifest.target.graphs.values())
 
 
+def fused(plan: Path) -> int:
+    """How many of its attention layers a TensorRT plan for one GPU runs in a fused kernel."""
+    return plan.read_bytes().count(b"_gemm_mha_v2_nthread_x")
+
+
+#: query heads, key heads and head size of a decoder
+GEOMETRIES = {"llava-1.5-7b": (32, 32, 128), "mistral": (32, 8, 128), "qwen2-7b": (28, 4, 128), "two heads": (2, 2, 64)}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_attention_is_fused_at_the_heads_of_real_models(name: str, tmp_path: Path) -> None:
+    """CLIP-L's heads and a decoder's, two layers each; all other sizes are small."""
+    heads, groups, size = GEOMETRIES[name]
+    tower = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 64, "num_hidden_layers": 3}
+    text = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": size,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+    }
+    model = random_checkpoint(tmp_path / "model", 3, vision=tower, text=text)
+    asked = {"sm": "89", "max_batch": 2}
+    options = BuildOptions(str(model), 0.8, "fastv", "tensorrt-rtx", "fp16", {"layers": "0"}, asked, self_check=False)
+    graphs = build(options, tmp_path / "bundle").manifest.target.graphs
+    assert {graph: fused(tmp_path / "bundle" / path) for graph, path in graphs.items()} == dict.fromkeys(graphs, 2)
+
+
 def test_keep_auto_builds(tmp_path: Path) -> None:
     options = BuildOptions("micro-llava", "auto", target="tensorrt-rtx", buckets=(0.5, 0.25), target_accuracy=0.9)
     bundle = build(replace(options, self_check=False), tmp_path / "bundle")

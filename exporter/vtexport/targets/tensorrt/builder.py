@@ -85,7 +85,8 @@ def build_plan(bindings: Bindings, source: Path, build: Build) -> bytes:
     config.clear_flag(trt.BuilderFlag.TF32)
     if settings.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, settings.hardware)
+    if settings.hardware != "NONE":  # TensorRT for RTX warns about any setting
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, settings.hardware)
     if settings.strip_weights:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         # The weights that come back are the same ones, so that TensorRT may still choose kernels by their values.

@@ -193,13 +193,16 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def inline_functions(model: ir.Model, keep: Any = None) -> None:
-    """Replace function calls by their bodies; functions of domain `keep` stay calls and lose their bodies.
+    """Replace function calls by bodies that TensorRT fuses; functions of domain `keep` stay calls and lose their bodies.
 
     Inlining here gives every node a unique name, while TensorRT's parser would repeat the names in each body. A call
     without a body can only be a plugin; with one, TensorRT's versions differ on whether the body or the plugin wins.
     """
     from onnx_ir.passes.common import InlinePass
 
+    from vtexport.targets.tensorrt.attention import lower_attention
+
+    lower_attention(model)
     if keep is None:
         InlinePass()(model)
         return
