@@ -121,6 +121,7 @@ def test_attention_is_fused_at_the_heads_of_real_models(name: str, tmp_path: Pat
     heads, groups, size = GEOMETRIES[name]
     tower = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 64, "num_hidden_layers": 3}
     text = {
+        "hidden_size": 16 * heads,
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "head_dim": size,

@@ -20,7 +20,7 @@ NAMES = ("TokenScore", "TokenScoreHeads", "TokenSelect", "TokenRecycle")
 def library() -> Path | None:
     """The plugin library of this installation, or None if it was installed without nvcc or TensorRT's headers."""
     # Native files may lie apart from the Python ones: an editable install keeps its sources where they are.
-    spec = find_spec("vtexport._native")
+    spec = find_spec("vtexport._cuda")
     places = [Path(__file__).parents[1]] + ([Path(spec.origin).parent] if spec is not None and spec.origin else [])
     return next((place / LIBRARY for place in places if (place / LIBRARY).is_file()), None)
 
