@@ -3,6 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Python compiles the modules in use at their first import; compiling all of every package takes longer.
+PIP := --quiet --disable-pip-version-check --no-compile
+# Where there is no GPU, the tests compile the CUDA kernels themselves and nothing else could run them.
+KERNELS := $(if $(shell command -v nvidia-smi),ON,OFF)
 BUNDLE := engines/builds/micro-llava-0.25
 
 .PHONY: demo test test-all check bench clean
@@ -30,14 +34,15 @@ bench: $(VENV)/dev.stamp
 
 $(VENV)/base.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install $(PIP) -c constraints.txt -e .
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -C cmake.define.VTEXPORT_TWINS=ON -e '.[dev]'
+	$(BIN)/pip install $(PIP) -c constraints.txt -C cmake.define.VTEXPORT_TWINS=ON \
+		-C cmake.define.VTEXPORT_CUDA=$(KERNELS) -e '.[dev]'
 	# TensorRT's headers, and its Python bindings for their names, for tests; their dependencies are only of use on a GPU.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt kernel-lens tensorrt-cu13-bindings
+	$(BIN)/pip install $(PIP) --no-deps -c constraints.txt kernel-lens tensorrt-cu13-bindings
 	touch $@
 
 clean:

@@ -133,7 +133,7 @@ def test_a_question_longer_than_the_text_tower(clips) -> None:
     )
     tokenizer = ClipTokenizer(clips(48), spec.length)
     assert len(tokenizer.ids("what digit is red?")) == spec.length
-    with pytest.raises(InputError, match="whose text tower takes 24; shorten it"):
+    with pytest.raises(InputError, match="but CLIP's text tower takes 24; shorten it"):
         tokenizer.ids("what " * 30)
 
 

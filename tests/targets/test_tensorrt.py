@@ -18,6 +18,9 @@ from vtexport.errors import InputError, TargetError
 from vtexport.pruning import METHODS
 from vtexport.runtime.runner import Runner
 from vtexport.targets import get_target
+from vtexport.targets.tensorrt.bindings import bindings
+from vtexport.targets.tensorrt.builder import Build, Settings, build_plan
+from vtexport.targets.tensorrt.child import compile_apart
 from vtexport.targets.tensorrt.rtx import TensorRTRTXTarget, parse_architectures
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="the extra tensorrt-rtx is not installed")
@@ -137,15 +140,12 @@ def test_attention_is_fused_at_the_heads_of_real_models(name: str, tmp_path: Pat
 
 def test_keep_auto_builds(tmp_path: Path) -> None:
     options = BuildOptions("micro-llava", "auto", target="tensorrt-rtx", buckets=(0.5, 0.25), target_accuracy=0.9)
-    bundle = build(replace(options, self_check=False), tmp_path / "bundle")
+    bundle = build(replace(options, self_check=False, target_options={"sm": "89"}), tmp_path / "bundle")
     assert set(bundle.manifest.target.graphs) == {"vision", "prefill-0", "prefill-1", "decode"}
     assert not list(bundle.folder.rglob("*.onnx"))
 
 
 def test_tensorrts_refusal_becomes_ours(tmp_path: Path) -> None:
-    from vtexport.targets.tensorrt.bindings import bindings
-    from vtexport.targets.tensorrt.builder import Build, Settings, build_plan
-
     x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in "xy")
     graph = onnx.helper.make_graph([onnx.helper.make_node("NoSuchOp", ["x"], ["y"])], "strange", [x], [y])
     source = tmp_path / "strange.onnx"
@@ -153,7 +153,69 @@ def test_tensorrts_refusal_becomes_ours(tmp_path: Path) -> None:
     settings = Settings(architectures=(89,))
     job = Build("vision", {}, settings, lambda _text, _total: None, lambda _steps: None, lambda _text: None)
     with pytest.raises(TargetError, match="TensorRT cannot parse vision"):
-        build_plan(bindings("tensorrt_rtx_bindings"), source, job)
+        build_plan(bindings("tensorrt_rtx_bindings"), source, tmp_path / "strange.plan", job)
+
+
+def a_matmul(folder: Path) -> tuple[Path, Build]:
+    """An ONNX file of one MatMul, and what it takes to compile it."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT16
+    x, w, y = (helper.make_tensor_value_info(name, kind, [8, 8]) for name in "xwy")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "product", [x, w], [y])
+    source = folder / "product.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), source)
+    shapes = dict.fromkeys("xw", ((8, 8), (8, 8), (8, 8)))
+    return source, Build("product", shapes, Settings(architectures=(89,)), unheard, unheard, unheard)
+
+
+def unheard(*_: object) -> None:
+    """Where nobody listens."""
+
+
+def test_a_plan_is_compiled_in_a_process_of_its_own(tmp_path: Path) -> None:
+    source, job = a_matmul(tmp_path)
+    stages: list[str] = []
+    heard = replace(job, report=lambda text, _total: stages.append(text))
+    compile_apart("tensorrt_rtx_bindings", None, source, tmp_path / "product.plan", heard)
+    assert (tmp_path / "product.plan").stat().st_size > 1000
+    assert stages
+    assert stages[0].startswith("compile product")
+    with pytest.raises(OSError, match="No space left"):
+        compile_apart("tensorrt_rtx_bindings", None, source, Path("/dev/full"), job)
+    source.write_bytes(b"no graph")
+    with pytest.raises(TargetError, match="TensorRT cannot parse product"):
+        compile_apart("tensorrt_rtx_bindings", None, source, tmp_path / "none.plan", job)
+
+
+@pytest.mark.parametrize(
+    ("crash", "ending"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("os._exit(3)", "exit code 3"),
+        ("raise KeyError('lost')", "exit code 1: KeyError: 'lost'"),
+    ],
+)
+def test_a_crash_of_tensorrt_is_one_line(
+    vtexport, crash: str, ending: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the processes that compile, a module of TensorRT's name crashes when the builder is made."""
+    shim = tmp_path / "shim"
+    shim.mkdir()
+    (shim / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if 'vtexport.targets.tensorrt.child' in sys.orig_argv:\n"
+        "    import tensorrt_rtx_bindings as rtx\n"
+        "    class Builder:\n"
+        "        def __init__(self, logger):\n"
+        f"            {crash}\n"
+        "    rtx.Builder = Builder\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(shim))
+    outcome = vtexport("build", "--model", tiny_checkpoint, "--keep", "0.7", "--target", "tensorrt-rtx", "--out", "out")
+    assert outcome.code == 2
+    assert outcome.out == ""
+    error = outcome.err.splitlines()[-1]
+    assert error == f"error: TensorRT crashed while it compiled vision ({ending}); please report this model"
+    assert [path.name for path in tmp_path.iterdir()] == ["shim"]
 
 
 def test_architectures() -> None:

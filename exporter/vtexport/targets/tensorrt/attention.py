@@ -93,4 +93,6 @@ def lower_attention(model: ir.Model) -> None:
         replaced.append(CachedAttention)
     for function in replaced:
         body = ir.serde.deserialize_function(function.to_function_proto())
+        # Quantisation may have raised the opset of the model and of its functions.
+        body.opset_imports.update(model.functions[body.identifier()].opset_imports)
         model.functions[body.identifier()] = body

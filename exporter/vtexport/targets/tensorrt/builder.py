@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vtexport.errors import InputError, TargetError
 from vtexport.targets.tensorrt.bindings import Bindings
@@ -52,12 +52,13 @@ class Build:
     warn: Callable[[str], None]
 
 
-def build_plan(bindings: Bindings, source: Path, build: Build) -> bytes:
-    """Compile the ONNX file `source`, strongly typed, into a serialized plan.
+def build_plan(bindings: Bindings, source: Path, plan: Path, build: Build) -> None:
+    """Compile the ONNX file `source`, strongly typed, into the file `plan`, to which TensorRT writes as it serializes.
 
     Raises:
         TargetError: TensorRT refused; the message carries TensorRT's own first error.
         InputError: the timing cache is another machine's.
+        OSError: `plan` cannot be written.
     """
     trt, logger, settings = bindings.trt, bindings.logger, build.settings
     logger.begin(build.warn)
@@ -98,12 +99,34 @@ def build_plan(bindings: Bindings, source: Path, build: Build) -> bytes:
         raise refused("use the profile of")
     if settings.timing_cache is not None:
         read_timings(config, settings.timing_cache)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
+    with plan.open("wb") as file:
+        writer = _writer(trt, file)
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+    # TensorRT takes no notice of a piece that could not be written.
+    if writer.failure is not None:
+        raise writer.failure
+    if not built or plan.stat().st_size == 0:
         raise refused("build")
     if settings.timing_cache is not None:
         write_timings(config, settings.timing_cache)
-    return bytes(plan)
+
+
+def _writer(trt: Any, file: BinaryIO) -> Any:
+    """Writes a plan to `file` in the pieces that TensorRT hands over."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.failure: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                self.failure = error
+                return 0
+
+    return Writer()
 
 
 def _monitor(trt: Any, build: Build) -> Any:

@@ -86,13 +86,12 @@ class FullTensorRT(AnyTensorRT):
             timing_cache=Path(cache) if cache else None,
         )
 
-    def before(self, folder: Path) -> None:
-        """Register the plugins, and put their library into the bundle."""
+    def plugin_library(self, folder: Path) -> Path | None:
         library = plugins.library()
-        if self.plugins and library is not None:
-            (folder / PLUGINS_FOLDER).mkdir()
-            shutil.copyfile(library, folder / PLUGINS_FOLDER / plugins.LIBRARY)
-            plugins.load(self.bindings().trt.get_plugin_registry(), library)
+        if not self.plugins or library is None:
+            return None
+        (folder / PLUGINS_FOLDER).mkdir()
+        return Path(shutil.copyfile(library, folder / PLUGINS_FOLDER / plugins.LIBRARY))
 
     def prepare(self, model: ir.Model) -> None:
         from vtexport.graph.domains import DOMAIN_VERSION, PRUNING

@@ -96,8 +96,9 @@ class AnyTensorRT(Target):
         """The facts about this machine that a plan depends on, for the manifest."""
         return {}
 
-    def before(self, folder: Path) -> None:
-        """Do what is necessary before the first graph is parsed."""
+    def plugin_library(self, folder: Path) -> Path | None:
+        """The library of plugins, put into the bundle `folder`, that graphs are compiled with; None for none."""
+        return None
 
     def load(self, folder: Path, compiled: Compiled) -> None:
         """Do what is necessary before the first plan is opened."""
@@ -129,12 +130,11 @@ class AnyTensorRT(Target):
     def compile(self, job: CompileJob) -> Compiled:
         import onnx_ir as ir
 
-        from vtexport.targets.tensorrt.builder import Build, build_plan
+        from vtexport.targets.tensorrt.builder import Build
+        from vtexport.targets.tensorrt.child import compile_apart
         from vtexport.targets.tensorrt.profiles import profile_shapes
 
-        bindings, settings = self.bindings(), self.settings()
-        self.before(job.folder)
-        files = {}
+        settings, plugins, files = self.settings(), self.plugin_library(job.folder), {}
         for name, model in job.models.items():
             source = job.folder / ENGINE_FOLDER / f"{name}.onnx"
             self.prepare(model)
@@ -145,8 +145,8 @@ class AnyTensorRT(Target):
                 ir.save(parsed, source)
             files[name] = self.plan_file(name)
             build = Build(name, shapes, settings, job.report, job.advance, job.warn)
-            (job.folder / files[name]).write_bytes(build_plan(bindings, source, build))
-        return Compiled(files, {self.name: bindings.version}, self.facts())
+            compile_apart(self.package, plugins, source, job.folder / files[name], build)
+        return Compiled(files, {self.name: self.bindings().version}, self.facts())
 
     def finish(self, folder: Path, compiled: Compiled) -> None:
         if self.strip_weights:
