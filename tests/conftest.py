@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from hypothesis import settings
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,22 +29,33 @@ from vtexport.runtime.runner import Runner
 
 BuildBundle = Callable[..., Path]
 
+# `make test` tries fifty examples of every property, in CI always the same ones; `make test-all` tries a thousand.
+settings.register_profile("sample", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI")))
+settings.register_profile("long", deadline=None, max_examples=1000)
+settings.load_profile("sample")
 # Tests run in as many processes as there are cores (pytest-xdist): one thread each.
 torch.set_num_threads(1)
 
 
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of a test run have."""
+    own = factory.getbasetemp()
+    return own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+
+
 @pytest.fixture(scope="session")
 def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> BuildBundle:
-    """Builds a bundle, or hands out the one built before with the same options."""
-    built: dict[str, Path] = {}
+    """Builds a bundle, or hands out the one that any process of the test run built before with the same options."""
+    bundles = shared_folder(tmp_path_factory) / "bundles"
+    bundles.mkdir(exist_ok=True)
 
-    def get(model: Path = MICRO, keep: float = 0.25, method: str = "fastervlm", **more: object) -> Path:
-        key = repr((model, keep, method, sorted(more.items())))
-        if key not in built:
-            out = tmp_path_factory.mktemp("bundle") / "bundle"
-            build(BuildOptions(str(model), keep, method, **{"dtype": "fp32", **more}), out)  # type: ignore[arg-type]
-            built[key] = out
-        return built[key]
+    def get(model: Path | str = MICRO, keep: float = 0.25, method: str = "fastervlm", **more: object) -> Path:
+        options = BuildOptions(str(model), keep, method, **{"dtype": "fp32", **more})  # type: ignore[arg-type]
+        out = bundles / hashlib.sha256(repr(options).encode()).hexdigest()[:16]
+        with FileLock(out.with_suffix(".lock")):
+            if not out.is_dir():
+                build(options, out)
+        return out
 
     return get
 

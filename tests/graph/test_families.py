@@ -226,7 +226,7 @@ def pruned_rows(model: Model, pictures: list[Any], keep: int) -> tuple[list[int]
 
 
 @pytest.mark.parametrize("name", ["next-vicuna-2x2", "next-mistral-1x2", "next-two-images"])
-@pytest.mark.parametrize("method", ["fastervlm", "fastervlm+sparsevlm"])
+@pytest.mark.parametrize("method", [pytest.param("fastervlm", marks=pytest.mark.long), "fastervlm+sparsevlm"])
 def test_pruning_by_rows_is_its_reference(method: str, name: str, made, build_bundle: BuildBundle) -> None:
     case = CASES[name]
     folder, model = made(case.checkpoint)
@@ -439,7 +439,7 @@ def test_cells_of_several_views_are_where_their_tokens_came_from(made, build_bun
         assert stage.grid == [None if n < 0 else (n // 25, n % 25 // 5, n % 5) for n in wanted]
 
 
-@pytest.mark.parametrize("name", ["next-two-images", "video"])
+@pytest.mark.parametrize("name", ["next-two-images", pytest.param("video", marks=pytest.mark.long)])
 def test_several_views_are_profiled(name: str, made, build_bundle: BuildBundle) -> None:
     from vtexport.measure.profile import Settings, profile
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ DECODER: dict[str, dict[str, Any]] = {
     "exit": {"rows": "last"},
 }
 VISION = ("fastervlm", "vtc-cls", "vispruner", "visionzip", "divprune")
+
+
+def pairs(methods: Iterable[str]) -> list[Any]:
+    """Every method on every model; `make test` has each method on micro-llava and on one geometry, and each geometry."""
+    return [
+        pytest.param(method, model, marks=() if model in ("micro", CHOSEN[number % len(CHOSEN)]) else pytest.mark.long)
+        for number, method in enumerate(methods)
+        for model in MODELS
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -97,8 +107,7 @@ def check_decoder(runner: Runner, requests, results, model, scheme: methods.Sche
         check_answer(result, trace)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", DECODER)
+@pytest.mark.parametrize(("method", "name"), pairs(DECODER))
 def test_a_decoder_stage_is_its_reference(method: str, name: str, checkpoint, build_bundle: BuildBundle) -> None:
     folder, model = checkpoint(name)
     runner, requests, results = compiled(build_bundle, folder, method, 0.6 if method != "exit" else 0.5)
@@ -146,8 +155,7 @@ def pruned_by_reference(method: str, model, runner: Runner, pixels: torch.Tensor
         return kept, project(patches[kept])
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", VISION)
+@pytest.mark.parametrize(("method", "name"), pairs(VISION))
 def test_a_vision_stage_is_its_reference(method: str, name: str, checkpoint, build_bundle: BuildBundle) -> None:
     folder, model = checkpoint(name)
     # micro-llava's visual tokens lie in some twenty dimensions: of many, what tells the last apart is rounding.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import pytest
 from filelock import FileLock
 
+from tests.conftest import shared_folder
 from vtexport.errors import TargetError
 from vtexport.native.plugins import LIBRARY, load
 
@@ -45,9 +45,7 @@ class Built(NamedTuple):
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Warnings are errors in all of it. The processes of a test run share one build."""
-    shared = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        shared = shared.parent
+    shared = shared_folder(tmp_path_factory)
     folder, printed = shared / "plugins", shared / "plugins.txt"
     with FileLock(shared / "plugins.lock"):
         if not printed.is_file():

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -50,7 +50,6 @@ def select_by_loop(score: np.ndarray, keep: int) -> list[list[int]]:
 scores = st.sampled_from([0.0, 0.25, 0.5, 1.0, -1.0, np.nan, np.inf, -np.inf])
 
 
-@settings(deadline=None)
 @given(data=st.data(), batch=st.integers(1, 3), tokens=st.integers(1, 40))
 def test_select_breaks_ties_by_index_everywhere(data: st.DataObject, batch: int, tokens: int) -> None:
     score = data.draw(arrays(np.float32, (batch, tokens), elements=scores.map(np.float32)))
@@ -112,7 +111,6 @@ def scorings(draw: st.DrawFn) -> Scoring:
     return Scoring(feeds, count)
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=scorings())
 def test_score_is_the_mean_attention_of_the_rows_that_count(case: Scoring) -> None:
     counted = case.feeds["rows"]
@@ -126,7 +124,6 @@ def test_score_is_the_mean_attention_of_the_rows_that_count(case: Scoring) -> No
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
-@settings(deadline=None, max_examples=40)
 @given(case=scorings(), data=st.data())
 def test_score_heads_divides_and_averages_the_heads_that_look_most(case: Scoring, data: st.DataObject) -> None:
     counted = case.feeds["rows"]
@@ -149,7 +146,6 @@ def test_score_heads_divides_and_averages_the_heads_that_look_most(case: Scoring
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     tokens=st.integers(4, 40),
     seed=st.integers(0, 1000),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.checkpoints import MICRO
@@ -73,7 +73,6 @@ def test_every_budget_is_met_or_refused(tokens: int, layers: int, calibration: C
     assert all(ways_out in message for message in refused.values())
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     keep=st.floats(0.05, 1.0),
     tokens=st.integers(9, 300),

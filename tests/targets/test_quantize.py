@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -23,7 +23,6 @@ from vtexport.targets.quantize import Scheme
 from vtexport.targets.tensorrt import quantize as tensorrt
 
 
-@settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 100), bits=st.sampled_from([8, 4]), seed=st.integers(0, 99))
 def test_the_kernel_multiplies_by_the_rounded_weight(rows: int, columns: int, bits: int, seed: int) -> None:
     weight, scheme = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32), NBits(bits)
@@ -34,7 +33,6 @@ def test_the_kernel_multiplies_by_the_rounded_weight(rows: int, columns: int, bi
     assert (np.abs(scheme.rounded(weight) - weight) <= 0.51 * step + 1e-6).all()
 
 
-@settings(max_examples=20, deadline=None)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 3).map(lambda blocks: blocks * tensorrt.BLOCK),
