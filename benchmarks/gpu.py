@@ -188,15 +188,15 @@ class Bench:
             rows, keys = (self.text, n + self.text) if inside else (1, n + 1)
             hidden = random(batch, n, d.hidden_size if inside else v.hidden_size)
             score = torch.rand(batch, n, device=self.device)
-            counts = torch.ones(batch, rows, device=self.device) > 0
             places = torch.full((batch, rows), keys - 1, device=self.device)
             start = torch.ones(batch, device=self.device, dtype=torch.int64)
             query, key = random(batch, heads, rows, size), random(batch, groups, keys, size)
-            calls.append(partial(ops.token_score, query, key, counts, places, start, n, size**-0.5))
+            calls.append(partial(ops.token_score, query, key, places, start, n, size**-0.5))
             calls.append(partial(ops.token_select, hidden, score, keep))
             if stage.recycled:
                 pool, clusters = Recycling().counts(n - keep)
-                calls.append(partial(ops.token_recycle, hidden, score, keep, pool, clusters, False))
+                rank = score.argsort(dim=1).int()
+                calls.append(partial(ops.token_recycle, hidden, rank, keep, pool, clusters, False))
         return lambda: [call() for call in calls]
 
     def cache_bytes(self, plan: PruningPlan) -> int:

@@ -55,17 +55,18 @@ def pruning_ms(spec: ModelSpec, plan: PruningPlan, text: int, runs: int = 50) ->
         score = {
             "query": random(1, heads, rows, size),
             "key": random(1, groups, keys, size),
-            "rows": np.ones((1, rows), dtype=bool),
             "places": np.full((1, rows), keys - 1),
             "start": np.full(1, first),
         }
-        states = {"hidden": random(1, visual, width), "score": rng.random((1, visual), dtype=np.float32)}
+        hidden = random(1, visual, width)
         calls.append(_node("TokenScore", score, 1, count=visual, scale=size**-0.5))
-        calls.append(_node("TokenSelect", states, 2, keep=stage.kept))
+        scored = {"hidden": hidden, "score": rng.random((1, visual), dtype=np.float32)}
+        calls.append(_node("TokenSelect", scored, 3, keep=stage.kept))
         if stage.recycled:
             pool, clusters = Recycling().counts(visual - stage.kept)
             counts = {"keep": stage.kept, "pool": pool, "clusters": clusters, "paper": 0}
-            calls.append(_node("TokenRecycle", states, 3, **counts))
+            ranked = {"hidden": hidden, "rank": rng.permutation(visual).astype(np.int32)[None]}
+            calls.append(_node("TokenRecycle", ranked, 3, **counts))
     times = []
     for number in range(runs + 5):
         began = time.perf_counter()

@@ -37,13 +37,13 @@ def run_function(op_type: str, feeds: dict[str, np.ndarray], outputs: int, **att
     return session.run(None, feeds)
 
 
-def select_by_loop(score: np.ndarray, keep: int) -> list[list[int]]:
-    chosen = []
+def orders(score: np.ndarray) -> list[list[int]]:
+    """The tokens of each row from the best down."""
+    found = []
     for row in score:
         ranked = [-np.inf if np.isnan(value) else value for value in row]
-        order = sorted(range(len(row)), key=lambda i: (-ranked[i], i))
-        chosen.append(sorted(order[:keep]))
-    return chosen
+        found.append(sorted(range(len(row)), key=lambda i: (-ranked[i], i)))
+    return found
 
 
 # Few distinct values, so that ties are the rule; and the values that are not numbers.
@@ -55,15 +55,19 @@ def test_select_breaks_ties_by_index_everywhere(data: st.DataObject, batch: int,
     score = data.draw(arrays(np.float32, (batch, tokens), elements=scores.map(np.float32)))
     keep = data.draw(st.integers(1, tokens))
     hidden = np.random.default_rng(0).standard_normal((batch, tokens, 3)).astype(np.float32)
-    expected = select_by_loop(score, keep)
-    kept, index = ops.token_select(torch.from_numpy(hidden), torch.from_numpy(score), keep)
+    expected = [sorted(order[:keep]) for order in orders(score)]
+    kept, index, rank = ops.token_select(torch.from_numpy(hidden), torch.from_numpy(score), keep)
     assert index.tolist() == expected
+    ranks = [[order.index(token) for token in range(tokens)] for order in orders(score)]
+    assert rank.tolist() == ranks
     assert index.dtype == torch.int32
-    body_kept, body_index = run_function("TokenSelect", {"hidden": hidden, "score": score}, 2, keep=keep)
+    body_kept, body_index, body_rank = run_function("TokenSelect", {"hidden": hidden, "score": score}, 3, keep=keep)
     assert body_index.tolist() == expected
-    assert body_index.dtype == np.int32
-    twin_kept, twin_index = native.token_select(torch.from_numpy(hidden), torch.from_numpy(score), keep)
+    assert body_rank.tolist() == ranks
+    assert body_index.dtype == body_rank.dtype == np.int32
+    twin_kept, twin_index, twin_rank = native.token_select(torch.from_numpy(hidden), torch.from_numpy(score), keep)
     assert twin_index.tolist() == expected
+    assert twin_rank.tolist() == ranks
     for row, chosen in enumerate(expected):
         for found in (kept.numpy(), body_kept, twin_kept.numpy()):
             np.testing.assert_array_equal(found[row], hidden[row, chosen])
@@ -81,11 +85,11 @@ class Scoring:
 
     def attention(self, scale: float) -> np.ndarray:
         """[B, H, R, V] by loops, in double."""
-        query, key, _, places, start = self.feeds.values()
+        query, key, places, start = self.feeds.values()
         batch, heads, rows, _ = query.shape
         found = np.zeros((batch, heads, rows, self.count))
         for b, head, row in np.ndindex(batch, heads, rows):
-            seen = key[b, head // (heads // key.shape[1]), : places[b, row] + 1].astype(np.float64)
+            seen = key[b, head // (heads // key.shape[1]), : max(places[b, row], 0) + 1].astype(np.float64)
             weights = np.exp(seen @ query[b, head, row].astype(np.float64) * scale)
             whole = np.zeros(key.shape[2])
             whole[: len(seen)] = weights / weights.sum()
@@ -104,8 +108,7 @@ def scorings(draw: st.DrawFn) -> Scoring:
     feeds = {
         "query": rng.standard_normal((batch, groups * share, rows, 8)).astype(kind),
         "key": rng.standard_normal((batch, groups, keys, 8)).astype(kind),
-        "rows": counted,
-        "places": rng.integers(0, keys, (batch, rows)),
+        "places": np.where(counted, rng.integers(0, keys, (batch, rows)), -1),
         "start": rng.integers(0, keys - count + 1, batch),
     }
     return Scoring(feeds, count)
@@ -113,7 +116,7 @@ def scorings(draw: st.DrawFn) -> Scoring:
 
 @given(case=scorings())
 def test_score_is_the_mean_attention_of_the_rows_that_count(case: Scoring) -> None:
-    counted = case.feeds["rows"]
+    counted = case.feeds["places"] >= 0
     attention = case.attention(0.35).mean(axis=1)
     expected = (attention * counted[..., None]).sum(axis=1) / np.maximum(counted.sum(axis=1), 1)[:, None]
     eager = ops.token_score(*case.tensors(), case.count, 0.35)
@@ -126,7 +129,7 @@ def test_score_is_the_mean_attention_of_the_rows_that_count(case: Scoring) -> No
 
 @given(case=scorings(), data=st.data())
 def test_score_heads_divides_and_averages_the_heads_that_look_most(case: Scoring, data: st.DataObject) -> None:
-    counted = case.feeds["rows"]
+    counted = case.feeds["places"] >= 0
     batch, heads = case.feeds["query"].shape[:2]
     chosen = data.draw(st.integers(1, heads))
     rng = np.random.default_rng(1)
@@ -144,6 +147,11 @@ def test_score_heads_divides_and_averages_the_heads_that_look_most(case: Scoring
     twin = native.token_score_heads(*case.tensors(), torch.from_numpy(divisor), case.count, 0.35, chosen)
     for found in (eager.numpy(), body, twin.numpy()):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def rank_of(score: torch.Tensor) -> torch.Tensor:
+    """The ranks of score [B, V], [B, V] int32."""
+    return ops.token_select(score[..., None], score, 1)[2]
 
 
 @given(
@@ -167,10 +175,11 @@ def test_recycle_is_density_peak_clustering_of_the_best_dropped(
         score = np.round(score, 1)
     pool = int(0.3 * (tokens - keep)) + 1
     clusters = min(int(share * pool) + 1, pool)
-    eager = ops.token_recycle(torch.from_numpy(hidden), torch.from_numpy(score), keep, pool, clusters, paper)
-    twin = native.token_recycle(torch.from_numpy(hidden), torch.from_numpy(score), keep, pool, clusters, paper)
+    rank = rank_of(torch.from_numpy(score))
+    eager = ops.token_recycle(torch.from_numpy(hidden), rank, keep, pool, clusters, paper)
+    twin = native.token_recycle(torch.from_numpy(hidden), rank, keep, pool, clusters, paper)
     attributes = {"keep": keep, "pool": pool, "clusters": clusters, "paper": int(paper)}
-    body = run_function("TokenRecycle", {"hidden": hidden, "score": score}, 3, **attributes)
+    body = run_function("TokenRecycle", {"hidden": hidden, "rank": rank.numpy()}, 3, **attributes)
     for row in range(2):
         values = torch.from_numpy(score[row])
         kept = methods.best(values.tolist(), keep)
@@ -185,7 +194,7 @@ def test_recycle_is_density_peak_clustering_of_the_best_dropped(
 def test_recycle_merges_equal_tokens_without_nan() -> None:
     hidden, score = torch.ones(1, 9, 4), torch.zeros(1, 9)
     for recycle in (ops.token_recycle, native.token_recycle):
-        merged, centres, cluster = recycle(hidden, score, 2, 5, 2, False)
+        merged, centres, cluster = recycle(hidden, rank_of(score), 2, 5, 2, False)
         # Every distance and density is equal: the lower places win throughout.
         assert centres.tolist() == [[2, 3]]
         assert cluster.tolist() == [[-1, -1, 0, 1, 0, 0, 0, -1, -1]]
@@ -199,16 +208,14 @@ def test_twins_read_and_write_every_dtype(kind: torch.dtype) -> None:
     for twin, eager in zip(native.token_select(hidden, score, 5), ops.token_select(hidden, score, 5), strict=True):
         assert twin.dtype == eager.dtype
         assert torch.equal(twin, eager)
-    twins, eagers = (
-        native.token_recycle(hidden, score, 3, 7, 2, False),
-        ops.token_recycle(hidden, score, 3, 7, 2, False),
-    )
+    rank = rank_of(score)
+    twins, eagers = (recycle(hidden, rank, 3, 7, 2, False) for recycle in (native.token_recycle, ops.token_recycle))
     assert twins[0].dtype == kind
     torch.testing.assert_close(twins[0], eagers[0])
     assert torch.equal(twins[1], eagers[1])
     assert torch.equal(twins[2], eagers[2])
-    rating = (torch.randn(2, 4, 3, 8).to(kind), torch.randn(2, 2, 9, 8).to(kind), torch.ones(2, 3) > 0)
-    places, start = torch.tensor([[6, 7, 8], [0, 3, 8]]), torch.tensor([0, 1])
+    rating = (torch.randn(2, 4, 3, 8).to(kind), torch.randn(2, 2, 9, 8).to(kind))
+    places, start = torch.tensor([[6, 7, 8], [0, -1, 8]]), torch.tensor([0, 1])
     scored = native.token_score(*rating, places, start, 6, 0.3)
     torch.testing.assert_close(scored, ops.token_score(*rating, places, start, 6, 0.3), rtol=1e-5, atol=1e-6)
 
@@ -218,7 +225,7 @@ def test_numbers_that_are_none_come_out_alike(value: float) -> None:
     """A logit that is NaN or infinitely great makes its row's attention, and so the scores, NaN; never a crash."""
     query, key = torch.randn(1, 2, 2, 4), torch.randn(1, 2, 5, 4)
     key[0, 1, 3] = value
-    rating = (query, key, torch.ones(1, 2) > 0, torch.tensor([[3, 4]]), torch.tensor([0]), 3, 0.5)
+    rating = (query, key, torch.tensor([[3, 4]]), torch.tensor([0]), 3, 0.5)
     torch.testing.assert_close(native.token_score(*rating), ops.token_score(*rating), equal_nan=True)
     hidden, score = torch.randn(1, 6, 4), torch.tensor([[0.1, value, 0.3, value, 0.2, 0.3]])
     assert torch.equal(native.token_select(hidden, score, 3)[1], ops.token_select(hidden, score, 3)[1])
@@ -229,15 +236,15 @@ def test_numbers_that_are_none_come_out_alike(value: float) -> None:
 def test_recycling_numbers_that_are_none_stays_in_range(value: float, paper: bool) -> None:
     """Which tokens of such a row merge is open; the other rows of its batch must not notice."""
     torch.manual_seed(0)
-    hidden, score = torch.randn(2, 20, 8), torch.rand(2, 20)
+    hidden, rank = torch.randn(2, 20, 8), rank_of(torch.rand(2, 20))
     keep, pool, clusters = 4, 12, 3
-    whole = ops.token_recycle(hidden, score, keep, pool, clusters, paper)
+    whole = ops.token_recycle(hidden, rank, keep, pool, clusters, paper)
     hidden[0, 7:15, 3] = value
-    arrays = {"hidden": hidden.numpy(), "score": score.numpy()}
+    arrays = {"hidden": hidden.numpy(), "rank": rank.numpy()}
     attributes = {"keep": keep, "pool": pool, "clusters": clusters, "paper": int(paper)}
     for merged, centres, cluster in (
-        ops.token_recycle(hidden, score, keep, pool, clusters, paper),
-        native.token_recycle(hidden, score, keep, pool, clusters, paper),
+        ops.token_recycle(hidden, rank, keep, pool, clusters, paper),
+        native.token_recycle(hidden, rank, keep, pool, clusters, paper),
         map(torch.from_numpy, run_function("TokenRecycle", arrays, 3, **attributes)),
     ):
         assert 0 <= int(centres.min()) <= int(centres.max()) < 20
@@ -253,32 +260,34 @@ def test_twins_take_numpy_arrays() -> None:
     from vtexport import _native
 
     hidden, score = np.random.default_rng(0).random((1, 6, 3), np.float32), np.array([[3, 1, 4, 1, 5, 9]], np.float32)
-    kept, index = np.empty((1, 2, 3), np.float32), np.empty((1, 2), np.int32)
-    _native.Kernels().token_select(hidden, score, kept, index)
+    kept, index, rank = np.empty((1, 2, 3), np.float32), np.empty((1, 2), np.int32), np.empty((1, 6), np.int32)
+    _native.Kernels().token_select(hidden, score, kept, index, rank)
     assert index.tolist() == [[4, 5]]
     np.testing.assert_array_equal(kept, hidden[:, 4:])
+    assert rank.tolist() == [[3, 4, 2, 5, 1, 0]]
 
 
 def test_twins_refuse_what_the_contract_refuses() -> None:
     hidden, score = torch.randn(1, 6, 4), torch.rand(1, 6)
+    rank = rank_of(score)
     for call, message in {
         lambda: native.token_select(hidden, score, 7): "keep is out of range",
         lambda: native.token_select(hidden, score, 0): "keep is out of range",
         lambda: native.token_select(hidden.double(), score, 2): "hidden must be float32",
         lambda: native.token_select(hidden, score[:, :5], 2): r"score must be \[batch, tokens\]",
-        lambda: native.token_recycle(hidden, score, 3, 4, 1, False): "pool is out of range",
-        lambda: native.token_recycle(hidden, score, 3, 2, 3, False): "clusters is out of range",
+        lambda: native.token_recycle(hidden, rank, 3, 4, 1, False): "pool is out of range",
+        lambda: native.token_recycle(hidden, rank, 3, 2, 3, False): "clusters is out of range",
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
-    query, key, rows = torch.randn(1, 3, 1, 4), torch.randn(1, 2, 5, 4), torch.ones(1, 1) > 0
+    query, key = torch.randn(1, 3, 1, 4), torch.randn(1, 2, 5, 4)
     places, start = torch.tensor([[4]]), torch.tensor([0])
     with pytest.raises(ValueError, match="heads is not a multiple of key heads"):
-        native.token_score(query, key, rows, places, start, 3, 1.0)
+        native.token_score(query, key, places, start, 3, 1.0)
     with pytest.raises(ValueError, match="count exceeds"):
-        native.token_score(query[:, :2], key, rows, places, start, 6, 1.0)
+        native.token_score(query[:, :2], key, places, start, 6, 1.0)
     with pytest.raises(ValueError, match="differ in shape"):
-        native.token_score(query[:, :2], key[..., :3], rows, places, start, 3, 1.0)
+        native.token_score(query[:, :2], key[..., :3], places, start, 3, 1.0)
 
 
 def samples() -> dict[str, tuple[object, ...]]:
@@ -286,15 +295,14 @@ def samples() -> dict[str, tuple[object, ...]]:
     rating = (
         torch.randn(2, 4, 3, 8),
         torch.randn(2, 2, 9, 8),
-        torch.ones(2, 3) > 0,
-        torch.tensor([[6, 7, 8]]).expand(2, -1).contiguous(),
+        torch.tensor([[6, -1, 8]]).expand(2, -1).contiguous(),
         torch.tensor([0, 1]),
     )
     return {
         "token_score": (*rating, 6, 0.3),
         "token_score_heads": (*rating, torch.rand(2, 3, 6) + 1, 6, 0.3, 2),
         "token_select": (torch.randn(2, 9, 5), torch.randn(2, 9), 4),
-        "token_recycle": (torch.randn(2, 9, 5), torch.randn(2, 9), 4, 3, 2, False),
+        "token_recycle": (torch.randn(2, 9, 5), rank_of(torch.randn(2, 9)), 4, 3, 2, False),
     }
 
 

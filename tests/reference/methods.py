@@ -139,7 +139,7 @@ def recycle(hidden: Tensor, score: Tensor, kept: list[int], size: int, count: in
         denser = [j for j in pool if sparse[j] < sparse[i] or (sparse[j] == sparse[i] and j < i)]
         delta[i] = min((distance[i, j] for j in denser), default=farthest)
     peaks = [math.log(delta[i]) - sparse[i] if delta[i] else -math.inf for i in pool]
-    centres = sorted(pool[place] for place in best(peaks, count))
+    centres = [pool[place] for place in sorted(range(len(pool)), key=lambda place: (-peaks[place], place))[:count]]
     members = {}
     for i in pool:
         near = [cosine(hidden[i], hidden[c]) if paper else -distance[i, c] for c in centres]

@@ -287,12 +287,10 @@ class ReferenceModel:
             following = model.layers[number + 1]
             x = following.input_layernorm(rows.hidden)
             rating = self._rotated(following.self_attn.q_proj(x), following.self_attn.k_proj(x), rope)
-        places, counted = rows_that_rate(rows.layout, raters)
-        query = rows.layout.rows_of(rating.query, places)
+        computed, places = rows_that_rate(rows.layout, raters)
+        query = rows.layout.rows_of(rating.query, computed)
         scale = d.head_size**-0.5
-        return Attention(
-            query, rating.key, d.num_heads, d.num_kv_heads, scale, counted, places, rows.positions, self._cosines()
-        )
+        return Attention(query, rating.key, d.num_heads, d.num_kv_heads, scale, places, rows.positions, self._cosines())
 
     def _cosines(self) -> Any:
         from vtexport.models.rope import rope_tables

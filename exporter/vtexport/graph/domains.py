@@ -6,6 +6,6 @@ from __future__ import annotations
 PRUNING = "vtexport"
 #: the domain of transformer parts that runtimes have kernels for (`vtexport.graph.nn_ops`)
 NN = "vtexport.nn"
-DOMAIN_VERSION = 1
+DOMAIN_VERSION = 2
 #: the opset of the standard ops
 OPSET = 18

@@ -213,8 +213,7 @@ class PrefillGraph(_LanguageGraph):
         mean = token_score(
             layout.rows_of(query, places).unflatten(2, (attention.num_heads, size)).transpose(1, 2),
             key.unflatten(2, (attention.kv_heads, size)).transpose(1, 2),
-            rows,
-            places,
+            places.masked_fill(~rows, -1),
             layout.image_position[:, 0],
             layout.visual,
             attention.scale,
@@ -227,18 +226,18 @@ class PrefillGraph(_LanguageGraph):
         """The attention that rates at the stage after layer `number`, from that layer's rotated queries and keys."""
         assert self.method is not None
         layout, blocks = rows.layout, list(self.decoder.blocks())
-        places, counted = rows_that_rate(layout, raters)
+        computed, places = rows_that_rate(layout, raters)
         module = blocks[number].self_attn
         if self.method.attention_of == "own":
-            query = layout.rows_of(query, places)
+            query = layout.rows_of(query, computed)
         else:
             following = blocks[number + 1]
             module, x = following.self_attn, following.input_layernorm(rows.hidden)
-            positions = rows.positions.gather(1, places)
-            query = module.query(layout.rows_of(x, places), positions, self.rope)
+            positions = rows.positions.gather(1, computed)
+            query = module.query(layout.rows_of(x, computed), positions, self.rope)
             key = module.key(x, rows.positions, self.rope)
         return Attention(
-            query, key, module.num_heads, module.kv_heads, module.scale, counted, places, rows.positions, self.rope.cos
+            query, key, module.num_heads, module.kv_heads, module.scale, places, rows.positions, self.rope.cos
         )
 
     def output_names(self) -> list[str]:
@@ -288,10 +287,10 @@ class DecodeGraph(_LanguageGraph):
             attention, normed, place = layer.self_attn, layer.input_layernorm(x), position[number][:, None]
             mixed, key, value = attention.decode(normed, place, self.rope, cache, length[number])
             if image_position is not None:
-                heads, ones = attention.num_heads, torch.ones_like(place)
+                heads = attention.num_heads
                 query = attention.query(normed, place, self.rope).unflatten(2, (heads, -1)).transpose(1, 2)
                 last = length[number][:, None]
-                paid = token_score(query, key, ones > 0, last, image_position, self.ranked, attention.scale) * heads
+                paid = token_score(query, key, last, image_position, self.ranked, attention.scale) * heads
                 total = paid if total is None else total + paid
             x = x + mixed
             x = x + layer.mlp(layer.post_attention_layernorm(x))

@@ -5,7 +5,7 @@
 
 from typing import TypeVar, Union
 
-from onnxscript import BOOL, FLOAT, FLOAT16, INT32, INT64, script
+from onnxscript import FLOAT, FLOAT16, INT32, INT64, script
 from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
@@ -16,7 +16,7 @@ T = TypeVar("T", bound=Union[FLOAT, FLOAT16])  # noqa: UP007 - onnxscript reads 
 
 
 @script(pruning, default_opset=op)
-def TokenScore(query: T, key: T, rows: BOOL, places: INT64, start: INT64, count: int, scale: float) -> FLOAT:
+def TokenScore(query: T, key: T, places: INT64, start: INT64, count: int, scale: float) -> FLOAT:
     groups = op.Shape(key, start=1, end=2)
     width = op.Shape(query, start=3, end=4)
     zero = op.Constant(value_ints=[0])
@@ -30,10 +30,12 @@ def TokenScore(query: T, key: T, rows: BOOL, places: INT64, start: INT64, count:
     by_head = op.Concat(zero, op.Shape(query, start=1, end=3), keys, axis=0)
     logits = op.Reshape(op.MatMul(grouped, columns), by_head)
     number = op.Range(op.Constant(value_int=0), op.Squeeze(keys), op.Constant(value_int=1))
-    seen = op.LessOrEqual(number, op.Unsqueeze(places, op.Constant(value_ints=[1, 3])))
+    # A row that does not count sees the first key, so that its attention is a number.
+    place = op.Max(places, op.Constant(value_int=0))
+    seen = op.LessOrEqual(number, op.Unsqueeze(place, op.Constant(value_ints=[1, 3])))
     masked = op.Where(seen, logits, op.Constant(value_float=float("-inf")))
     attention = op.ReduceMean(op.Softmax(masked, axis=-1), one, keepdims=0)
-    counted = op.Cast(rows, to=FLOAT.dtype)
+    counted = op.Cast(op.GreaterOrEqual(places, op.Constant(value_int=0)), to=FLOAT.dtype)
     total = op.Max(op.ReduceSum(counted, one, keepdims=1), op.Constant(value_float=1.0))
     share = op.Unsqueeze(counted / total, one)
     score = op.Squeeze(op.MatMul(share, attention), one)
@@ -45,7 +47,6 @@ def TokenScore(query: T, key: T, rows: BOOL, places: INT64, start: INT64, count:
 def TokenScoreHeads(
     query: T,
     key: T,
-    rows: BOOL,
     places: INT64,
     start: INT64,
     divisor: FLOAT,
@@ -66,22 +67,24 @@ def TokenScoreHeads(
     leading = op.Shape(query, start=0, end=3)
     logits = op.Reshape(op.MatMul(grouped, columns), op.Concat(leading, keys, axis=0))
     number = op.Range(op.Constant(value_int=0), op.Squeeze(keys), op.Constant(value_int=1))
-    seen = op.LessOrEqual(number, op.Unsqueeze(places, op.Constant(value_ints=[1, 3])))
+    # A row that does not count sees the first key, so that its attention is a number.
+    place = op.Max(places, op.Constant(value_int=0))
+    seen = op.LessOrEqual(number, op.Unsqueeze(place, op.Constant(value_ints=[1, 3])))
     attention = op.Softmax(op.Where(seen, logits, op.Constant(value_float=float("-inf"))), axis=-1)
     visual = op.Range(op.Constant(value_int=0), op.Constant(value_int=count), op.Constant(value_int=1))
     places_of = op.Unsqueeze(op.Unsqueeze(start, one) + visual, op.Constant(value_ints=[1, 2]))
     extent = op.Reshape(op.Constant(value_int=count), one)
     index = op.Expand(places_of, op.Concat(leading, extent, axis=0))
     weighted = op.GatherElements(attention, index, axis=3) / op.Unsqueeze(divisor, one)
-    counted = op.Cast(rows, to=FLOAT.dtype)
+    counted = op.Cast(op.GreaterOrEqual(places, op.Constant(value_int=0)), to=FLOAT.dtype)
     total = op.Max(op.ReduceSum(counted, one, keepdims=1), op.Constant(value_float=1.0))
     share = op.Unsqueeze(counted / total, op.Constant(value_ints=[1, 2]))
     by_head = op.Squeeze(op.MatMul(share, weighted), two)
     sums = op.ReduceSum(by_head, two, keepdims=0)
     mine = op.Unsqueeze(sums, two)
     other = op.Unsqueeze(sums, one)
-    place = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(query, start=1, end=2)), op.Constant(value_int=1))
-    before = op.Less(op.Unsqueeze(place, zero), op.Unsqueeze(place, one))
+    head = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(query, start=1, end=2)), op.Constant(value_int=1))
+    before = op.Less(op.Unsqueeze(head, zero), op.Unsqueeze(head, one))
     beaten = op.Or(op.Greater(other, mine), op.And(op.Equal(other, mine), before))
     rank = op.ReduceSum(op.Cast(beaten, to=FLOAT.dtype), two, keepdims=0)
     chosen = op.Less(rank, op.Cast(op.Constant(value_int=heads), to=FLOAT.dtype))
@@ -90,7 +93,7 @@ def TokenScoreHeads(
 
 
 @script(pruning, default_opset=op)
-def TokenSelect(hidden: T, score: FLOAT, keep: int) -> tuple[T, INT32]:
+def TokenSelect(hidden: T, score: FLOAT, keep: int) -> tuple[T, INT32, INT32]:
     # Rank of each token: how many beat it, by score or, at equal score, by a lower index.
     clean = op.Where(op.IsNaN(score), op.Constant(value_float=float("-inf")), score)
     mine = op.Unsqueeze(clean, op.Constant(value_ints=[2]))
@@ -107,11 +110,11 @@ def TokenSelect(hidden: T, score: FLOAT, keep: int) -> tuple[T, INT32]:
     top = op.Reshape(op.Constant(value_int=keep), op.Constant(value_ints=[1]))
     _keys, index = op.TopK(key, top, axis=1, largest=1, sorted=1)
     chosen = op.GatherND(hidden, op.Unsqueeze(index, op.Constant(value_ints=[2])), batch_dims=1)
-    return chosen, op.Cast(index, to=6)
+    return chosen, op.Cast(index, to=6), op.Cast(rank, to=6)
 
 
 @script(pruning, default_opset=op)
-def TokenRecycle(hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, paper: int) -> tuple[T, INT32, INT32]:
+def TokenRecycle(hidden: T, rank: INT32, keep: int, pool: int, clusters: int, paper: int) -> tuple[T, INT32, INT32]:
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     two = op.Constant(value_ints=[2])
@@ -120,17 +123,11 @@ def TokenRecycle(hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, p
     infinity = op.Constant(value_float=float("inf"))
     pool_size = op.Reshape(op.Constant(value_int=pool), one)
     cluster_size = op.Reshape(op.Constant(value_int=clusters), one)
-    kept = op.Cast(op.Constant(value_int=keep), to=FLOAT.dtype)
+    kept = op.Cast(op.Constant(value_int=keep), to=6)
     # The pool: ranks keep … keep + pool - 1, listed by place as in TokenSelect.
-    clean = op.Where(op.IsNaN(score), minus_infinity, score)
-    total = op.Squeeze(op.Shape(score, start=1, end=2))
+    total = op.Squeeze(op.Shape(rank, start=1, end=2))
     place = op.Range(op.Constant(value_int=0), total, op.Constant(value_int=1))
-    before = op.Less(op.Unsqueeze(place, zero), op.Unsqueeze(place, one))
-    mine = op.Unsqueeze(clean, two)
-    other = op.Unsqueeze(clean, one)
-    beaten = op.Or(op.Greater(other, mine), op.And(op.Equal(other, mine), before))
-    rank = op.ReduceSum(op.Cast(beaten, to=FLOAT.dtype), two, keepdims=0)
-    last = kept + op.Cast(op.Constant(value_int=pool), to=FLOAT.dtype)
+    last = kept + op.Cast(op.Constant(value_int=pool), to=6)
     pooled = op.And(op.GreaterOrEqual(rank, kept), op.Less(rank, last))
     number = op.Cast(place, to=FLOAT.dtype)
     key = op.Where(pooled, op.Neg(number), op.Neg(number + op.Cast(total, to=FLOAT.dtype)))
@@ -172,12 +169,10 @@ def TokenRecycle(hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, p
     later = op.Greater(column, row)
     higher = op.Or(op.And(later, they_win_late), op.And(earlier, op.Not(i_win_late)))
     peak_rank = op.ReduceSum(op.Cast(higher, to=FLOAT.dtype), two, keepdims=0)
-    is_centre = op.Less(peak_rank, op.Cast(op.Constant(value_int=clusters), to=FLOAT.dtype))
-    within_number = op.Cast(within, to=FLOAT.dtype)
-    centre_key = op.Where(
-        is_centre, op.Neg(within_number), op.Neg(within_number + op.Cast(op.Constant(value_int=pool), to=FLOAT.dtype))
-    )
-    _centre_keys, centre = op.TopK(centre_key, cluster_size, axis=1, largest=1, sorted=1)
+    # Rounding can give two peaks one rank; the place makes the keys distinct.
+    members_of_pool = op.Cast(op.Constant(value_int=pool), to=FLOAT.dtype)
+    centre_key = peak_rank * members_of_pool + op.Cast(within, to=FLOAT.dtype)
+    _centre_keys, centre = op.TopK(centre_key, cluster_size, axis=1, largest=0, sorted=1)
     # Each token joins the nearest centre, and a centre joins itself.
     length = op.Sqrt(op.ReduceSum(x * x, two, keepdims=1))
     unit = x / op.Max(length, op.Constant(value_float=1e-12))
@@ -196,7 +191,7 @@ def TokenRecycle(hidden: T, score: FLOAT, keep: int, pool: int, clusters: int, p
     size = op.Where(as_paper, op.Constant(value_float=1.0), op.ReduceSum(members, two, keepdims=1))
     merged = op.CastLike(op.MatMul(members, x) / size, hidden)
     centres = op.Cast(op.GatherElements(index, centre, axis=1), to=6)
-    none = op.Expand(op.Cast(op.Constant(value_int=-1), to=6), op.Shape(score))
+    none = op.Expand(op.Cast(op.Constant(value_int=-1), to=6), op.Shape(rank))
     cluster = op.ScatterElements(none, index, op.Cast(op.Squeeze(joined, one), to=6), axis=1)
     return merged, centres, cluster
 

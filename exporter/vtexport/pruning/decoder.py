@@ -26,8 +26,8 @@ class Attention:
         heads: H.
         kv_heads: G.
         scale: the factor on query · key before softmax.
-        rows: [B, R] bool, which rows count.
-        places: [B, R] int64, the place of each row in the sequence; the row sees the keys up to it.
+        places: [B, R] int64, the place of each row in the sequence, up to which it sees the keys; -1 for a row that does
+            not count.
         positions: [B, S] int64, RoPE positions of the sequence.
         cos: [max_positions, D / 2], the table of RoPE's cosines.
     """
@@ -37,7 +37,6 @@ class Attention:
     heads: int
     kv_heads: int
     scale: float
-    rows: Tensor
     places: Tensor
     positions: Tensor
     cos: Tensor
@@ -151,25 +150,24 @@ class DecoderMethod(Method):
 
         query, key = attention.split()
         start, count = layout.image_position[:, 0], layout.visual
-        return token_score(query, key, attention.rows, attention.places, start, count, attention.scale)
+        return token_score(query, key, attention.places, start, count, attention.scale)
 
     def rating_rows(self, visual: Tensor, text: Tensor, layout: Layout) -> Tensor | None:
         """Which text tokens rate, [B, L] bool, decided once on the decoder's input; None unless `raters` is text."""
         return None
 
-    def merged(self, hidden: Tensor, score: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
-        """Merged tokens [B, c, C], centres [B, c] int32 and clusters [B, V] int32; `stage.recycled` > 0."""
+    def merged(self, hidden: Tensor, rank: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Merged tokens [B, c, C], centres [B, c] int32 and clusters [B, V] int32, by rank [B, V] int32."""
         raise NotImplementedError
 
 
 def rows_that_rate(layout: Layout, raters: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Places [B, R] of the rows to compute, and which of them count, [B, R] bool."""
-    import torch
-
+    """Places [B, R] of the rows to compute, and the same with -1 for rows that do not count."""
     if raters is not None:
-        return layout.text_places(), raters
+        places = layout.text_places()
+        return places, places.masked_fill(~raters, -1)
     last = layout.last_place()[:, None]
-    return last, torch.ones_like(last) > 0
+    return last, last
 
 
 def rated(method: DecoderMethod, attention: Attention, layout: Layout, raters: Tensor | None) -> Tensor:
@@ -180,7 +178,7 @@ def rated(method: DecoderMethod, attention: Attention, layout: Layout, raters: T
     if layout.images > 1:
         key, front = layout.images_first(attention.key)
         positions = layout.images_first(attention.positions[..., None])[0][..., 0]
-        places, _ = rows_that_rate(front, raters)
+        _, places = rows_that_rate(front, raters)
         attention, layout = replace(attention, key=key, positions=positions, places=places), front
     score = method.score(attention, layout)
     return score if present is None else score.masked_fill(~present, -torch.inf)
@@ -211,14 +209,14 @@ def drop(
         return Dropped(_without_image(plan, sequence), None)
     score = rate()
     visual = layout.visual_of(sequence.hidden)
-    kept, index = token_select(visual, score, stage.kept)
+    kept, index, rank = token_select(visual, score, stage.kept)
     if forced is not None:
         index = forced
         kept = visual.gather(1, forced.long()[..., None].expand(-1, -1, visual.shape[2]))
     visual_positions = layout.visual_of(sequence.positions[..., None])[..., 0]
     positions, cluster, counts = visual_positions.gather(1, index.long()), None, layout.counts_of(index)
     if stage.recycled:
-        merged, centres, cluster = _method(plan).merged(visual, score, stage, plan)
+        merged, centres, cluster = _method(plan).merged(visual, rank, stage, plan)
         kept = torch.cat([kept, merged], dim=1)
         # A merged token takes the position of its cluster's centre.
         positions = torch.cat([positions, visual_positions.gather(1, centres.long())], dim=1)

@@ -25,5 +25,5 @@ class FasterVLM(VisionMethod):
         from vtexport.pruning.ops import token_select
 
         score = state.cls_score()
-        tokens, index = token_select(state.patches, score, plan.patch_budget)
+        tokens, index, _ = token_select(state.patches, score, plan.patch_budget)
         return Pruned(tokens, index, score)

@@ -35,9 +35,7 @@ def _registered(name: str) -> CustomOpDef:
     return op
 
 
-def token_score(
-    query: Tensor, key: Tensor, rows: Tensor, places: Tensor, start: Tensor, count: int, scale: float
-) -> Tensor:
+def token_score(query: Tensor, key: Tensor, places: Tensor, start: Tensor, count: int, scale: float) -> Tensor:
     """Mean attention that some query rows pay to the visual tokens.
 
     Softmax over the keys that a row sees, mean over query heads and the rows that count, columns `start` …
@@ -46,8 +44,8 @@ def token_score(
     Args:
         query: [B, H, R, D].
         key: [B, G, N, D], H a multiple of G (grouped keys).
-        rows: [B, R] bool, which rows count; if none does, the scores are zero.
-        places: [B, R] int64, the last key that a row sees (its own place under causality, N - 1 without).
+        places: [B, R] int64, the last key that a row sees (its own place under causality, N - 1 without). A row with a
+            negative place does not count; if none does, the scores are zero.
         start: [B] int64, first visual column.
         count: V, number of visual columns.
         scale: factor on query · key.
@@ -55,7 +53,7 @@ def token_score(
     Returns:
         score [B, V] fp32.
     """
-    inputs = (query, key, rows, places, start)
+    inputs = (query, key, places, start)
     if has_torch_function(inputs):
         return handle_torch_function(token_score, inputs, *inputs, count=count, scale=scale)
     result: Tensor = torch.ops.vtexport.token_score(*inputs, count, scale)
@@ -77,14 +75,13 @@ def spread(score: Tensor) -> Tensor:
 
 
 @_registered("token_score").register_fake
-def _(query: Tensor, key: Tensor, rows: Tensor, places: Tensor, start: Tensor, count: int, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, places: Tensor, start: Tensor, count: int, scale: float) -> Tensor:
     return query.new_empty(query.shape[0], count, dtype=torch.float32)
 
 
 def token_score_heads(
     query: Tensor,
     key: Tensor,
-    rows: Tensor,
     places: Tensor,
     start: Tensor,
     divisor: Tensor,
@@ -97,7 +94,6 @@ def token_score_heads(
     Args:
         query: [B, H, R, D].
         key: [B, G, N, D].
-        rows: [B, R] bool.
         places: [B, R] int64.
         start: [B] int64.
         divisor: [B, R, V] fp32, by which the attention of each row to each visual column is divided.
@@ -109,7 +105,7 @@ def token_score_heads(
     Returns:
         score [B, V] fp32.
     """
-    inputs = (query, key, rows, places, start, divisor)
+    inputs = (query, key, places, start, divisor)
     if has_torch_function(inputs):
         return handle_torch_function(token_score_heads, inputs, *inputs, count=count, scale=scale, heads=heads)
     result: Tensor = torch.ops.vtexport.token_score_heads(*inputs, count, scale, heads)
@@ -120,7 +116,6 @@ def token_score_heads(
 def _(
     query: Tensor,
     key: Tensor,
-    rows: Tensor,
     places: Tensor,
     start: Tensor,
     divisor: Tensor,
@@ -131,7 +126,7 @@ def _(
     return query.new_empty(query.shape[0], count, dtype=torch.float32)
 
 
-def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `keep` tokens of highest score, in their original order.
 
     Of equal scores the lower index wins; NaN ranks below every number.
@@ -142,35 +137,39 @@ def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tens
         keep: K, 1 … V.
 
     Returns:
-        kept [B, K, C] and index [B, K] int32, ascending.
+        kept [B, K, C]; index [B, K] int32, ascending; and for every token its rank, 0 for the highest score,
+        [B, V] int32.
     """
     if has_torch_function((hidden, score)):
         return handle_torch_function(token_select, (hidden, score), hidden, score, keep)
-    result: tuple[Tensor, Tensor] = torch.ops.vtexport.token_select(hidden, score, keep)
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.vtexport.token_select(hidden, score, keep)
     return result
 
 
 @_registered("token_select").register_fake
-def _(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     kept = hidden.new_empty(hidden.shape[0], keep, hidden.shape[2])
-    return kept, score.new_empty(score.shape[0], keep, dtype=torch.int32)
+    index, rank = (score.new_empty(score.shape[0], number, dtype=torch.int32) for number in (keep, score.shape[1]))
+    return kept, index, rank
 
 
 def token_recycle(
-    hidden: Tensor, score: Tensor, keep: int, pool: int, clusters: int, paper: bool
+    hidden: Tensor, rank: Tensor, keep: int, pool: int, clusters: int, paper: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge dropped tokens into a few: density-peak clustering of those of highest score (SparseVLM, section 3.3).
 
     The pool is the `pool` tokens that rank right behind the `keep` best. With d the Euclidean distance over √C,
     density = exp(-mean of the `clusters` smallest d², self included); delta = least d to a denser token, or the
-    greatest d of all if none is denser; centres are the `clusters` tokens of greatest delta · density. Every token
-    joins its nearest centre, and a centre joins itself. Ties go to the lower index, in density too. Arithmetic is fp32.
+    greatest d of all if none is denser; centres are the `clusters` tokens of greatest delta · density, and merged tokens
+    stand in the order of their centres' delta · density, falling, as in the released code. Every token joins its nearest
+    centre, of equally near ones the first in that order, and a centre joins itself. Other ties go to the lower index, in
+    density too. Arithmetic is fp32.
     If a row of the batch holds NaN or infinity, it is undefined which of its tokens merge, but indices stay in range
     and other rows are not affected.
 
     Args:
         hidden: [B, V, C].
-        score: [B, V] fp32.
+        rank: [B, V] int32, the ranks of all tokens, by `token_select`.
         keep: number of tokens that are not dropped.
         pool: m, 1 … V - keep.
         clusters: c, 1 … m.
@@ -178,18 +177,17 @@ def token_recycle(
             sum, as the paper writes.
 
     Returns:
-        merged [B, c, C], centres [B, c] int32 ascending, and for every token the number of the merged token that it
-        joined or -1, [B, V] int32.
+        merged [B, c, C]; their centres [B, c] int32; and for every token the number of the merged token that it joined,
+        or -1, [B, V] int32.
     """
-    if has_torch_function((hidden, score)):
-        return handle_torch_function(token_recycle, (hidden, score), hidden, score, keep, pool, clusters, paper)
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.vtexport.token_recycle(hidden, score, keep, pool, clusters, paper)
+    if has_torch_function((hidden, rank)):
+        return handle_torch_function(token_recycle, (hidden, rank), hidden, rank, keep, pool, clusters, paper)
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.vtexport.token_recycle(hidden, rank, keep, pool, clusters, paper)
     return result
 
 
 @_registered("token_recycle").register_fake
-def _(hidden: Tensor, score: Tensor, keep: int, pool: int, clusters: int, paper: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, rank: Tensor, keep: int, pool: int, clusters: int, paper: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, number, width = hidden.shape
     merged = hidden.new_empty(batch, clusters, width)
-    centres = score.new_empty(batch, clusters, dtype=torch.int32)
-    return merged, centres, score.new_empty(batch, number, dtype=torch.int32)
+    return merged, rank.new_empty(batch, clusters), rank.new_empty(batch, number)

@@ -25,20 +25,23 @@ def _columns(start: Tensor, count: int) -> Tensor:
     return start[:, None] + torch.arange(count, device=start.device)
 
 
-def token_score(
-    query: Tensor, key: Tensor, rows: Tensor, places: Tensor, start: Tensor, count: int, scale: float
-) -> Tensor:
+def _shares(places: Tensor) -> Tensor:
+    """The share of each row in a mean over those that count, [B, R] fp32."""
+    counted = (places >= 0).float()
+    return counted / counted.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def token_score(query: Tensor, key: Tensor, places: Tensor, start: Tensor, count: int, scale: float) -> Tensor:
     """`vtexport.pruning.ops.token_score`."""
-    attention = attention_rows(query, key, places, scale).mean(dim=1)
-    share = rows.float() / rows.sum(dim=1, keepdim=True).clamp(min=1)
-    score = (share[:, None] @ attention)[:, 0]
+    # A row that does not count sees the first key, so that its attention is a number.
+    attention = attention_rows(query, key, places.clamp(min=0), scale).mean(dim=1)
+    score = (_shares(places)[:, None] @ attention)[:, 0]
     return score.gather(1, _columns(start, count))
 
 
 def token_score_heads(
     query: Tensor,
     key: Tensor,
-    rows: Tensor,
     places: Tensor,
     start: Tensor,
     divisor: Tensor,
@@ -47,36 +50,39 @@ def token_score_heads(
     heads: int,
 ) -> Tensor:
     """`vtexport.pruning.ops.token_score_heads`."""
-    attention = attention_rows(query, key, places, scale)
+    attention = attention_rows(query, key, places.clamp(min=0), scale)
     columns = _columns(start, count)[:, None, None].expand(-1, *attention.shape[1:3], -1)
     weighted = attention.gather(3, columns) / divisor[:, None]
-    share = rows.float() / rows.sum(dim=1, keepdim=True).clamp(min=1)
-    by_head = (share[:, None, None] @ weighted)[:, :, 0]
+    by_head = (_shares(places)[:, None, None] @ weighted)[:, :, 0]
     total = by_head.sum(dim=2)
     chosen = _rank(total) < heads
     return (by_head * chosen[..., None]).sum(dim=1) / heads
 
 
-def _rank(score: Tensor) -> Tensor:
-    """How many entries beat each entry of score [B, V], by value or, at equal value, by a lower index; all beat NaN."""
+def _order(score: Tensor) -> Tensor:
+    """The places of score [B, V] from the greatest down; of equal ones the lower place comes first, NaN last."""
     ranked = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    order = torch.sort(ranked, dim=1, descending=True, stable=True).indices
-    return torch.argsort(order, dim=1)
+    return torch.sort(ranked, dim=1, descending=True, stable=True).indices
 
 
-def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+def _rank(score: Tensor) -> Tensor:
+    """How many entries come before each entry of score [B, V] in `_order`."""
+    return torch.argsort(_order(score), dim=1)
+
+
+def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """`vtexport.pruning.ops.token_select`."""
-    index = places_of(_rank(score) < keep, keep)
+    rank = _rank(score)
+    index = places_of(rank < keep, keep)
     kept = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
-    return kept, index.to(torch.int32)
+    return kept, index.to(torch.int32), rank.to(torch.int32)
 
 
 def token_recycle(
-    hidden: Tensor, score: Tensor, keep: int, pool: int, clusters: int, paper: bool
+    hidden: Tensor, rank: Tensor, keep: int, pool: int, clusters: int, paper: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`vtexport.pruning.ops.token_recycle`."""
     batch, number, width = hidden.shape
-    rank = _rank(score)
     index = places_of((rank >= keep) & (rank < keep + pool), pool)
     x = hidden.gather(1, index[..., None].expand(-1, -1, width)).float()
     # Centred on their mean, the products in the expanded distance lose fewer digits.
@@ -90,12 +96,11 @@ def token_recycle(
     squared = (squared / width).clamp(min=0).masked_fill(itself, 0.0)
     # This is the density's logarithm: it has the same order, and does not underflow if tokens lie far apart.
     density = -squared.topk(clusters, dim=2, largest=False).values.mean(dim=2)
-    order = _rank(density)
-    denser = order[:, None] < order[:, :, None]
+    by_density = _rank(density)
+    denser = by_density[:, None] < by_density[:, :, None]
     farthest = squared.amax(dim=(1, 2), keepdim=True)
     delta = torch.where(denser, squared, farthest).amin(dim=2)
-    is_centre = _rank(0.5 * delta.log() + density) < clusters
-    centre = places_of(is_centre, clusters)
+    centre = _order(0.5 * delta.log() + density)[:, :clusters]
     nearness = -squared
     if paper:
         unit = x / x.norm(dim=2, keepdim=True).clamp(min=1e-12)

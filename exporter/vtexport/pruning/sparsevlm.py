@@ -107,9 +107,9 @@ class SparseVLM(TextGuided):
     def recycling(self) -> Recycling | None:
         return Recycling(self.recycle_pool, self.recycle_clusters) if self.recycle else None
 
-    def merged(self, hidden: Tensor, score: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
+    def merged(self, hidden: Tensor, rank: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
         from vtexport.pruning.ops import token_recycle
 
         assert self.recycling is not None, "a plan that recycles says how"
         pool, clusters = self.recycling.counts(stage.tokens_in - stage.kept)
-        return token_recycle(hidden, score, stage.kept, pool, clusters, self.merge == "sum")
+        return token_recycle(hidden, rank, stage.kept, pool, clusters, self.merge == "sum")

@@ -74,7 +74,8 @@ class SparseVLMPlus(TextGuided):
         query, key = attention.split()
         size = query.shape[3]
         weight = 2 * attention.cos.float().sum(dim=1) / math.sqrt(size)
-        rows = attention.positions.gather(1, attention.places)
+        # Rows that do not count have no place; any of theirs will do.
+        rows = attention.positions.gather(1, attention.places.clamp(min=0))
         columns = layout.visual_of(attention.positions[..., None])[..., 0]
         # Rows before the image rate nothing; their distance only has to stay inside the table.
         distance = (rows[:, :, None] - columns[:, None]).clamp(min=0)
@@ -85,7 +86,6 @@ class SparseVLMPlus(TextGuided):
         return token_score_heads(
             query,
             key,
-            attention.rows,
             attention.places,
             layout.image_position[:, 0],
             divisor,

@@ -69,7 +69,7 @@ class TowerState:
         query, key = self.layers[layer].query, self.layers[layer].key
         batch, keys = key.shape[0], key.shape[2]
         ones = torch.ones(batch, 1, dtype=torch.int64, device=key.device)
-        score = token_score(query, key, ones > 0, ones * (keys - 1), ones[:, 0], self.grid * self.grid, self.scale)
+        score = token_score(query, key, ones * (keys - 1), ones[:, 0], self.grid * self.grid, self.scale)
         return score if self.padding is None else score.masked_fill(self.padding, -torch.inf)
 
     def spread(self) -> Tensor:

@@ -46,7 +46,7 @@ class VisionZip(VisionMethod):
         patches, contextual = state.patches, plan.merged_budget
         dominant = plan.patch_budget - contextual
         score = state.cls_score()
-        tokens, index = token_select(patches, score, dominant)
+        tokens, index, _ = token_select(patches, score, dominant)
         if contextual == 0:
             return Pruned(tokens, index, score)
         total = patches.shape[1]

@@ -53,5 +53,5 @@ class VTCCls(VisionMethod):
         score = state.cls_score(first)
         for layer in range(first + 1, len(state.layers)):
             score = score + state.cls_score(layer)
-        tokens, index = token_select(state.patches, score, plan.patch_budget)
+        tokens, index, _ = token_select(state.patches, score, plan.patch_budget)
         return Pruned(tokens, index, score)

@@ -26,14 +26,14 @@ def _token_score_heads(r: Recorder, query: Traced, *given: Traced, count: int, s
 
 @converts("token_select")
 def _token_select(r: Recorder, hidden: Traced, score: Traced, keep: int) -> tuple[Traced, ...]:
-    batch, _, width = hidden.shape
-    kinds = [Kind(hidden.dtype, (batch, keep, width)), Kind(torch.int32, (batch, keep))]
+    batch, number, width = hidden.shape
+    kinds = [Kind(hidden.dtype, (batch, keep, width)), *(Kind(torch.int32, (batch, count)) for count in (keep, number))]
     return r.node("TokenSelect", [hidden, score], {"keep": keep}, like=kinds, domain=PRUNING)
 
 
 @converts("token_recycle")
 def _token_recycle(
-    r: Recorder, hidden: Traced, score: Traced, keep: int, pool: int, clusters: int, paper: bool
+    r: Recorder, hidden: Traced, rank: Traced, keep: int, pool: int, clusters: int, paper: bool
 ) -> tuple[Traced, ...]:
     batch, number, width = hidden.shape
     kinds = [
@@ -42,7 +42,7 @@ def _token_recycle(
         Kind(torch.int32, (batch, number)),
     ]
     attributes = {"keep": keep, "pool": pool, "clusters": clusters, "paper": int(paper)}
-    return r.node("TokenRecycle", [hidden, score], attributes, like=kinds, domain=PRUNING)
+    return r.node("TokenRecycle", [hidden, rank], attributes, like=kinds, domain=PRUNING)
 
 
 @converts("rms_norm")
