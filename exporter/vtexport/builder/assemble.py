@@ -86,8 +86,7 @@ def _needed_bytes(source: Source, engines: EngineSpec, target: Target, out: Path
     """Bytes that the build takes on disk at its peak, without hard-linked weights but with some room for graphs."""
     weights = source.spec.weight_bytes(engines.dtype)
     linked = source.checkpoint.stored == AS_STORED[engines.dtype] and same_file_system(source.checkpoint.folder, out)
-    # The TensorRT plans of prefill and decode each hold the decoder's weights.
-    inside = 2 * weights if target.weights_inside else 0
+    inside = weights if target.weights_inside else 0
     return int(1.1 * ((0 if linked else weights) + inside)) + (16 << 20)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from vtexport.models import Checkpoint, ModelSpec
 from vtexport.progress import Progress
 from vtexport.pruning import PruningPlan
 from vtexport.pruning.adaptive import Policy
-from vtexport.targets.base import ENGINE_FOLDER, Compiled, CompileJob, Target, graph_names, prefill_names
+from vtexport.targets.base import ENGINE_FOLDER, Compiled, CompileJob, Target, prefill_names
 
 if TYPE_CHECKING:
     from vtexport.graph.export import TracedGraph
@@ -52,7 +53,7 @@ class Made:
 
 def make_engines(source: Source, engines: EngineSpec, target: Target, folder: Path, progress: Progress) -> Made:
     """Trace, write weights and compile into `folder / ENGINE_FOLDER`; files that only compiling needs stay there."""
-    graphs = _trace(source.spec, engines, target.vision_only, progress)
+    graphs = _trace(source.spec, engines, target, progress)
     ports = {graph.name: _ports(graph) for graph in graphs}
     scheme = target.scheme()
     encoded: Mapping[str, Lazy] = {}
@@ -76,22 +77,24 @@ def make_engines(source: Source, engines: EngineSpec, target: Target, folder: Pa
     return Made(compiled, ports)
 
 
-def _trace(spec: ModelSpec, engines: EngineSpec, vision_only: bool, progress: Progress) -> list[TracedGraph]:
-    from vtexport.graph.export import trace_decode, trace_prefill, trace_vision
+def _trace(spec: ModelSpec, engines: EngineSpec, target: Target, progress: Progress) -> list[TracedGraph]:
+    from vtexport.graph.export import trace_decode, trace_language, trace_prefill, trace_vision
 
-    if vision_only:
-        progress.stage("trace vision")
-        return [trace_vision(spec, engines.plans, engines.dtype, engines.debug)]
-    number = len(engines.plans)
-    progress.stage(f"trace {', '.join(graph_names(number))}", number + 2)
-    graphs = [trace_vision(spec, engines.plans, engines.dtype, engines.debug)]
-    progress.advance()
-    for plan, name in zip(engines.plans, prefill_names(number), strict=True):
-        graphs.append(trace_prefill(spec, plan, engines.dtype, engines.debug, engines.give_ranking, name))
+    plans, dtype, outputs = engines.plans, engines.dtype, (engines.debug, engines.give_ranking)
+    parts = [partial(trace_vision, spec, plans, dtype, engines.debug)]
+    if target.language_room is not None:
+        parts.append(partial(trace_language, spec, plans, dtype, *outputs, room=target.language_room))
+    elif not target.vision_only:
+        names = prefill_names(len(plans))
+        parts += [
+            partial(trace_prefill, spec, plan, dtype, *outputs, name) for plan, name in zip(plans, names, strict=True)
+        ]
+        parts.append(partial(trace_decode, spec, dtype, spec.num_visual_tokens if engines.give_ranking else 0))
+    progress.stage("trace the graphs", len(parts))
+    graphs = []
+    for part in parts:
+        graphs.append(part())
         progress.advance()
-    ranked = spec.num_visual_tokens if engines.give_ranking else 0
-    graphs.append(trace_decode(spec, engines.dtype, ranked))
-    progress.advance()
     return graphs
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vtexport.builder.engines import EngineSpec, Source, make_engines
 from vtexport.bundle.folder import PROCESSOR_FOLDER
@@ -16,6 +17,7 @@ from vtexport.errors import VerificationError, first_line
 from vtexport.models import ModelSpec
 from vtexport.options import option_fields, option_values
 from vtexport.progress import Progress, Silent
+from vtexport.pruning import PruningPlan
 from vtexport.targets.base import ENGINE_FOLDER, Compiled, Engine, Target
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def check_engines(
         check_structure(folder)
         return _check_small(source, engines, target, progress)
     progress.stage("verify against transformers", SAMPLES * len(engines.plans))
-    engine, ran = _verifiable(target, compiled, folder)
+    engine, ran = _verifiable(target, compiled, engines.plans, folder)
     model = Checked(source.folder, folder / PROCESSOR_FOLDER, source.spec, source.clip, target.scheme())
     return compare_engine(
         engine, ran, model, engines.plans, engines.dtype, progress.advance, vision_only=target.vision_only
@@ -53,6 +55,7 @@ def check_engines(
 def _check_small(source: Source, engines: EngineSpec, target: Target, progress: Progress) -> VerificationEntry:
     """Check a small random model with the same plans and layers, on ONNX Runtime."""
     from vtexport.models.shrink import shrink
+    from vtexport.targets.onnxruntime.language import OnnxRuntimeCheck
     from vtexport.targets.onnxruntime.target import OnnxRuntimeTarget
 
     progress.stage("make a small model of the same layers, and its engines")
@@ -64,7 +67,8 @@ def _check_small(source: Source, engines: EngineSpec, target: Target, progress: 
         # Weights get as many bits as on the target; fp8, for which ONNX Runtime has no kernel, leaves them as they are.
         bits = str(option_values(target).get("quantize", ""))
         known = option_fields(OnnxRuntimeTarget)["quantize"].choices
-        runtime = OnnxRuntimeTarget(quantize=bits if bits in known else "")  # type: ignore[arg-type]  # one of its choices
+        quantize: Any = bits if bits in known else ""
+        runtime = OnnxRuntimeCheck(quantize, target.language_room)
         place = Path(scratch) / "bundle"
         place.mkdir()
         made = make_engines(small, tried, runtime, place, Silent())
@@ -72,7 +76,7 @@ def _check_small(source: Source, engines: EngineSpec, target: Target, progress: 
         model = Checked(small.folder, small.processor, small.spec, small.clip, runtime.scheme())
         ran = f"a random model of the same layers, {small.spec.decoder.hidden_size} wide, on {runtime.name}"
         return compare_engine(
-            runtime.open(place, made.compiled, 0), ran, model, tried.plans, tried.dtype, progress.advance
+            runtime.open(place, made.compiled, tried.plans, 0), ran, model, tried.plans, tried.dtype, progress.advance
         )
 
 
@@ -142,11 +146,12 @@ def _check_span(path: Path, tensor: onnx.TensorProto) -> None:
         )
 
 
-def _verifiable(target: Target, compiled: Compiled, folder: Path) -> tuple[Engine, str]:
+def _verifiable(target: Target, compiled: Compiled, plans: Sequence[PruningPlan], folder: Path) -> tuple[Engine, str]:
     """The compiled engine and its name, or if it cannot run here, the ONNX files that it was compiled from."""
     if target.can_run().works:
-        return target.open(folder, compiled, 0), target.name
-    from vtexport.targets.onnxruntime.session import OrtEngine
+        return target.open(folder, compiled, plans, 0), target.name
+    from vtexport.targets.onnxruntime.language import OnnxRuntimeCheck
 
     sources = {name: f"{ENGINE_FOLDER}/{name}.onnx" for name in compiled.files}
-    return OrtEngine(folder, sources), f"the ONNX files of {target.name}, on onnxruntime"
+    runtime = OnnxRuntimeCheck(room=target.language_room)
+    return runtime.open(folder, Compiled(sources, {}), plans, 0), f"the ONNX files of {target.name}, on onnxruntime"

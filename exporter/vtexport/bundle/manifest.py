@@ -175,6 +175,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The plans, one per prefill graph."""
         return [entry.plan() for entry in self.plans]
 
+    @property
+    def has_language_model(self) -> bool:
+        """Whether the bundle answers by itself, and is no vision engine alone."""
+        return set(self.graphs) != {"vision"}
+
     def policy(self) -> Policy | None:
         """The policy that chooses among several plans; None if there is only one."""
         if self.adaptive is None:

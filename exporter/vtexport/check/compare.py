@@ -188,7 +188,9 @@ def _check_vision(
         # If half precision swapped tokens, the rows hold different tokens and cannot be compared.
         if not swapped:
             wanted, number = np.asarray(seen.visual[0]), int(lengths[row].sum())
-            _check_error(engine_vision.visual[row, :number], wanted[:number], samples.dtype, "visual tokens", result)
+            _check_error(
+                np.asarray(engine_vision.visual[row, :number]), wanted[:number], samples.dtype, "visual tokens", result
+            )
         advance()
     return result
 

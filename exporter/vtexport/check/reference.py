@@ -190,7 +190,7 @@ class ReferenceModel:
                 assert method is not None, "a plan with decoder stages has a decoder-stage method"
                 given = None if forced is None or stage.where not in forced else torch.from_numpy(forced[stage.where])
                 rate = partial(self._score, method, number, rows, raters, attention, extras or {})
-                dropped = drop(plan, stage, rows, rate, None if given is None else given[None])
+                dropped = drop(plan, method.counts(stage), rows, rate, None if given is None else given[None])
                 rows = dropped.sequence
                 if dropped.index is not None and dropped.score is not None:
                     index = dropped.index[0].numpy()

@@ -12,9 +12,11 @@ import torch
 from vtexport.errors import ModelError
 from vtexport.graph.functions import attach_functions
 from vtexport.graph.graphs import DecodeGraph, PrefillGraph, VisionGraph, cache_names
+from vtexport.graph.language import LanguageGraph
 from vtexport.graph.tracing import Extent, Kind, Recorder
 from vtexport.models.spec import ModelSpec
 from vtexport.pruning import PruningPlan
+from vtexport.pruning.decoder import slots
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _IR_VERSION = 10
@@ -52,6 +54,14 @@ def trace_prefill(
     name: str = "prefill",
 ) -> TracedGraph:
     """The prefill graph `name`; batch and text length are dynamic, the plan fixes the visual counts."""
+    inputs = _prompt_inputs(spec, plan, dtype, plan.vision_tokens)
+    with _skeleton(dtype):
+        module = PrefillGraph(spec, plan, debug, gives_ranking)
+    return _trace(name, module, {name: inputs[name] for name in module.input_names()}, module.output_names())
+
+
+def _prompt_inputs(spec: ModelSpec, plan: PruningPlan, dtype: str, visual: int) -> dict[str, Kind]:
+    """The inputs of a prompt with `visual` visual tokens, a number or an extent."""
     images = spec.views.images
     # NumPy has no bf16, so tensors that pass between bf16 graphs are fp32.
     visual_dtype = torch.float32 if dtype == "bf16" else DTYPES[dtype]
@@ -59,14 +69,35 @@ def trace_prefill(
         "input_ids": Kind(torch.int64, (_BATCH, _TEXT)),
         "image_position": Kind(torch.int64, (_BATCH,) if images == 1 else (_BATCH, images)),
         "text_length": Kind(torch.int64, (_BATCH,)),
-        "visual": Kind(visual_dtype, (_BATCH, plan.vision_tokens, spec.decoder.hidden_size)),
+        "visual": Kind(visual_dtype, (_BATCH, visual, spec.decoder.hidden_size)),
         "visual_length": Kind(torch.int64, (_BATCH, images)),
     }
     for extra in () if plan.methods.decoder is None else plan.methods.decoder.extras:
-        inputs[extra.name] = Kind(getattr(torch, extra.dtype), (_BATCH, *extra.shape(spec, plan)))
+        shape = (visual if extent == plan.vision_tokens else extent for extent in extra.shape(spec, plan))
+        inputs[extra.name] = Kind(getattr(torch, extra.dtype), (_BATCH, *shape))
+    return inputs
+
+
+def trace_language(
+    spec: ModelSpec,
+    plans: Sequence[PruningPlan],
+    dtype: str,
+    debug: bool = False,
+    gives_ranking: bool = False,
+    *,
+    room: int,
+) -> TracedGraph:
+    """The language graph of all `plans`; a layer's cache has `room` for text besides the most visual tokens."""
+    d = spec.decoder
+    inputs = _prompt_inputs(spec, plans[0], dtype, Extent.named("visual"))
+    inputs |= dict.fromkeys(("length", "position"), Kind(torch.int64, (d.num_layers, _BATCH)))
+    for layer, visual in enumerate(map(max, zip(*(plan.per_layer for plan in plans), strict=True))):
+        cache = Kind(DTYPES[dtype], (_BATCH, d.num_kv_heads, min(visual + room, d.max_positions), d.head_size))
+        inputs |= {f"past.{layer}.{part}": cache for part in ("key", "value")}
+    inputs |= {name: Kind(torch.int32, (Extent.named(name),)) for name in slots(plans, plans[0])}
     with _skeleton(dtype):
-        module = PrefillGraph(spec, plan, debug, gives_ranking)
-    return _trace(name, module, {name: inputs[name] for name in module.input_names()}, module.output_names())
+        module = LanguageGraph(spec, plans, debug, gives_ranking)
+    return _trace("language", module, {name: inputs[name] for name in module.input_names()}, module.output_names())
 
 
 def trace_decode(spec: ModelSpec, dtype: str, ranked: int = 0) -> TracedGraph:

@@ -1,18 +1,21 @@
-"""The three graphs of a bundle as PyTorch modules: vision, prefill, decode."""
+"""The graphs of a bundle as PyTorch modules: vision, and the language model as prefill and decode.
+
+`vtexport.graph.language` has prefill and decode in one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from vtexport.graph.modules import Clip, Decoder, DecoderAttention, Projector, RotaryTables, VisionTower
+from vtexport.graph.modules import Clip, Decoder, Projector, RotaryTables, VisionTower
 from vtexport.models.spec import ModelSpec
-from vtexport.pruning import PruningPlan, Stage
-from vtexport.pruning.decoder import Attention, DecoderState, drop, rated, rows_that_rate
+from vtexport.pruning import PruningPlan
+from vtexport.pruning.decoder import Attention, Counts, DecoderState, drop, rated, rows_that_rate
 from vtexport.pruning.layout import Layout
 from vtexport.pruning.ops import token_score
 from vtexport.pruning.vision import RowOrder, TowerState, prune
@@ -105,7 +108,7 @@ class VisionGraph(nn.Module):
         return [*names, "spread"] if self.chooses else names
 
 
-class _LanguageGraph(nn.Module):
+class _DecoderGraph(nn.Module):
     """The decoder with its head; prefill and decode share its parameters by name."""
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -125,7 +128,26 @@ class _LanguageGraph(nn.Module):
         return result
 
 
-class PrefillGraph(_LanguageGraph):
+@dataclass(frozen=True)
+class Before:
+    """What the rows of a batch hold before new ones join them.
+
+    Attributes:
+        caches: keys and values [B, G, M_i, D] of each layer, one after the other.
+        length: [N, B] int64, tokens in each layer's cache of each row.
+        position: [N, B] int64, the position of the first new row, in each layer.
+    """
+
+    caches: Sequence[Tensor]
+    length: Tensor
+    position: Tensor
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of `layer`, and their lengths [B]."""
+        return self.caches[2 * layer], self.caches[2 * layer + 1], self.length[layer]
+
+
+class PrefillGraph(_DecoderGraph):
     """A whole prompt at once, pruned inside as the plan says; every row has its own length, padded on the right.
 
     Inputs: input_ids [B, L] int64 without the image, image_position [B] int64 (text tokens before it), text_length [B]
@@ -144,6 +166,9 @@ class PrefillGraph(_LanguageGraph):
         super().__init__(spec)
         self.plan, self.debug, self.gives_ranking = plan, debug, gives_ranking
         self.method = plan.methods.decoder
+        self.counts: dict[int, Counts] = {}
+        if self.method is not None:
+            self.counts = {layer: self.method.counts(stage) for layer, stage in plan.decoder_stages.items()}
 
     def forward(
         self,
@@ -153,34 +178,41 @@ class PrefillGraph(_LanguageGraph):
         visual: Tensor,
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
-        given = dict(zip(self.input_names()[4:], others, strict=True))
+        inputs = (input_ids, image_position, text_length, visual, *others)
+        return self.run(dict(zip(self.input_names(), inputs, strict=True)))
+
+    def run(self, given: Mapping[str, Tensor], before: Before | None = None) -> tuple[Tensor, ...]:
+        """The graph's outputs; `before` is what the rows hold already."""
+        input_ids, image_position = given["input_ids"], given["image_position"]
         text = self.decoder.embed_tokens(input_ids)
-        visual = visual.to(text.dtype)
+        visual = given["visual"].to(text.dtype)
         at = image_position if image_position.ndim == 2 else image_position[:, None]
         counts = given.get("visual_length")
-        layout = Layout(at, text_length, input_ids.shape[1], self.plan.vision_tokens, counts)
+        layout = Layout(at, given["text_length"], input_ids.shape[1], visual.shape[1], counts)
         hidden = layout.bare().with_visual(text, visual, layout)
         rows = DecoderState(hidden, layout.places(), layout)
         raters = None if self.method is None else self.method.rating_rows(visual, text, layout)
-        stages, blocks = self.plan.decoder_stages, list(self.decoder.blocks())
         caches, seen = [], []
         total = None
-        for number, layer in enumerate(blocks):
+        for number, layer in enumerate(self.decoder.blocks()):
             attention = layer.self_attn
             x = layer.input_layernorm(rows.hidden)
-            query, key = (part(x, rows.positions, self.rope) for part in (attention.query, attention.key))
-            mixed, *cache = attention.prefill(query, key, attention.v_proj(x))
+            positions = rows.positions if before is None else rows.positions + before.position[number][:, None]
+            query, key = (part(x, positions, self.rope) for part in (attention.query, attention.key))
+            mixed, *cache = attention.extend(
+                query, key, attention.v_proj(x), None if before is None else before.of(number)
+            )
             caches += cache
             if self.gives_ranking:
-                paid = self._paid(attention, query, key, layout)
+                paid = self.paid(number, query, cache[0], layout, before)
                 total = paid if total is None else total + paid
             x = rows.hidden + mixed
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             rows = DecoderState(x, rows.positions, rows.layout)
-            if number in stages:
+            if number in self.counts:
                 assert self.method is not None, "a plan with decoder stages has a decoder-stage method"
                 rate = partial(self._score, number, query, key, rows, raters, given)
-                dropped = drop(self.plan, stages[number], rows, rate)
+                dropped = drop(self.plan, self.counts[number], rows, rate)
                 rows = dropped.sequence
                 score = dropped.score if self.method.scores else None
                 seen += [dropped.index, score, dropped.cluster][: 3 if self.debug else 1]
@@ -206,18 +238,22 @@ class PrefillGraph(_LanguageGraph):
             return score
         return rated(self.method, self._attention(number, query, key, rows, raters), rows.layout, raters)
 
-    def _paid(self, attention: DecoderAttention, query: Tensor, key: Tensor, layout: Layout) -> Tensor:
-        """Attention [B, V] to each visual token, summed over heads and the prompt's text after the image."""
-        places, rows = layout.text_places(), layout.after_image()
-        size = query.shape[2] // attention.num_heads
-        mean = token_score(
-            layout.rows_of(query, places).unflatten(2, (attention.num_heads, size)).transpose(1, 2),
-            key.unflatten(2, (attention.kv_heads, size)).transpose(1, 2),
-            places.masked_fill(~rows, -1),
-            layout.image_position[:, 0],
-            layout.visual,
-            attention.scale,
-        )
+    def paid(self, number: int, query: Tensor, keys: Tensor, layout: Layout, before: Before | None) -> Tensor:
+        """Attention [B, V] to each visual token in layer `number`, summed over heads and the text after the image.
+
+        Args:
+            number: the layer.
+            query: [B, S, H * D] after RoPE.
+            keys: [B, G, N, D], the layer's cache.
+            layout: where text and image stand.
+            before: what the rows held already.
+        """
+        attention, ranked = list(self.decoder.blocks())[number].self_attn, self.plan.vision_tokens
+        places, start = layout.text_places(), layout.image_position[:, 0]
+        queries = layout.rows_of(query, places).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+        in_cache = places if before is None else places + before.length[number][:, None]
+        rows = layout.of_prompt() & (in_cache >= start[:, None] + ranked)
+        mean = token_score(queries, keys, in_cache.masked_fill(~rows, -1), start, ranked, attention.scale)
         return mean * (rows.float().sum(dim=1, keepdim=True) * attention.num_heads)
 
     def _attention(
@@ -242,9 +278,9 @@ class PrefillGraph(_LanguageGraph):
 
     def output_names(self) -> list[str]:
         names = ["logits", *cache_names("present", self.plan.num_layers)]
-        for layer, stage in self.plan.decoder_stages.items():
+        for layer, counts in self.counts.items():
             assert self.method is not None
-            names += stage_outputs(layer, stage, self.debug, self.method.scores)
+            names += stage_outputs(layer, counts, self.debug, self.method.scores)
         if self.debug and self.method is not None and self.method.raters == "text":
             names.append("raters")
         return [*names, "ranking"] if self.gives_ranking else names
@@ -256,7 +292,7 @@ class PrefillGraph(_LanguageGraph):
         return [*names, "visual_length"] if self.spec.views.counted else names
 
 
-class DecodeGraph(_LanguageGraph):
+class DecodeGraph(_DecoderGraph):
     """One token per row behind its caches, whichever plan filled them.
 
     Inputs: input_ids [B, 1] int64, length [N, B] int64 (tokens in each layer's cache of each row), position [N, B]
@@ -303,11 +339,11 @@ def cache_names(kind: str, layers: int) -> list[str]:
     return [f"{kind}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
-def stage_outputs(layer: int, stage: Stage, debug: bool, scores: bool) -> list[str]:
+def stage_outputs(layer: int, counts: Counts, debug: bool, scores: bool) -> list[str]:
     """Names of the prefill graph's outputs from the stage after `layer`."""
-    if stage.carried == 0:
+    if counts.none:
         return []
     names = [f"kept.{layer}"]
     if debug and scores:
-        names += [f"score.{layer}"] + ([f"cluster.{layer}"] if stage.recycled else [])
+        names += [f"score.{layer}"] + ([f"cluster.{layer}"] if counts.merged else [])
     return names

@@ -233,18 +233,22 @@ class DecoderAttention(nn.Module):
         """Rotated keys [B, S, G * D]."""
         return nn_ops.rotary(self.k_proj(x), positions, rope.cos, rope.sin, self.kv_heads)
 
-    def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mixed, keys, values = nn_ops.causal_attention(query, key, value, self.num_heads, self.kv_heads, self.scale)
+    def extend(
+        self, query: Tensor, key: Tensor, value: Tensor, before: tuple[Tensor, Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The output of new rows, and their cache entries; with caches and lengths `before`, those caches with them."""
+        heads = (self.num_heads, self.kv_heads, self.scale)
+        if before is None:
+            mixed, keys, values = nn_ops.causal_attention(query, key, value, *heads)
+        else:
+            mixed, keys, values = nn_ops.cached_attention(query, key, value, *before, *heads)
         return self.o_proj(mixed), keys, values
 
     def decode(
         self, x: Tensor, positions: Tensor, rope: RotaryTables, past: tuple[Tensor, Tensor], length: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         query, key = self.query(x, positions, rope), self.key(x, positions, rope)
-        mixed, keys, values = nn_ops.cached_attention(
-            query, key, self.v_proj(x), *past, length, self.num_heads, self.kv_heads, self.scale
-        )
-        return self.o_proj(mixed), keys, values
+        return self.extend(query, key, self.v_proj(x), (*past, length))
 
 
 class DecoderMLP(nn.Module):

@@ -92,20 +92,33 @@ def CachedAttention(
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     rest = op.Constant(value_ints=[-1])
-    new_shape = op.Concat(zero, groups, one, rest, axis=0)
     room = op.Squeeze(op.Shape(past_key, start=2, end=3))
     place = op.Range(op.Constant(value_int=0), room, op.Constant(value_int=1))
-    rows = op.Unsqueeze(length, op.Constant(value_ints=[1]))
-    slot = op.Unsqueeze(op.Equal(place, rows), op.Constant(value_ints=[1, 3]))
-    present_key = op.Where(slot, op.Reshape(key, new_shape), past_key)
-    present_value = op.Where(slot, op.Reshape(value, new_shape), past_value)
+    number = op.Squeeze(op.Shape(query, start=1, end=2))
+    new = op.Range(op.Constant(value_int=0), number, op.Constant(value_int=1))
+    before = op.Unsqueeze(length, one)
+    # Which of the new tokens each place of the cache would get, [B, M]; the nearest one if it gets none.
+    source = place - before
+    within = op.Clip(source, op.Constant(value_int=0), op.Unsqueeze(number, zero) - one)
+    gets = op.And(op.GreaterOrEqual(source, op.Constant(value_int=0)), op.Less(source, number))
+    slot = op.Unsqueeze(gets, op.Constant(value_ints=[1, 3]))
+    gathered = op.Unsqueeze(within, op.Constant(value_ints=[2]))
+    split = op.Concat(zero, zero, groups, rest, axis=0)
+    new_key = op.Transpose(op.Reshape(op.GatherND(key, gathered, batch_dims=1), split), perm=[0, 2, 1, 3])
+    new_value = op.Transpose(op.Reshape(op.GatherND(value, gathered, batch_dims=1), split), perm=[0, 2, 1, 3])
+    present_key = op.Where(slot, new_key, past_key)
+    present_value = op.Where(slot, new_value, past_value)
     scaled = query * op.CastLike(op.Constant(value_float=scale), query)
-    q = op.Reshape(scaled, op.Concat(zero, groups, heads / groups, rest, axis=0))
-    logits = op.MatMul(q, op.Transpose(present_key, perm=[0, 1, 3, 2]))
-    seen = op.Unsqueeze(op.LessOrEqual(place, rows), op.Constant(value_ints=[1, 2]))
+    by_head = op.Reshape(scaled, op.Concat(zero, zero, groups, heads / groups, rest, axis=0))
+    axis = op.Constant(value_ints=[2])
+    logits = op.MatMul(
+        op.Transpose(by_head, perm=[0, 2, 3, 1, 4]), op.Unsqueeze(op.Transpose(present_key, perm=[0, 1, 3, 2]), axis)
+    )
+    own = before + new
+    seen = op.LessOrEqual(place, op.Unsqueeze(own, op.Constant(value_ints=[1, 2, 4])))
     masked = op.Where(seen, logits, op.CastLike(op.Constant(value_float=float("-inf")), logits))
-    mixed = op.MatMul(op.Softmax(masked, axis=-1), present_value)
-    output = op.Reshape(mixed, op.Constant(value_ints=[0, 1, -1]))
+    mixed = op.MatMul(op.Softmax(masked, axis=-1), op.Unsqueeze(present_value, axis))
+    output = op.Reshape(op.Transpose(mixed, perm=[0, 3, 1, 2, 4]), op.Constant(value_ints=[0, 0, -1]))
     return output, present_key, present_value
 
 

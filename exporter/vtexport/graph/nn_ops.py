@@ -96,29 +96,29 @@ def cached_attention(
     kv_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of one new token per row to that row's cache, which has room for the token.
+    """Attention of new tokens to their row's cache and, causally, to each other; the cache has room for them.
 
     Args:
-        query: [B, 1, H * D].
-        key: [B, 1, G * D].
-        value: [B, 1, G * D].
+        query: [B, S, H * D].
+        key: [B, S, G * D].
+        value: [B, S, G * D].
         past_key: [B, G, M, D], filled up to `length`.
         past_value: as `past_key`.
-        length: [B] int64, tokens already in each row's cache, below M.
+        length: [B] int64, tokens already in each row's cache, at most M - S.
         num_heads: H.
         kv_heads: G.
         scale: factor on query · key.
 
     Returns:
-        output [B, 1, H * D] and the caches with the new token at place `length`.
+        output [B, S, H * D] and the caches with the new tokens from place `length` on.
     """
     inputs = (query, key, value, past_key, past_value, length)
     if has_torch_function(inputs):
         return handle_torch_function(cached_attention, inputs, *inputs, num_heads, kv_heads, scale)
     q, k, v = _split(query, num_heads), _split(key, kv_heads), _split(value, kv_heads)
-    place = torch.arange(past_key.shape[2], device=length.device)
-    new = (place == length[:, None])[:, None, :, None]
-    keys, values = torch.where(new, k, past_key), torch.where(new, v, past_value)
-    mask = (place <= length[:, None])[:, None, None, :]
+    own = length[:, None] + torch.arange(query.shape[1], device=length.device)
+    to = own[:, None, :, None].expand(-1, kv_heads, -1, past_key.shape[3])
+    keys, values = past_key.scatter(2, to, k), past_value.scatter(2, to, v)
+    mask = (torch.arange(past_key.shape[2], device=length.device) <= own[..., None])[:, None]
     output = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
     return _merge(output), keys, values

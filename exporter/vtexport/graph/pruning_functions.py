@@ -1,4 +1,8 @@
-"""ONNX function bodies of domain `vtexport`; see `vtexport.graph.functions`, contracts in `vtexport.pruning.ops`."""
+"""ONNX function bodies of domain `vtexport`; see `vtexport.graph.functions`, contracts in `vtexport.pruning.ops`.
+
+A number of tokens is given as a vector of that length, whose values are never read: a length may differ between the
+optimisation profiles of one TensorRT engine, and the shapes of outputs follow from it.
+"""
 
 # The bodies are onnxscript: Python syntax that is never run as Python.
 # mypy: ignore-errors
@@ -16,7 +20,7 @@ T = TypeVar("T", bound=Union[FLOAT, FLOAT16])  # noqa: UP007 - onnxscript reads 
 
 
 @script(pruning, default_opset=op)
-def TokenScore(query: T, key: T, places: INT64, start: INT64, count: int, scale: float) -> FLOAT:
+def TokenScore(query: T, key: T, places: INT64, start: INT64, count: INT32, scale: float) -> FLOAT:
     groups = op.Shape(key, start=1, end=2)
     width = op.Shape(query, start=3, end=4)
     zero = op.Constant(value_ints=[0])
@@ -39,7 +43,7 @@ def TokenScore(query: T, key: T, places: INT64, start: INT64, count: int, scale:
     total = op.Max(op.ReduceSum(counted, one, keepdims=1), op.Constant(value_float=1.0))
     share = op.Unsqueeze(counted / total, one)
     score = op.Squeeze(op.MatMul(share, attention), one)
-    visual = op.Range(op.Constant(value_int=0), op.Constant(value_int=count), op.Constant(value_int=1))
+    visual = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(count)), op.Constant(value_int=1))
     return op.GatherElements(score, op.Unsqueeze(start, one) + visual, axis=1)
 
 
@@ -50,7 +54,7 @@ def TokenScoreHeads(
     places: INT64,
     start: INT64,
     divisor: FLOAT,
-    count: int,
+    count: INT32,
     scale: float,
     heads: int,
 ) -> FLOAT:
@@ -71,10 +75,9 @@ def TokenScoreHeads(
     place = op.Max(places, op.Constant(value_int=0))
     seen = op.LessOrEqual(number, op.Unsqueeze(place, op.Constant(value_ints=[1, 3])))
     attention = op.Softmax(op.Where(seen, logits, op.Constant(value_float=float("-inf"))), axis=-1)
-    visual = op.Range(op.Constant(value_int=0), op.Constant(value_int=count), op.Constant(value_int=1))
+    visual = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(count)), op.Constant(value_int=1))
     places_of = op.Unsqueeze(op.Unsqueeze(start, one) + visual, op.Constant(value_ints=[1, 2]))
-    extent = op.Reshape(op.Constant(value_int=count), one)
-    index = op.Expand(places_of, op.Concat(leading, extent, axis=0))
+    index = op.Expand(places_of, op.Concat(leading, op.Shape(count), axis=0))
     weighted = op.GatherElements(attention, index, axis=3) / op.Unsqueeze(divisor, one)
     counted = op.Cast(op.GreaterOrEqual(places, op.Constant(value_int=0)), to=FLOAT.dtype)
     total = op.Max(op.ReduceSum(counted, one, keepdims=1), op.Constant(value_float=1.0))
@@ -93,7 +96,7 @@ def TokenScoreHeads(
 
 
 @script(pruning, default_opset=op)
-def TokenSelect(hidden: T, score: FLOAT, keep: int) -> tuple[T, INT32, INT32]:
+def TokenSelect(hidden: T, score: FLOAT, keep: INT32) -> tuple[T, INT32, INT32]:
     # Rank of each token: how many beat it, by score or, at equal score, by a lower index.
     clean = op.Where(op.IsNaN(score), op.Constant(value_float=float("-inf")), score)
     mine = op.Unsqueeze(clean, op.Constant(value_ints=[2]))
@@ -105,29 +108,33 @@ def TokenSelect(hidden: T, score: FLOAT, keep: int) -> tuple[T, INT32, INT32]:
     rank = op.ReduceSum(op.Cast(beaten, to=FLOAT.dtype), op.Constant(value_ints=[2]), keepdims=0)
     # Kept tokens get keys 0, -1, -2 … by place, and others lower keys, so TopK lists the kept tokens in order.
     number = op.Cast(place, to=FLOAT.dtype)
-    kept = op.Less(rank, op.Cast(op.Constant(value_int=keep), to=FLOAT.dtype))
+    extent = op.Shape(keep)
+    kept = op.Less(rank, op.Cast(extent, to=FLOAT.dtype))
     key = op.Where(kept, op.Neg(number), op.Neg(number + op.Cast(total, to=FLOAT.dtype)))
-    top = op.Reshape(op.Constant(value_int=keep), op.Constant(value_ints=[1]))
-    _keys, index = op.TopK(key, top, axis=1, largest=1, sorted=1)
+    _keys, index = op.TopK(key, extent, axis=1, largest=1, sorted=1)
     chosen = op.GatherND(hidden, op.Unsqueeze(index, op.Constant(value_ints=[2])), batch_dims=1)
     return chosen, op.Cast(index, to=6), op.Cast(rank, to=6)
 
 
 @script(pruning, default_opset=op)
-def TokenRecycle(hidden: T, rank: INT32, keep: int, pool: int, clusters: int, paper: int) -> tuple[T, INT32, INT32]:
+def TokenRecycle(
+    hidden: T, rank: INT32, keep: INT32, pool: INT32, clusters: INT32, paper: int
+) -> tuple[T, INT32, INT32]:
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     two = op.Constant(value_ints=[2])
     both = op.Constant(value_ints=[1, 2])
     minus_infinity = op.Constant(value_float=float("-inf"))
     infinity = op.Constant(value_float=float("inf"))
-    pool_size = op.Reshape(op.Constant(value_int=pool), one)
-    cluster_size = op.Reshape(op.Constant(value_int=clusters), one)
-    kept = op.Cast(op.Constant(value_int=keep), to=6)
+    pool_size = op.Shape(pool)
+    cluster_size = op.Shape(clusters)
+    pool_number = op.Squeeze(pool_size)
+    cluster_count = op.Squeeze(cluster_size)
+    kept = op.Cast(op.Shape(keep), to=6)
     # The pool: ranks keep … keep + pool - 1, listed by place as in TokenSelect.
     total = op.Squeeze(op.Shape(rank, start=1, end=2))
     place = op.Range(op.Constant(value_int=0), total, op.Constant(value_int=1))
-    last = kept + op.Cast(op.Constant(value_int=pool), to=6)
+    last = kept + op.Cast(pool_size, to=6)
     pooled = op.And(op.GreaterOrEqual(rank, kept), op.Less(rank, last))
     number = op.Cast(place, to=FLOAT.dtype)
     key = op.Where(pooled, op.Neg(number), op.Neg(number + op.Cast(total, to=FLOAT.dtype)))
@@ -142,7 +149,7 @@ def TokenRecycle(hidden: T, rank: INT32, keep: int, pool: int, clusters: int, pa
     doubled = products + op.Transpose(products, perm=[0, 2, 1])
     expanded = norm + op.Transpose(norm, perm=[0, 2, 1]) - doubled
     width = op.Cast(op.Shape(hidden, start=2, end=3), to=FLOAT.dtype)
-    within = op.Range(op.Constant(value_int=0), op.Constant(value_int=pool), op.Constant(value_int=1))
+    within = op.Range(op.Constant(value_int=0), pool_number, op.Constant(value_int=1))
     row = op.Unsqueeze(within, one)
     column = op.Unsqueeze(within, zero)
     itself = op.Equal(row, column)
@@ -170,8 +177,7 @@ def TokenRecycle(hidden: T, rank: INT32, keep: int, pool: int, clusters: int, pa
     higher = op.Or(op.And(later, they_win_late), op.And(earlier, op.Not(i_win_late)))
     peak_rank = op.ReduceSum(op.Cast(higher, to=FLOAT.dtype), two, keepdims=0)
     # Rounding can give two peaks one rank; the place makes the keys distinct.
-    members_of_pool = op.Cast(op.Constant(value_int=pool), to=FLOAT.dtype)
-    centre_key = peak_rank * members_of_pool + op.Cast(within, to=FLOAT.dtype)
+    centre_key = peak_rank * op.Cast(pool_number, to=FLOAT.dtype) + op.Cast(within, to=FLOAT.dtype)
     _centre_keys, centre = op.TopK(centre_key, cluster_size, axis=1, largest=0, sorted=1)
     # Each token joins the nearest centre, and a centre joins itself.
     length = op.Sqrt(op.ReduceSum(x * x, two, keepdims=1))
@@ -183,9 +189,9 @@ def TokenRecycle(hidden: T, rank: INT32, keep: int, pool: int, clusters: int, pa
     # [B, c, m]. The matrix is symmetric, so its rows serve as its columns.
     to_centres = op.GatherND(nearness, op.Unsqueeze(centre, two), batch_dims=1)
     best = op.Equal(to_centres, op.ReduceMax(to_centres, one, keepdims=1))
-    cluster_number = op.Range(op.Constant(value_int=0), op.Constant(value_int=clusters), op.Constant(value_int=1))
+    cluster_number = op.Range(op.Constant(value_int=0), cluster_count, op.Constant(value_int=1))
     numbered = op.Unsqueeze(op.Cast(cluster_number, to=FLOAT.dtype), one)
-    candidates = op.Where(best, numbered, op.Cast(op.Constant(value_int=clusters), to=FLOAT.dtype))
+    candidates = op.Where(best, numbered, op.Cast(cluster_count, to=FLOAT.dtype))
     joined = op.ReduceMin(candidates, one, keepdims=1)
     members = op.Cast(op.Equal(joined, numbered), to=FLOAT.dtype)
     size = op.Where(as_paper, op.Constant(value_float=1.0), op.ReduceSum(members, two, keepdims=1))

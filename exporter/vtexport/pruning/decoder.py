@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -46,6 +46,26 @@ class Attention:
         size = self.query.shape[2] // self.heads
         query = self.query.unflatten(2, (self.heads, size)).transpose(1, 2)
         return query, self.key.unflatten(2, (self.kv_heads, size)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many tokens a stage keeps and merges: numbers, or extents in a graph where these are dynamic.
+
+    Attributes:
+        kept: tokens that stay as they are.
+        pool: dropped tokens that are merged.
+        merged: tokens that these become.
+    """
+
+    kept: int
+    pool: int = 0
+    merged: int = 0
+
+    @property
+    def none(self) -> bool:
+        """Whether no visual token leaves the stage."""
+        return self.kept == self.merged == 0
 
 
 @dataclass(frozen=True)
@@ -156,9 +176,31 @@ class DecoderMethod(Method):
         """Which text tokens rate, [B, L] bool, decided once on the decoder's input; None unless `raters` is text."""
         return None
 
-    def merged(self, hidden: Tensor, rank: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
+    def counts(self, stage: Stage) -> Counts:
+        """The counts of one of this method's stages."""
+        return Counts(stage.kept)
+
+    def merged(self, hidden: Tensor, rank: Tensor, counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
         """Merged tokens [B, c, C], centres [B, c] int32 and clusters [B, V] int32, by rank [B, V] int32."""
         raise NotImplementedError
+
+
+def counts_after(plan: PruningPlan, layer: int) -> Counts:
+    """The counts of the plan's stage after `layer`; where it has none, all visual tokens stay."""
+    stage = plan.decoder_stages.get(layer)
+    return Counts(plan.per_layer[layer]) if stage is None else _method(plan).counts(stage)
+
+
+def slots(plans: Sequence[PruningPlan], plan: PruningPlan) -> dict[str, int]:
+    """The lengths that `plan`, one of `plans`, gives to the inputs that set numbers of visual tokens, by name."""
+    layers = sorted({layer for one in plans for layer in one.decoder_stages})
+    found = {}
+    for layer in layers:
+        every = [vars(counts_after(one, layer)) for one in plans]
+        for part, length in vars(counts_after(plan, layer)).items():
+            if any(counts[part] for counts in every):
+                found[f"slots.{part}.{layer}"] = length
+    return found
 
 
 def rows_that_rate(layout: Layout, raters: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -186,7 +228,7 @@ def rated(method: DecoderMethod, attention: Attention, layout: Layout, raters: T
 
 def drop(
     plan: PruningPlan,
-    stage: Stage,
+    counts: Counts,
     sequence: DecoderState,
     rate: Callable[[], Tensor],
     forced: Tensor | None = None,
@@ -195,7 +237,7 @@ def drop(
 
     Args:
         plan: the plan.
-        stage: one of its decoder stages.
+        counts: those of one of its decoder stages.
         sequence: the layer's output.
         rate: gives the scores [B, V] fp32 of the stage's visual tokens; not called if none can stay.
         forced: [B, K'] indices to keep instead of those of highest score.
@@ -205,31 +247,32 @@ def drop(
     from vtexport.pruning.ops import token_select
 
     layout = sequence.layout
-    if stage.carried == 0:
+    if counts.none:
         return Dropped(_without_image(plan, sequence), None)
     score = rate()
     visual = layout.visual_of(sequence.hidden)
-    kept, index, rank = token_select(visual, score, stage.kept)
+    kept, index, rank = token_select(visual, score, counts.kept)
     if forced is not None:
         index = forced
         kept = visual.gather(1, forced.long()[..., None].expand(-1, -1, visual.shape[2]))
     visual_positions = layout.visual_of(sequence.positions[..., None])[..., 0]
-    positions, cluster, counts = visual_positions.gather(1, index.long()), None, layout.counts_of(index)
-    if stage.recycled:
-        merged, centres, cluster = _method(plan).merged(visual, rank, stage, plan)
+    positions, cluster, of_image = visual_positions.gather(1, index.long()), None, layout.counts_of(index)
+    if counts.merged:
+        merged, centres, cluster = _method(plan).merged(visual, rank, counts)
         kept = torch.cat([kept, merged], dim=1)
         # A merged token takes the position of its cluster's centre.
         positions = torch.cat([positions, visual_positions.gather(1, centres.long())], dim=1)
-    if counts is not None:
+    if of_image is not None:
         there = layout.has(index)
-        if stage.recycled:
+        if counts.merged:
             # A row that loses nothing has nothing to merge.
-            loses = layout.has(torch.full_like(index[:, :1], stage.kept))
-            order = torch.cat([there, loses.expand(-1, stage.recycled)], dim=1)
-            counts = torch.cat([counts[:, :-1], counts[:, -1:] + stage.recycled * loses.to(counts.dtype)], dim=1)
+            loses = layout.has(torch.full_like(of_image[:, :1], counts.kept))
+            order = torch.cat([there, loses.expand(-1, counts.merged)], dim=1)
+            last = of_image[:, -1:] + counts.merged * loses.to(of_image.dtype)
+            of_image = torch.cat([of_image[:, :-1], last], dim=1)
             kept, positions = _present_first(kept, positions, order)
         index = torch.where(there, index, torch.full_like(index, -1))
-    after = replace(layout, visual=kept.shape[1], counts=counts)
+    after = replace(layout, visual=kept.shape[1], counts=of_image)
     return Dropped(_with_image(plan, sequence, kept, positions, after), index, score, cluster)
 
 

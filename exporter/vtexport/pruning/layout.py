@@ -43,10 +43,13 @@ class Layout:
         """The place of every text token, [B, L] int64."""
         return self._placed(self._count(self.text))
 
+    def of_prompt(self) -> Tensor:
+        """Which text places are the prompt's, not padding, [B, L] bool."""
+        return self._count(self.text) < self.text_length[:, None]
+
     def after_image(self) -> Tensor:
         """Which text tokens are the prompt's and stand after the last image, [B, L] bool."""
-        number = self._count(self.text)
-        return (number >= self.image_position[:, -1:]) & (number < self.text_length[:, None])
+        return (self._count(self.text) >= self.image_position[:, -1:]) & self.of_prompt()
 
     def last_place(self) -> Tensor:
         """The place of each prompt's last token, [B] int64."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from vtexport.errors import InputError
 from vtexport.options import Meta, flag_of
-from vtexport.pruning.decoder import DecoderMethod, Scheduled
+from vtexport.pruning.decoder import Counts, DecoderMethod, Scheduled
 from vtexport.pruning.layout import Layout
-from vtexport.pruning.plan import PruningPlan, Stage
+from vtexport.pruning.plan import Stage
 from vtexport.pruning.schedule import (
     Budget,
     Recycling,
@@ -107,9 +107,11 @@ class SparseVLM(TextGuided):
     def recycling(self) -> Recycling | None:
         return Recycling(self.recycle_pool, self.recycle_clusters) if self.recycle else None
 
-    def merged(self, hidden: Tensor, rank: Tensor, stage: Stage, plan: PruningPlan) -> tuple[Tensor, Tensor, Tensor]:
+    def counts(self, stage: Stage) -> Counts:
+        recycling = self.recycling
+        return Counts(stage.kept, *(recycling.counts(stage.tokens_in - stage.kept) if recycling is not None else ()))
+
+    def merged(self, hidden: Tensor, rank: Tensor, counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
         from vtexport.pruning.ops import token_recycle
 
-        assert self.recycling is not None, "a plan that recycles says how"
-        pool, clusters = self.recycling.counts(stage.tokens_in - stage.kept)
-        return token_recycle(hidden, rank, stage.kept, pool, clusters, self.merge == "sum")
+        return token_recycle(hidden, rank, counts.kept, counts.pool, counts.merged, self.merge == "sum")

@@ -35,6 +35,12 @@ def _extras(plan: PruningPlan, graph: str, requests: Sequence[Request]) -> dict[
     return {name: np.stack([request.extras[name] for request in requests]) for name in names}
 
 
+def admit(engine: Engine, requests: Sequence[Request], decoding: Decoding) -> None:
+    """Refuse requests that together exceed what `engine` was built for; see `Engine.admit`."""
+    longest = max(len(request.prompt.token_ids) for request in requests)
+    engine.admit(len(requests), longest, decoding.max_new_tokens)
+
+
 def visual_lengths(plan: PruningPlan, vision: VisionOutput, requests: Sequence[Request]) -> Array:
     """How many visual tokens of each image reach the decoder, [B, n] int64."""
     if vision.visual_length is not None:
@@ -59,7 +65,8 @@ class Generation:
         vision: what the vision graph gave for these requests, if it has run already; `Timings.vision` is then zero.
 
     Raises:
-        InputError: prompt, visual and new tokens together exceed the model's positions, or the method refuses a prompt.
+        InputError: the batch exceeds what the engine was built for, prompt, visual and new tokens together exceed the
+            model's positions, or the method refuses a prompt.
     """
 
     def __init__(
@@ -72,11 +79,12 @@ class Generation:
         bucket: int = 0,
         vision: VisionOutput | None = None,
     ) -> None:
+        self._lengths = np.array([len(request.prompt.token_ids) for request in requests], dtype=np.int64)
+        admit(engine, requests, decoding)
         start = time.perf_counter()
         self._seen = look(engine, plan, requests) if vision is None else vision
         self._vision_ms = 1000 * (time.perf_counter() - start)
         self._engine, self._plan, self._decoding = engine, plan, decoding
-        self._lengths = np.array([len(request.prompt.token_ids) for request in requests], dtype=np.int64)
         self._filled = visual_lengths(plan, self._seen, requests)
         _check_positions(self._lengths + self._filled.sum(axis=1), decoding)
         _check_prompts(plan, requests)

@@ -17,7 +17,7 @@ from vtexport.models.prompt import Prompter
 from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan
 from vtexport.runtime.answer import Answer, stage_reports
-from vtexport.runtime.generate import Generation, generate, look, visual_lengths
+from vtexport.runtime.generate import Generation, admit, generate, look, visual_lengths
 from vtexport.runtime.ranking import Ranker, check_needed
 from vtexport.runtime.request import Decoding, Request, Result, Timings
 from vtexport.runtime.text import TextStream
@@ -60,7 +60,7 @@ class Runner:
         self.plans: list[PruningPlan] = manifest.pruning_plans()
         self.policy = manifest.policy()
         compiled = Compiled(manifest.target.graphs, manifest.target.versions, manifest.target.facts)
-        self.engine = target.open(bundle.folder, compiled, threads)
+        self.engine = target.open(bundle.folder, compiled, self.plans, threads)
         self.spec = bundle.spec()
         self.prompter = Prompter(bundle.processor_folder, self.spec)
         extras = [extra for part in self.plan.methods.parts for extra in part.extras]
@@ -110,7 +110,7 @@ class Runner:
         Raises:
             InputError: the bundle has no language model.
         """
-        if "decode" not in self.bundle.manifest.graphs:
+        if not self.bundle.manifest.has_language_model:
             raise InputError(
                 f"{self.bundle.folder} holds a vision engine alone, for {self.bundle.manifest.target.name}; see "
                 "docs/tensorrt-llm.md"
@@ -165,9 +165,10 @@ class Runner:
         requests = [self.request(image, question)]
         if self.given:
             requests = self._completed(requests, [(image, question)], max_new_tokens)
+        decoding, text = self.decoding(max_new_tokens), TextStream(self.prompter)
+        admit(self.engine, requests, decoding)
         vision = look(self.engine, self.plan, requests)
         bucket = int(self.buckets(vision)[0])
-        decoding, text = self.decoding(max_new_tokens), TextStream(self.prompter)
         generation = Generation(self.engine, self.plans[bucket], requests, decoding, bucket=bucket, vision=vision)
         for tokens in generation:
             if piece := text.add(tokens[0]):
@@ -191,7 +192,7 @@ class Runner:
         embedded = []
         for row, bucket in enumerate(map(int, self.buckets(vision))):
             lengths = visual_lengths(self.plans[bucket], vision, requests)[row]
-            visual, ends = vision.seen(bucket).visual[row], np.cumsum(lengths)
+            visual, ends = np.asarray(vision.seen(bucket).visual[row]), np.cumsum(lengths)
             images = [visual[end - count : end] for end, count in zip(ends, lengths, strict=True)]
             embedded.append(Embedded(requests[row].prompt.text, pairs[row][1], images))
         return embedded
@@ -223,6 +224,7 @@ class Runner:
         if self.policy is None:
             results, timings = generate(self.engine, self.plan, requests, decoding, on_token=on_token)
             return results, [timings] * len(results)
+        admit(self.engine, requests, decoding)
         start = time.perf_counter()
         vision = look(self.engine, self.plan, requests)
         looked = 1000 * (time.perf_counter() - start)

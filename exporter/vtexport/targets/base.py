@@ -34,7 +34,11 @@ class Availability:
 
 @dataclass(frozen=True)
 class Seen:
-    """The vision graph's outputs for one plan's prefill graph: visual [B, K, C]; kept [B, K'] int32 or None."""
+    """The vision graph's outputs for one plan: visual [B, K, C]; kept [B, K'] int32 or None.
+
+    An engine may leave `visual` on its device, as an object that has a shape, can be indexed, and becomes an array by
+    `np.asarray`.
+    """
 
     visual: Array
     kept: Array | None
@@ -158,6 +162,19 @@ class Engine(Protocol):
         """Load all graphs now rather than at their first call, so that no call's time includes it."""
         ...
 
+    def admit(self, rows: int, text: int, new_tokens: int) -> None:
+        """Refuse a batch that the engine was not built for, before anything of it runs.
+
+        Args:
+            rows: prompts.
+            text: text tokens of the longest prompt.
+            new_tokens: tokens per answer at most.
+
+        Raises:
+            InputError: the batch exceeds a limit; the message says how to build for it.
+        """
+        ...
+
     def vision(self, inputs: VisionInput) -> VisionOutput:
         """The vision graph."""
         ...
@@ -234,6 +251,14 @@ class Target(ABC):
     #: whether the language model is left to another program, so that there is only a vision graph
     vision_only: ClassVar[bool] = False
 
+    @property
+    def language_room(self) -> int | None:
+        """Text places of every cache of the language graph, for a target that has prefill and decode in that one graph.
+
+        None for a target that has a graph each.
+        """
+        return None
+
     @classmethod
     @abstractmethod
     def can_build(cls) -> Availability:
@@ -274,8 +299,8 @@ class Target(ABC):
         """Remove from the bundle the files that only compiling and the self-check needed."""
 
     @abstractmethod
-    def open(self, folder: Path, compiled: Compiled, threads: int) -> Engine:
-        """Open what was compiled; `threads` 0 leaves the number to the runtime.
+    def open(self, folder: Path, compiled: Compiled, plans: Sequence[PruningPlan], threads: int) -> Engine:
+        """Open what was compiled from `plans`; `threads` 0 leaves the number to the runtime.
 
         Raises:
             TargetError: it was compiled for another version or device than this machine has.
@@ -290,8 +315,3 @@ def prefill_names(plans: int) -> list[str]:
 def prefill_name(graphs: Collection[str], bucket: int) -> str:
     """The name of plan number `bucket`'s prefill graph; all of `graphs` but vision and decode are prefill graphs."""
     return prefill_names(len(graphs) - 2)[bucket]
-
-
-def graph_names(plans: int) -> list[str]:
-    """The names of all graphs of a bundle with this number of plans."""
-    return ["vision", *prefill_names(plans), "decode"]

@@ -114,7 +114,7 @@ def _verification(bundle: Bundle) -> str:
 def _next(bundle: Bundle) -> str:
     """The command to try next with a bundle."""
     model = bundle.manifest.model
-    if "decode" not in bundle.manifest.graphs:
+    if not bundle.manifest.has_language_model:
         return "give it to TensorRT-LLM: docs/tensorrt-llm.md"
     images = " ".join(["--image FILE"] * model.views.images)
     return f'vtexport run {bundle.folder} {images} --prompt "what is in the image?"'

@@ -14,21 +14,21 @@ def _rating(query: Traced, count: int) -> list[Kind]:
 
 @converts("token_score")
 def _token_score(r: Recorder, query: Traced, *given: Traced, count: int, scale: float) -> Traced:
-    attributes = {"count": count, "scale": scale}
-    return r.node("TokenScore", [query, *given], attributes, like=_rating(query, count), domain=PRUNING)[0]
+    inputs = [query, *given, r.vector(count)]
+    return r.node("TokenScore", inputs, {"scale": scale}, like=_rating(query, count), domain=PRUNING)[0]
 
 
 @converts("token_score_heads")
 def _token_score_heads(r: Recorder, query: Traced, *given: Traced, count: int, scale: float, heads: int) -> Traced:
-    attributes = {"count": count, "scale": scale, "heads": heads}
-    return r.node("TokenScoreHeads", [query, *given], attributes, like=_rating(query, count), domain=PRUNING)[0]
+    inputs, attributes = [query, *given, r.vector(count)], {"scale": scale, "heads": heads}
+    return r.node("TokenScoreHeads", inputs, attributes, like=_rating(query, count), domain=PRUNING)[0]
 
 
 @converts("token_select")
 def _token_select(r: Recorder, hidden: Traced, score: Traced, keep: int) -> tuple[Traced, ...]:
     batch, number, width = hidden.shape
     kinds = [Kind(hidden.dtype, (batch, keep, width)), *(Kind(torch.int32, (batch, count)) for count in (keep, number))]
-    return r.node("TokenSelect", [hidden, score], {"keep": keep}, like=kinds, domain=PRUNING)
+    return r.node("TokenSelect", [hidden, score, r.vector(keep)], like=kinds, domain=PRUNING)
 
 
 @converts("token_recycle")
@@ -41,8 +41,8 @@ def _token_recycle(
         Kind(torch.int32, (batch, clusters)),
         Kind(torch.int32, (batch, number)),
     ]
-    attributes = {"keep": keep, "pool": pool, "clusters": clusters, "paper": int(paper)}
-    return r.node("TokenRecycle", [hidden, rank], attributes, like=kinds, domain=PRUNING)
+    counts = [r.vector(count) for count in (keep, pool, clusters)]
+    return r.node("TokenRecycle", [hidden, rank, *counts], {"paper": int(paper)}, like=kinds, domain=PRUNING)
 
 
 @converts("rms_norm")

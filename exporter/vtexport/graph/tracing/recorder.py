@@ -211,6 +211,11 @@ class Recorder(TorchFunctionMode):
     def _append(
         self, op_type: str, inputs: Sequence[Traced], attributes: Mapping[str, Any], like: Sequence[Kind], domain: str
     ) -> tuple[Traced, ...]:
+        dynamic = [name for name, value in attributes.items() if isinstance(value, Extent)]
+        if dynamic:
+            raise NotImplementedError(
+                f"attribute {dynamic[0]} of {op_type} cannot be the extent {attributes[dynamic[0]]}"
+            )
         place = f"{self._scope[-1]}/{op_type}".removeprefix("/")
         number = self._count[place] = self._count.get(place, -1) + 1
         name = f"{place}_{number}" if number else place
@@ -263,6 +268,16 @@ class Recorder(TorchFunctionMode):
         if not isinstance(size, Extent):
             return self.constant(size)
         return self.node("Squeeze", [self._extent(size)], like=[Kind(torch.int64, ())])[0]
+
+    def vector(self, length: int) -> Traced:
+        """A vector int32 [length] of values that nothing reads: an input of the graph if it has one, else zeros."""
+        if not isinstance(length, Extent):
+            return self.constant(np.zeros(length), torch.int32)
+        known = self._extents.get(str(length))
+        if known is not None and known[0].shape == (length,):
+            return known[0]
+        inputs, like = [self.constant(0, torch.int32), self.extents([length])], [Kind(torch.int32, (length,))]
+        return self.node("Expand", inputs, like=like)[0]
 
     def _extent(self, size: Extent) -> Traced:
         """The extent `size` as int64 [1]."""

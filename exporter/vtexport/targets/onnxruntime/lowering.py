@@ -6,7 +6,8 @@ Rewrites, one node by one node:
     CachedAttention  -> com.microsoft.GroupQueryAttention, which writes the new token into the cache in place
     Rotary           -> com.microsoft.RotaryEmbedding
 The `vtexport` functions stay as they are: their bodies run on the standard kernels. So do cached and causal
-attention with a head size that is not a multiple of 8, which GroupQueryAttention does not take, and RMSNorm, whose body
+attention with a head size that is not a multiple of 8, or of several new tokens behind a cache, which
+GroupQueryAttention does not take, and RMSNorm, whose body
 ONNX Runtime itself fuses into a kernel that a valid ONNX file cannot name.
 """
 
@@ -50,8 +51,10 @@ def _has_kernel(node: ir.Node) -> bool:
         return node.op_type != "RMSNorm"
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
     assert shape is not None, "traced graphs have shapes"
-    width = shape[2]
+    rows, width = shape[1], shape[2]
     assert isinstance(width, int), "only batch and text length are dynamic"
+    if node.op_type == "CachedAttention" and rows != 1:
+        return False
     return width // node.attributes.get_int("num_heads") % 8 == 0
 
 

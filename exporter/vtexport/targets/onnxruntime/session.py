@@ -77,6 +77,9 @@ class OrtEngine:
                 ) from error
         return self._sessions[name]
 
+    def admit(self, rows: int, text: int, new_tokens: int) -> None:
+        """Every extent but the model's own is open here."""
+
     def device_times(self) -> dict[str, float]:
         return {}
 

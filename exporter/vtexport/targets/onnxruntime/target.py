@@ -11,6 +11,9 @@ from vtexport.options import Meta
 from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Engine, Target
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vtexport.pruning import PruningPlan
     from vtexport.targets.quantize import Scheme
 
 
@@ -53,7 +56,7 @@ class OnnxRuntimeTarget(Target):
             ir.save(model, job.folder / files[name])
         return Compiled(files, {"onnxruntime": onnxruntime.__version__})
 
-    def open(self, folder: Path, compiled: Compiled, threads: int) -> Engine:
+    def open(self, folder: Path, compiled: Compiled, plans: Sequence[PruningPlan], threads: int) -> Engine:
         from vtexport.targets.onnxruntime.session import OrtEngine
 
         return OrtEngine(folder, compiled.files, threads)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from vtexport.errors import InputError, TargetError
 from vtexport.targets.tensorrt.bindings import Bindings
+from vtexport.targets.tensorrt.profiles import Profile
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Build:
 
     Attributes:
         name: the graph's name, for messages.
-        shapes: input -> its smallest, usual and largest shape.
+        profiles: of the inputs' shapes; see `vtexport.targets.tensorrt.profiles`.
         settings: see `Settings`.
         report: called with (line, steps) when a phase begins.
         advance: called as its steps are done.
@@ -45,7 +46,7 @@ class Build:
     """
 
     name: str
-    shapes: Mapping[str, tuple[Any, Any, Any]]
+    profiles: Sequence[Profile]
     settings: Settings
     report: Callable[[str, int | None], None]
     advance: Callable[[int], None]
@@ -92,11 +93,12 @@ def build_plan(bindings: Bindings, source: Path, plan: Path, build: Build) -> No
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         # The weights that come back are the same ones, so that TensorRT may still choose kernels by their values.
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
-    profile = builder.create_optimization_profile()
-    for name, (low, usual, high) in build.shapes.items():
-        profile.set_shape(name, low, usual, high)
-    if config.add_optimization_profile(profile) < 0:
-        raise refused("use the profile of")
+    for number, shapes in enumerate(build.profiles):
+        profile = builder.create_optimization_profile()
+        for name, (low, usual, high) in shapes.items():
+            profile.set_shape(name, low, usual, high)
+        if config.add_optimization_profile(profile) != number:
+            raise refused("use the profile of")
     if settings.timing_cache is not None:
         read_timings(config, settings.timing_cache)
     with plan.open("wb") as file:

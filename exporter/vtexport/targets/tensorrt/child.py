@@ -44,7 +44,7 @@ def compile_apart(package: str, plugins: Path | None, source: Path, plan: Path, 
         "source": str(source),
         "plan": str(plan),
         "name": build.name,
-        "shapes": build.shapes,
+        "profiles": build.profiles,
         "settings": settings,
     }
     with tempfile.TemporaryFile() as said:
@@ -106,7 +106,7 @@ def main() -> None:
     cache = job["settings"]["timing_cache"]
     build = Build(
         job["name"],
-        job["shapes"],
+        job["profiles"],
         Settings(**job["settings"] | {"timing_cache": None if cache is None else Path(cache)}),
         lambda text, total: say("report", text, total),
         lambda steps: say("advance", steps),

@@ -1,212 +1,163 @@
-"""Runs TensorRT plans on a GPU, with memory and streams from PyTorch.
+"""Runs the plans of a bundle on a GPU: vision, and prefill and decode as profiles of the language plan.
 
-Written against TensorRT's documented API; vtexport's own tests have had no GPU and have never run it.
+Written against TensorRT's documented API and tested with a stand-in for it (`tests/targets/stand_in.py`), which runs the
+same graphs on a CPU; vtexport's own tests have had no GPU and have never run a plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vtexport.arrays import Array
-from vtexport.errors import TargetError
-from vtexport.targets.base import (
-    Cache,
-    LayerTimes,
-    PrefillInput,
-    PrefillOutput,
-    VisionInput,
-    VisionOutput,
-    prefill_name,
-)
+from vtexport.errors import InputError, TargetError
+from vtexport.pruning import PruningPlan
+from vtexport.targets.base import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
+from vtexport.targets.language import LANGUAGE, LanguageCalls
 from vtexport.targets.tensorrt.bindings import Bindings
-
-_DTYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-}
+from vtexport.targets.tensorrt.gpu import Gpu, OnGpu
+from vtexport.targets.tensorrt.plan import Plan, Reading
+from vtexport.targets.tensorrt.profiles import Limits
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How plans were built: `stripped` of their weights, with `host_code` for later versions."""
+    """What to open: each plan's file by graph, how it is read, what it was built from, and the limits of the build."""
 
-    stripped: bool = False
-    host_code: bool = False
+    files: Mapping[str, Path]
+    readings: Mapping[str, Reading]
+    plans: Sequence[PruningPlan]
+    limits: Limits
 
 
 @dataclass
-class CudaCache:
-    """Two sets of buffers [B, G, capacity, D]: a step reads one and writes the other.
+class Lane:
+    """Everything that decoding a batch of one size needs: caches of full capacity, inputs, outputs, and a CUDA graph.
 
-    From the third step on, each direction is captured as a CUDA graph and replayed, unless TensorRT does something that
-    cannot be captured. A step's other inputs lie in `inputs`, whose addresses therefore do not change.
+    A lane belongs to the engine. One request after the other has it, so that buffers are allocated and the graph is
+    captured once.
     """
 
-    front: dict[str, Any]
-    back: dict[str, Any]
-    inputs: dict[str, Any]
-    ranking: Array | None = None
+    caches: dict[str, Any]
+    inputs: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
+    replay: Callable[[], None] | None = None
     capturable: bool = True
-    outputs: list[dict[str, Any]] = field(default_factory=lambda: [{}, {}])
-    graphs: list[Any] = field(default_factory=lambda: [None, None])
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.front.values())
+        return sum(int(buffer.numel()) * int(buffer.element_size()) for buffer in self.caches.values())
 
 
-class _Graph:
-    """A deserialized plan with its execution context."""
+@dataclass(eq=False)
+class CudaCache:
+    """The KV cache of a batch: a lane, which goes back to the engine when nobody has this any more."""
 
-    def __init__(self, bindings: Bindings, path: Path, opening: Opening) -> None:
-        trt = bindings.trt
-        bindings.logger.begin()
-        runtime = trt.Runtime(bindings.logger)
-        runtime.engine_host_code_allowed = opening.host_code
-        self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
-        if self.engine is None:
-            raise TargetError(
-                f"TensorRT cannot load {path} ({bindings.first_error}); build the bundle again on this GPU"
-            )
-        if opening.stripped:
-            _refit(bindings, self.engine, path.with_suffix(".onnx"))
-        self.context = self.engine.create_execution_context()
-        if self.context is None:
-            raise TargetError(f"TensorRT has no memory to run {path} ({bindings.first_error}); free some on this GPU")
-        self._kinds = {}
-        self.outputs = []
-        for number in range(self.engine.num_io_tensors):
-            name = self.engine.get_tensor_name(number)
-            self._kinds[name] = _DTYPES[self.engine.get_tensor_dtype(name).name]
-            if self.engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT:
-                self.outputs.append(name)
-        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def run(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Run on the current stream; outputs not given are allocated."""
-        for name, tensor in inputs.items():
-            self.context.set_input_shape(name, tuple(tensor.shape))
-            self.context.set_tensor_address(name, tensor.data_ptr())
-        results = dict(outputs or {})
-        for name in self.outputs:
-            if name not in results:
-                shape = tuple(self.context.get_tensor_shape(name))
-                results[name] = torch.empty(shape, dtype=self._kinds[name], device="cuda")
-            self.context.set_tensor_address(name, results[name].data_ptr())
-        self.timed(self.enqueue)
-        return results
-
-    def kind(self, name: str) -> Any:
-        """The torch dtype of an input or output."""
-        return self._kinds[name]
-
-    def enqueue(self) -> None:
-        """Run once more, on the shapes and addresses set last."""
-        if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise TargetError("TensorRT failed to run the engine; build the bundle again on this GPU")
-
-    def timed(self, call: Callable[[], None]) -> None:
-        """Run `call` between two events on the current stream."""
-        self._start.record()
-        call()
-        self._end.record()
+    lane: Lane
+    ranking: Array | None = None
 
     @property
-    def milliseconds(self) -> float:
-        """Time of the last call on the GPU; waits for the call to end."""
-        self._end.synchronize()
-        return float(self._start.elapsed_time(self._end))
-
-
-def _refit(bindings: Bindings, engine: Any, source: Path) -> None:
-    """Put the weights of the ONNX file `source` into an engine that was built without them."""
-    trt = bindings.trt
-    refitter = trt.Refitter(engine, bindings.logger)
-    parser = trt.OnnxParserRefitter(refitter, bindings.logger)
-    if not parser.refit_from_file(str(source)) or not refitter.refit_cuda_engine():
-        raise TargetError(f"TensorRT cannot put the weights of {source} back ({bindings.first_error}); build again")
+    def nbytes(self) -> int:
+        return self.lane.nbytes
 
 
 class TensorRTEngine:
     """The plans of a bundle on the current GPU."""
 
-    def __init__(self, bindings: Bindings, paths: Mapping[str, Path], opening: Opening) -> None:
-        self._bindings, self._paths, self._how = bindings, paths, opening
-        self._graphs: dict[str, _Graph] = {}
+    def __init__(self, bindings: Bindings, opening: Opening, gpu: Gpu | None = None) -> None:
+        self._bindings, self._opening = bindings, opening
+        self._gpu = gpu or Gpu()
+        self._calls = LanguageCalls(opening.plans)
+        self._plans: dict[str, Plan] = {}
+        self._idle: dict[int, list[Lane]] = {}
+        self._clocks: dict[str, tuple[Any, Any]] = {}
         self._profiling = False
-        self._ran: set[str] = set()
 
     def load(self) -> None:
-        for name in self._paths:
-            self._graph(name)
+        for name in self._opening.files:
+            self.plan(name)
 
-    def _graph(self, name: str) -> _Graph:
-        if name not in self._graphs:
-            self._graphs[name] = _Graph(self._bindings, self._paths[name], self._how)
-        self._ran.add(name)
-        return self._graphs[name]
+    def plan(self, name: str) -> Plan:
+        """The plan of graph `name`, read at its first use."""
+        if name not in self._plans:
+            with self._gpu.working():
+                file, reading = self._opening.files[name], self._opening.readings[name]
+                self._plans[name] = Plan(self._bindings, self._gpu, file, reading)
+        return self._plans[name]
+
+    def admit(self, rows: int, text: int, new_tokens: int) -> None:
+        limits = self._opening.limits
+        if rows > limits.max_batch:
+            raise InputError(
+                f"this bundle was built for at most {limits.max_batch} prompts per batch, not {rows}; ask fewer at a "
+                f"time, or build it again with --max-batch {rows}"
+            )
+        if text + new_tokens > limits.max_text:
+            raise InputError(
+                f"this bundle was built for at most {limits.max_text} text tokens of prompt and answer together, not "
+                f"{text} + {new_tokens}; shorten them, or build it again with --max-text {text + new_tokens}"
+            )
 
     def device_times(self) -> dict[str, float]:
-        return {name: self._graphs[name].milliseconds for name in self._ran if name in self._graphs}
+        times = {}
+        for name, (start, end) in self._clocks.items():
+            end.synchronize()
+            times[name] = float(start.elapsed_time(end))
+        return times
 
     def vision(self, inputs: VisionInput) -> VisionOutput:
-        outputs = self._graph("vision").run(on_gpu(inputs.feeds()))
-        return VisionOutput({name: tensor.cpu().numpy() for name, tensor in outputs.items()})
+        feeds = self.vision_feeds(inputs)
+        self.admit(len(inputs.pixel_values), 0, 0)
+        with self._gpu.working(), self._timed("vision"):
+            outputs = self.plan("vision").run(0, {name: self._gpu.put(array) for name, array in feeds.items()})
+        named = {self.vision_name(name): tensor for name, tensor in outputs.items()}
+        with self._gpu.working():
+            # Visual tokens go on to prefill and stay where they are; the rest is small and for the host.
+            return VisionOutput({name: self._output(name, tensor) for name, tensor in named.items()})
+
+    def vision_feeds(self, inputs: VisionInput) -> dict[str, Array]:
+        """The vision plan's inputs by its own names."""
+        return inputs.feeds()
+
+    def vision_name(self, output: str) -> str:
+        """The name in `VisionOutput` of an output of the vision plan."""
+        return output
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
-        graph = self._graph(prefill_name(self._paths, bucket))
-        outputs = graph.run(on_gpu(inputs.feeds()))
-        front, back, stages = {}, {}, {}
-        for name, tensor in outputs.items():
-            if not name.startswith("present."):
-                stages[name] = tensor.cpu().numpy()
-                continue
-            batch, groups, tokens, size = tensor.shape
-            room = torch.zeros((batch, groups, tokens + new_tokens, size), dtype=tensor.dtype, device="cuda")
-            room[:, :, :tokens] = tensor
-            front[name], back[name] = room, torch.empty_like(room)
-        logits = stages.pop("logits")
-        layers, rows = len(front) // 2, len(logits)
-        shapes = {"input_ids": (rows, 1), "length": (layers, rows), "position": (layers, rows)}
-        fixed = {name: torch.zeros(shape, dtype=torch.int64, device="cuda") for name, shape in shapes.items()}
-        if "ranking" in stages:
-            fixed |= on_gpu({"image_position": inputs.image_position})
-        return PrefillOutput(logits, CudaCache(front, back, fixed), stages)
+        rows = len(inputs.input_ids)
+        self.admit(rows, inputs.input_ids.shape[1], new_tokens)
+        plan, prompt = self.plan(LANGUAGE), self._calls.prefill(inputs, bucket)
+        with self._gpu.working():
+            lane = self._lane(plan, rows)
+            cache = CudaCache(lane)
+            weakref.finalize(cache, self._give_back, rows, lane)
+            feeds = {name: self._tensor(array) for name, array in prompt.items()}
+            with self._timed("prefill"):
+                outputs = plan.run(bucket, {**feeds, **lane.caches})
+            self._begin(lane, prompt, rows)
+            arrays = {name: self._gpu.fetch(tensor) for name, tensor in outputs.items()}
+        if "ranking" in arrays:
+            cache.ranking = np.zeros_like(arrays["ranking"])
+        return PrefillOutput(arrays.pop("logits"), cache, self._calls.stages(arrays, bucket))
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
         assert isinstance(cache, CudaCache)
-        for name, array in {"input_ids": tokens[:, None], "length": length, "position": position}.items():
-            cache.inputs[name].copy_(torch.from_numpy(np.array(array, dtype=np.int64)))
-        graph, direction = self._graph("decode"), cache.steps % 2
-        replay = cache.graphs[direction]
-        if replay is not None and not self._profiling:
-            graph.timed(replay.replay)
-        else:
-            past = {name.replace("present", "past"): buffer for name, buffer in cache.front.items()}
-            known = {**cache.outputs[direction], **cache.back}
-            cache.outputs[direction] = graph.run({**cache.inputs, **past}, known)
-            # TensorRT must have run once in this shape before it can be captured.
-            if cache.steps >= 2 and cache.capturable and not self._profiling:
-                cache.graphs[direction] = _captured(graph)
-                cache.capturable = cache.graphs[direction] is not None
-        outputs = cache.outputs[direction]
-        logits: Array = outputs["logits"].cpu().numpy()
-        if "ranking" in outputs:
-            cache.ranking = outputs["ranking"].cpu().numpy()
-        cache.front, cache.back = cache.back, cache.front
-        cache.steps += 1
-        return logits
+        lane, plan = cache.lane, self.plan(LANGUAGE)
+        with self._gpu.working():
+            for name, array in {"input_ids": tokens[:, None], "length": length, "position": position}.items():
+                lane.inputs[name].copy_(self._gpu.put(np.asarray(array, dtype=np.int64)))
+            with self._timed("decode"):
+                self._step(lane, plan)
+            if "ranking" in lane.outputs:
+                cache.ranking = self._gpu.fetch(lane.outputs["ranking"])
+            return self._gpu.fetch(lane.outputs["logits"])
 
     def layer_times(self, call: Callable[[], None]) -> LayerTimes:
         times: dict[str, dict[str, float]] = {}
@@ -214,6 +165,72 @@ class TensorRTEngine:
         with self._profilers(times):
             call()
         return times
+
+    @property
+    def _decode_profile(self) -> int:
+        return len(self._opening.plans)
+
+    def _lane(self, plan: Plan, rows: int) -> Lane:
+        """An idle lane for `rows` prompts, or a new one; where memory is short, idle lanes of other sizes make room."""
+        idle = self._idle.setdefault(rows, [])
+        if idle:
+            return idle.pop()
+        shapes = {name: [rows, *plan.extent(name)[1:]] for name in plan.inputs if name.startswith("past.")}
+
+        def made() -> Lane:
+            # Zeros, because what lies behind a row's length is multiplied by attention of zero.
+            return Lane({name: self._gpu.zeros(shape, plan.kinds[name]) for name, shape in shapes.items()})
+
+        try:
+            with self._gpu.working():
+                return made()
+        except TargetError:
+            if not any(self._idle.values()):
+                raise
+        self._idle.clear()
+        self._gpu.free_unused()
+        return made()
+
+    def _give_back(self, rows: int, lane: Lane) -> None:
+        self._idle.setdefault(rows, []).append(lane)
+
+    def _begin(self, lane: Lane, prompt: Mapping[str, Array], rows: int) -> None:
+        """Put what decoding needs of a prompt into the lane's own inputs, whose addresses do not change."""
+        nothing: Array = np.zeros((self._opening.plans[0].num_layers, rows), dtype=np.int64)
+        wanted = self._calls.decode(prompt, nothing[0], nothing, nothing)
+        for name, array in wanted.items():
+            tensor = self._tensor(array)
+            if name in lane.inputs:
+                lane.inputs[name].copy_(tensor)
+            else:
+                lane.inputs[name] = tensor.clone()
+
+    def _step(self, lane: Lane, plan: Plan) -> None:
+        profile = self._decode_profile
+        if lane.replay is not None and not self._profiling:
+            lane.replay()
+            return
+        lane.outputs = plan.run(profile, {**lane.inputs, **lane.caches}, lane.outputs, bound_as=id(lane))
+        lane.steps += 1
+        # TensorRT must have run once in these shapes before it can be captured.
+        if lane.steps > 1 and lane.capturable and not self._profiling and not plan.captures_itself:
+            lane.replay = self._gpu.captured(lambda: plan.enqueue(profile))
+            lane.capturable = lane.replay is not None
+
+    def _tensor(self, array: Any) -> Any:
+        """An array, or an output of the vision plan, as a tensor on the GPU."""
+        return array.tensor if isinstance(array, OnGpu) else self._gpu.put(array)
+
+    def _output(self, name: str, tensor: Any) -> Any:
+        return OnGpu(self._gpu, tensor) if name.partition(".")[0] == "visual" else self._gpu.fetch(tensor)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Record when the work inside begins and ends on the GPU."""
+        start, end = self._clocks.setdefault(name, (self._gpu.event(), self._gpu.event()))
+        start.record()
+        yield
+        end.record()
 
     @contextmanager
     def _profilers(self, times: dict[str, dict[str, float]]) -> Iterator[None]:
@@ -227,33 +244,26 @@ class TensorRTEngine:
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 self.layers[layer_name] = self.layers.get(layer_name, 0.0) + ms
 
+        def profiler(name: str) -> Any:
+            return Profiler(times.setdefault(name, {}))
+
+        buckets = range(self._decode_profile)
         # Contexts do not own their profilers.
-        profilers = {name: Profiler(times.setdefault(name, {})) for name in self._graphs}
-        for name, graph in self._graphs.items():
-            graph.context.profiler = profilers[name]
-        self._profiling = True
+        profilers = {name: {0: profiler(name)} for name in self._plans if name != LANGUAGE}
+        if LANGUAGE in self._plans:
+            prefills = dict.fromkeys(buckets, profiler("prefill"))
+            profilers[LANGUAGE] = {**prefills, self._decode_profile: profiler("decode")}
+        self._profile(profilers)
         try:
             yield
         finally:
-            self._profiling = False
-            # A profiler cannot be removed from a context; a new context has none.
-            for graph in self._graphs.values():
-                graph.context = graph.engine.create_execution_context()
+            self._profile({})
 
-
-def on_gpu(arrays: Mapping[str, Array]) -> dict[str, Any]:
-    """`arrays` as tensors on the current GPU."""
-    return {name: torch.from_numpy(np.ascontiguousarray(array)).cuda() for name, array in arrays.items()}
-
-
-def _captured(graph: _Graph) -> Any:
-    """The last call of `graph` as a CUDA graph; None if it cannot be captured."""
-    captured = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    try:
-        with torch.cuda.graph(captured):
-            graph.enqueue()
-    except (RuntimeError, TargetError):
-        torch.cuda.synchronize()
-        return None
-    return captured
+    def _profile(self, profilers: Mapping[str, Mapping[int, Any]]) -> None:
+        """Profile with `profilers` by plan and profile, or with none no more."""
+        self._profiling = bool(profilers)
+        for name, plan in self._plans.items():
+            plan.profile_layers(profilers.get(name))
+        # Graphs were captured with contexts that are gone.
+        for lane in (lane for lanes in self._idle.values() for lane in lanes):
+            lane.replay, lane.steps = None, 0

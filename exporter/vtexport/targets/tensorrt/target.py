@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from vtexport.errors import InputError, TargetError
 from vtexport.options import Meta, Option
 from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Engine, Target
+from vtexport.targets.language import LANGUAGE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from vtexport.pruning import PruningPlan
     from vtexport.targets.quantize import Scheme
     from vtexport.targets.tensorrt.bindings import Bindings
     from vtexport.targets.tensorrt.builder import Settings
     from vtexport.targets.tensorrt.engine import TensorRTEngine
+    from vtexport.targets.tensorrt.profiles import Profile
 
-#: input -> its smallest, usual and largest shape
-Shapes = Mapping[str, tuple[Any, Any, Any]]
 #: the option `quantize` of the targets that compile the decoder
 Quantize = Annotated[
     Literal["", "int8", "fp8", "int4"],
@@ -78,9 +79,10 @@ class AnyTensorRT(Target):
     def check_gpu(self, gpu: Device, compiled: Compiled) -> str | None:
         """Why `gpu` cannot run what was compiled; None if it can."""
 
-    def parsed(self, model: ir.Model, shapes: Shapes, job: CompileJob) -> tuple[ir.Model, Shapes]:
-        """The graph that TensorRT parses, and its profile; by default the bundle's own graph."""
-        return model, shapes
+    def parsed(self, model: ir.Model, profiles: list[Profile], job: CompileJob) -> tuple[ir.Model, list[Profile]]:
+        """The graph that TensorRT parses, made of a copy of the traced one, and its profiles."""
+        self.prepare(model)
+        return model, profiles
 
     def plan_file(self, name: str) -> str:
         """Where the plan of graph `name` goes, from the bundle's folder."""
@@ -122,6 +124,10 @@ class AnyTensorRT(Target):
             )
         return Availability(True, f"{available.reason} on {gpu.name}")
 
+    @property
+    def language_room(self) -> int | None:
+        return None if self.vision_only else self.max_text
+
     def check(self) -> None:
         self.settings()
         if self.scheme() is not None and self.strip_weights:
@@ -132,34 +138,34 @@ class AnyTensorRT(Target):
 
         from vtexport.targets.tensorrt.builder import Build
         from vtexport.targets.tensorrt.child import compile_apart
-        from vtexport.targets.tensorrt.profiles import profile_shapes
+        from vtexport.targets.tensorrt.profiles import Limits, profiles_of
 
         settings, plugins, files = self.settings(), self.plugin_library(job.folder), {}
+        limits = Limits(self.max_batch, self.max_text)
         for name, model in job.models.items():
-            source = job.folder / ENGINE_FOLDER / f"{name}.onnx"
-            self.prepare(model)
-            ir.save(model, source)
-            parsed, shapes = self.parsed(model, profile_shapes(job, name, self.max_batch, self.max_text), job)
-            if parsed is not model:
-                source = source.with_name(f"{name}-parsed.onnx")
-                ir.save(parsed, source)
-            files[name] = self.plan_file(name)
-            build = Build(name, shapes, settings, job.report, job.advance, job.warn)
+            # The graph as it was traced, for the self-check, and what TensorRT parses.
+            ir.save(model, job.folder / ENGINE_FOLDER / f"{name}.onnx")
+            parsed, profiles = self.parsed(model.clone(), profiles_of(job, name, limits), job)
+            source, files[name] = job.folder / parsed_file(name), self.plan_file(name)
+            ir.save(parsed, source)
+            build = Build(name, profiles, settings, job.report, job.advance, job.warn)
             compile_apart(self.package, plugins, source, job.folder / files[name], build)
         return Compiled(files, {self.name: self.bindings().version}, self.facts())
 
     def finish(self, folder: Path, compiled: Compiled) -> None:
+        kept, engines = {folder / file for file in compiled.files.values()}, folder / ENGINE_FOLDER
         if self.strip_weights:
-            return
-        plans = {folder / file for file in compiled.files.values()}
-        engines = folder / ENGINE_FOLDER
-        for source in set(engines.iterdir()) - plans:
+            sources = {folder / f"{ENGINE_FOLDER}/{name}.onnx" for name in compiled.files}
+            kept |= set(engines.iterdir()) - sources
+        for source in set(engines.iterdir()) - kept:
             source.unlink()
         if not list(engines.iterdir()):
             engines.rmdir()
 
-    def open(self, folder: Path, compiled: Compiled, threads: int) -> Engine:
+    def open(self, folder: Path, compiled: Compiled, plans: Sequence[PruningPlan], threads: int) -> Engine:
         from vtexport.targets.tensorrt.engine import Opening
+        from vtexport.targets.tensorrt.plan import Reading
+        from vtexport.targets.tensorrt.profiles import Limits
 
         bindings, gpu = self.bindings(), this_gpu()
         built_with, here = compiled.versions[self.name], bindings.version
@@ -173,12 +179,21 @@ class AnyTensorRT(Target):
         if gpu is not None and refusal is not None:
             raise TargetError(f"{folder} {refusal}, not for {gpu.name}; build again for it")
         self.load(folder, compiled)
-        opening = Opening(
-            stripped=self.strip_weights,
+        if not self.vision_only and set(compiled.files) != {"vision", LANGUAGE}:
+            raise TargetError(f"{folder} was built by an older vtexport, with a plan per stage; build it again")
+        files = {name: folder / file for name, file in compiled.files.items()}
+        readings = {
             # A plan for later versions carries host code, which they must be allowed to run.
-            host_code=self.version_compatible,
-        )
-        return self.engine()(bindings, {name: folder / file for name, file in compiled.files.items()}, opening)
+            name: Reading(folder / parsed_file(name) if self.strip_weights else None, self.version_compatible)
+            for name in files
+        }
+        opening = Opening(files, readings, plans, Limits(self.max_batch, self.max_text))
+        return self.engine()(bindings, opening)
+
+
+def parsed_file(name: str) -> str:
+    """Where the ONNX file lies that TensorRT parses for the plan of graph `name`, from the bundle's folder."""
+    return f"{ENGINE_FOLDER}/{name}.parsed.onnx"
 
 
 def quantize_scheme(kind: str) -> Scheme | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vtexport.targets.base import CompileJob, VisionInput, VisionOutput
-from vtexport.targets.tensorrt.engine import TensorRTEngine, on_gpu
+from vtexport.arrays import Array
+from vtexport.targets.base import CompileJob, VisionInput
+from vtexport.targets.tensorrt.engine import TensorRTEngine
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -84,9 +84,9 @@ trtllm-build --checkpoint_dir "$here/checkpoint" --output_dir "$here" --gemm_plu
 class EngineFlowVision(TensorRTEngine):
     """The vision engine of that layout, whose input and output have the names above."""
 
-    def vision(self, inputs: VisionInput) -> VisionOutput:
-        graph = self._graph("vision")
-        pixels = inputs.pixel_values.astype(np.dtype(str(graph.kind(INPUT)).removeprefix("torch.")))
-        outputs: Mapping[str, object] = graph.run(on_gpu({INPUT: pixels}))
-        arrays = {name: tensor.cpu().numpy() for name, tensor in outputs.items()}  # type: ignore[attr-defined]
-        return VisionOutput({"visual" if name == OUTPUT else name: array for name, array in arrays.items()})
+    def vision_feeds(self, inputs: VisionInput) -> dict[str, Array]:
+        kind = str(self.plan("vision").kinds[INPUT]).removeprefix("torch.")
+        return {INPUT: inputs.pixel_values.astype(np.dtype(kind))}
+
+    def vision_name(self, output: str) -> str:
+        return "visual" if output == OUTPUT else output

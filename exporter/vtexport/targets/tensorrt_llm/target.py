@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vtexport.models.spec import ModelSpec
     from vtexport.pruning import PruningPlan
     from vtexport.targets.tensorrt.engine import TensorRTEngine
-    from vtexport.targets.tensorrt.target import Shapes
+    from vtexport.targets.tensorrt.profiles import Profile
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,13 @@ class TensorRTLLMTarget(FullTensorRT):
 
         return ENGINE
 
-    def parsed(self, model: ir.Model, shapes: Shapes, job: CompileJob) -> tuple[ir.Model, Shapes]:
+    def parsed(self, model: ir.Model, profiles: list[Profile], job: CompileJob) -> tuple[ir.Model, list[Profile]]:
+        model, profiles = super().parsed(model, profiles, job)
         if self.flow == "pytorch":
-            return super().parsed(model, shapes, job)
+            return model, profiles
         from vtexport.targets.tensorrt_llm.layout import INPUT, renamed
 
-        return renamed(model, job.dtype), {INPUT: shapes["pixel_values"]}
+        return renamed(model, job.dtype), [{INPUT: profiles[0]["pixel_values"]}]
 
     def engine(self) -> type[TensorRTEngine]:
         if self.flow == "pytorch":

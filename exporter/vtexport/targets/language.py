@@ -1,0 +1,66 @@
+"""Prefill and decode as calls of the language graph (`vtexport.graph.language`), for every runtime that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from vtexport.arrays import Array
+from vtexport.pruning import PruningPlan
+from vtexport.pruning.decoder import slots
+from vtexport.targets.base import PrefillInput
+
+LANGUAGE = "language"
+
+
+class LanguageCalls:
+    """The inputs of the language graph that is shared by `plans`, apart from caches."""
+
+    def __init__(self, plans: Sequence[PruningPlan]) -> None:
+        self._plans = plans
+
+    def prefill(self, inputs: PrefillInput, bucket: int) -> dict[str, Array]:
+        """The inputs for whole prompts behind empty caches, with the counts of plan number `bucket`."""
+        plan = self._plans[bucket]
+        nothing: Array = np.zeros((plan.num_layers, len(inputs.input_ids)), dtype=np.int64)
+        return {**inputs.feeds(), "length": nothing, "position": nothing, **self._slots(plan)}
+
+    def decode(self, prompt: Mapping[str, Array], tokens: Array, length: Array, position: Array) -> dict[str, Array]:
+        """The inputs for one more token per row.
+
+        Args:
+            prompt: what `prefill` gave for these rows; the new token comes without any visual one.
+            tokens: [B] int64.
+            length: [N, B] int64, tokens in each layer's cache of each row before this one.
+            position: [N, B] int64, the token's position in each layer.
+        """
+        given: dict[str, Array] = {
+            "input_ids": tokens[:, None],
+            "text_length": np.ones(len(tokens), dtype=np.int64),
+            "length": length,
+            "position": position,
+        }
+        for name, array in prompt.items():
+            if name == "image_position":
+                given[name] = array
+            elif name == "visual_length":
+                given[name] = np.zeros_like(array)
+            elif name not in given:
+                # The rest has an entry per visual token, of which there is none now.
+                given[name] = array[:0] if array.ndim == 1 else array[:, :0]
+        return given
+
+    def stages(self, outputs: Mapping[str, Array], bucket: int) -> dict[str, Array]:
+        """Of the outputs of stages, those of plan number `bucket`; others may have further stages."""
+        own = self._plans[bucket].decoder_stages
+        found = {}
+        for name, array in outputs.items():
+            kind, _, layer = name.partition(".")
+            stage = own.get(int(layer)) if layer else None
+            if not layer or (stage is not None and stage.carried and (kind != "cluster" or stage.recycled)):
+                found[name] = array
+        return found
+
+    def _slots(self, plan: PruningPlan) -> dict[str, Array]:
+        return {name: np.zeros(length, dtype=np.int32) for name, length in slots(self._plans, plan).items()}
