@@ -10,6 +10,16 @@
 namespace vtexport::cpu {
 namespace {
 
+// The places of the ranks that the pool takes, ascending; no more of them than it holds, whatever the ranks are.
+std::vector<int32_t> pool_of(const RecycleProblem& p, const int32_t* rank) {
+  std::vector<int32_t> pool;
+  for (int32_t v = 0; v < p.tokens; ++v) {
+    const bool wanted = rank[v] >= p.keep && rank[v] < p.keep + p.pool;
+    if (wanted && static_cast<int32_t>(pool.size()) < p.pool) pool.push_back(v);
+  }
+  return pool;
+}
+
 // Squared Euclidean distances over the width, [m, m], of the pool's rows.
 template <typename T>
 std::vector<float> distances(const T* hidden, const std::vector<int32_t>& pool, int32_t width) {
@@ -44,6 +54,7 @@ std::vector<float> densities(const std::vector<float>& squared, size_t m, int32_
   return density;
 }
 
+// Numbers in the pool, by falling delta * density.
 std::vector<int32_t> centres_of(const std::vector<float>& squared, const std::vector<float>& density, int32_t clusters) {
   const size_t m = density.size();
   const float farthest = *std::max_element(squared.begin(), squared.end());
@@ -56,7 +67,9 @@ std::vector<int32_t> centres_of(const std::vector<float>& squared, const std::ve
     }
     peak[i] = 0.5f * std::log(delta) + density[i];
   }
-  return best(peak.data(), static_cast<int32_t>(m), 0, clusters);
+  auto chosen = order_of(peak.data(), static_cast<int32_t>(m));
+  chosen.resize(clusters);
+  return chosen;
 }
 
 template <typename T>
@@ -70,10 +83,11 @@ double cosine(const T* a, const T* b, int32_t width) {
 }
 
 template <typename T>
-void recycle_batch(const RecycleProblem& p, const T* hidden, const float* score, T* merged, int32_t* centres,
+void recycle_batch(const RecycleProblem& p, const T* hidden, const int32_t* rank, T* merged, int32_t* centres,
                    int32_t* cluster) {
-  const auto pool = best(score, p.tokens, p.keep, p.pool);
-  const size_t m = pool.size();
+  auto pool = pool_of(p, rank);
+  const size_t m = static_cast<size_t>(p.pool), found = pool.size();
+  pool.resize(m, 0);
   const auto squared = distances(hidden, pool, p.width);
   const auto chosen = centres_of(squared, densities(squared, m, p.clusters), p.clusters);
   std::fill(cluster, cluster + p.tokens, -1);
@@ -97,7 +111,7 @@ void recycle_batch(const RecycleProblem& p, const T* hidden, const float* score,
         joined[i] = k;
       }
     }
-    cluster[pool[i]] = joined[i];
+    if (i < found) cluster[pool[i]] = joined[i];
   }
   std::vector<double> sum(p.width);
   for (int32_t k = 0; k < p.clusters; ++k) {
@@ -117,11 +131,11 @@ void recycle_batch(const RecycleProblem& p, const T* hidden, const float* score,
 }
 
 template <typename T>
-void recycle_all(const RecycleProblem& p, const void* hidden, const float* score, void* merged, int32_t* centres,
+void recycle_all(const RecycleProblem& p, const void* hidden, const int32_t* rank, void* merged, int32_t* centres,
                  int32_t* cluster) {
   for (int32_t b = 0; b < p.batch; ++b) {
     const size_t row = static_cast<size_t>(b);
-    recycle_batch(p, static_cast<const T*>(hidden) + row * p.tokens * p.width, score + row * p.tokens,
+    recycle_batch(p, static_cast<const T*>(hidden) + row * p.tokens * p.width, rank + row * p.tokens,
                   static_cast<T*>(merged) + row * p.clusters * p.width, centres + row * p.clusters,
                   cluster + row * p.tokens);
   }
@@ -129,10 +143,10 @@ void recycle_all(const RecycleProblem& p, const void* hidden, const float* score
 
 }  // namespace
 
-void token_recycle(const RecycleProblem& problem, const void* hidden, const float* score, void* merged,
+void token_recycle(const RecycleProblem& problem, const void* hidden, const int32_t* rank, void* merged,
                    int32_t* centres, int32_t* cluster) {
   for_type<Float16, BFloat16>(problem.type, [&](auto zero) {
-    recycle_all<decltype(zero)>(problem, hidden, score, merged, centres, cluster);
+    recycle_all<decltype(zero)>(problem, hidden, rank, merged, centres, cluster);
   });
 }
 

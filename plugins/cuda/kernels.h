@@ -18,9 +18,9 @@ cudaError_t token_score(const ScoreProblem& problem, const void* query, const vo
                         void* workspace, cudaStream_t stream);
 
 cudaError_t token_select(const SelectProblem& problem, const void* hidden, const float* score, void* kept,
-                         int32_t* index, void* workspace, cudaStream_t stream);
+                         int32_t* index, int32_t* rank, void* workspace, cudaStream_t stream);
 
-cudaError_t token_recycle(const RecycleProblem& problem, const void* hidden, const float* score, void* merged,
+cudaError_t token_recycle(const RecycleProblem& problem, const void* hidden, const int32_t* rank, void* merged,
                           int32_t* centres, int32_t* cluster, void* workspace, cudaStream_t stream);
 
 }  // namespace vtexport::cuda

@@ -1,11 +1,10 @@
-// TokenRecycle in eight launches: ranks, the pool, its distances, densities, peaks, centres, joining, merging. fp16 and
+// TokenRecycle in seven launches: the pool, its distances, densities, peaks, centres, joining, merging. fp16 and
 // bf16 distances come from products on tensor cores, d² = x·x + y·y - 2 x·y with all three products from the same
 // tiles, so that equal tokens have a distance of exactly zero, as the tie rules require; fp32 adds up squared
 // differences. The width is split over blocks by a rule that does not depend on the batch, and added up in a fixed
 // order.
 #include "cuda/block.cuh"
 #include "cuda/kernels.h"
-#include "cuda/ranking.cuh"
 
 namespace vtexport::cuda {
 namespace {
@@ -33,7 +32,7 @@ struct Cut {
 struct Workspace {
   float *partial, *squared;           // [splits, m, m], [m, m]
   float *density, *farthest, *peak;   // [m] each
-  int32_t *rank, *pool, *centre, *joined;  // [tokens]; [m] places; [c] numbers in the pool; [m]
+  int32_t *pool, *centre, *joined;    // [m] places, -1 where place 0 stands in; [c] numbers in the pool; [m]
   size_t bytes = 0;
 
   Workspace(const RecycleProblem& p, void* memory) {
@@ -49,7 +48,6 @@ struct Workspace {
     density = reinterpret_cast<float*>(take(m));
     farthest = reinterpret_cast<float*>(take(m));
     peak = reinterpret_cast<float*>(take(m));
-    rank = reinterpret_cast<int32_t*>(take(p.tokens));
     pool = reinterpret_cast<int32_t*>(take(m));
     centre = reinterpret_cast<int32_t*>(take(p.clusters));
     joined = reinterpret_cast<int32_t*>(take(m));
@@ -62,9 +60,13 @@ __global__ void __launch_bounds__(kBlock) find_pool(RecycleProblem p, const int3
   rank += b * p.tokens;
   pool += b * p.pool;
   for (int i = static_cast<int>(threadIdx.x); i < p.tokens; i += kBlock) cluster[b * p.tokens + i] = -1;
+  for (int i = static_cast<int>(threadIdx.x); i < p.pool; i += kBlock) pool[i] = -1;
+  __syncthreads();
   list_places(
       p.tokens, [&](int32_t i) { return rank[i] >= p.keep && rank[i] < p.keep + p.pool; },
-      [&](int32_t number, int32_t i) { pool[number] = i; });
+      [&](int32_t number, int32_t i) {
+        if (number < p.pool) pool[number] = i;
+      });
 }
 
 // A run of depths of kTile rows into shared memory; `rows` point to them in `hidden`, null beyond the pool's end.
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) measure(RecycleProblem p, int run, c
     const int side = static_cast<int>(threadIdx.x) / kTile, number = static_cast<int>(threadIdx.x) % kTile;
     const int in_pool = (side == 0 ? y : x) * kTile + number;
     rows[side][number] =
-        in_pool < p.pool ? hidden + (b * p.tokens + pool[b * p.pool + in_pool]) * p.width : nullptr;
+        in_pool < p.pool ? hidden + (b * p.tokens + max(pool[b * p.pool + in_pool], 0)) * p.width : nullptr;
   }
   __syncthreads();
   const bool vectors = p.width % 8 == 0 && reinterpret_cast<uintptr_t>(hidden) % 16 == 0;
@@ -223,12 +225,12 @@ __global__ void __launch_bounds__(kBlock) find_centres(RecycleProblem p, const f
   const int64_t b = blockIdx.x;
   for (int i = static_cast<int>(threadIdx.x); i < p.pool; i += kBlock) values[i] = ranked(peak[b * p.pool + i]);
   __syncthreads();
-  list_places(
-      p.pool, [&](int32_t i) { return rank_of(values, p.pool, i) < p.clusters; },
-      [&](int32_t number, int32_t i) {
-        centre[b * p.clusters + number] = i;
-        centres[b * p.clusters + number] = pool[b * p.pool + i];
-      });
+  for (int i = static_cast<int>(threadIdx.x); i < p.pool; i += kBlock) {
+    const int32_t number = rank_of(values, p.pool, i);
+    if (number >= p.clusters) continue;
+    centre[b * p.clusters + number] = i;
+    centres[b * p.clusters + number] = max(pool[b * p.pool + i], 0);
+  }
 }
 
 // One warp per token of the pool: the nearest centre, of equally near ones the first; a centre joins itself.
@@ -252,9 +254,9 @@ __global__ void __launch_bounds__(kBlock) join(RecycleProblem p, const T* hidden
   };
   if (p.paper) {
     // One centre after the other, with all lanes on its product.
-    const T* own = hidden + static_cast<int64_t>(pool[i]) * p.width;
+    const T* own = hidden + static_cast<int64_t>(max(pool[i], 0)) * p.width;
     for (int32_t k = 0; k < p.clusters; ++k) {
-      const T* theirs = hidden + static_cast<int64_t>(pool[centre[k]]) * p.width;
+      const T* theirs = hidden + static_cast<int64_t>(max(pool[centre[k]], 0)) * p.width;
       float product = 0, mine = 0, other = 0;
       for (int c = lane; c < p.width; c += kWarp) {
         const float x = to_float(own[c]), y = to_float(theirs[c]);
@@ -275,7 +277,7 @@ __global__ void __launch_bounds__(kBlock) join(RecycleProblem p, const T* hidden
   }
   if (lane == 0) {
     joined[b * p.pool + i] = number;
-    cluster[b * p.tokens + pool[i]] = number;
+    if (pool[i] >= 0) cluster[b * p.tokens + pool[i]] = number;
   }
 }
 
@@ -292,22 +294,21 @@ __global__ void __launch_bounds__(kBlock) merge(RecycleProblem p, const T* hidde
   int32_t members = 0;
   for (int i = 0; i < p.pool; ++i) {
     if (of[i] != k) continue;
-    sum += to_float(hidden[(b * p.tokens + pool[b * p.pool + i]) * p.width + c]);
+    sum += to_float(hidden[(b * p.tokens + max(pool[b * p.pool + i], 0)) * p.width + c]);
     ++members;
   }
   store(p.paper ? sum : sum / static_cast<float>(members), merged[(b * p.clusters + k) * p.width + c]);
 }
 
 template <typename T>
-void run(Launcher& on, const RecycleProblem& p, const void* hidden, const float* score, void* merged, int32_t* centres,
+void run(Launcher& on, const RecycleProblem& p, const void* hidden, const int32_t* rank, void* merged, int32_t* centres,
          int32_t* cluster, void* memory) {
   const Workspace w(p, memory);
   const Cut cut(p);
   const T* rows = static_cast<const T*>(hidden);
   const unsigned m = static_cast<unsigned>(p.pool), batch = static_cast<unsigned>(p.batch);
   const size_t row = m * sizeof(float);
-  rank_all(on, score, p.batch, p.tokens, w.rank);
-  on.run(find_pool, dim3(batch), kBlock, 0, p, w.rank, w.pool, cluster);
+  on.run(find_pool, dim3(batch), kBlock, 0, p, rank, w.pool, cluster);
   on.run(measure<T>, dim3(cut.pairs, cut.splits, batch), kThreads, 0, p, cut.run, rows, w.pool, w.partial);
   on.run(densities, dim3(m, batch), kBlock, row, p, cut.splits, sizeof(T) == 2, w.partial, w.squared, w.density, w.farthest);
   on.run(peaks, dim3(m, batch), kBlock, 0, p, w.squared, w.density, w.farthest, w.peak);
@@ -322,13 +323,13 @@ void run(Launcher& on, const RecycleProblem& p, const void* hidden, const float*
 
 size_t workspace_size(const RecycleProblem& p) { return Workspace(p, nullptr).bytes; }
 
-cudaError_t token_recycle(const RecycleProblem& p, const void* hidden, const float* score, void* merged,
+cudaError_t token_recycle(const RecycleProblem& p, const void* hidden, const int32_t* rank, void* merged,
                           int32_t* centres, int32_t* cluster, void* workspace, cudaStream_t stream) {
   if (p.refusal() != nullptr) return cudaErrorInvalidValue;
   if (p.batch == 0) return cudaSuccess;
   Launcher on(stream);
   for_type<__half, __nv_bfloat16>(p.type, [&](auto zero) {
-    run<decltype(zero)>(on, p, hidden, score, merged, centres, cluster, workspace);
+    run<decltype(zero)>(on, p, hidden, rank, merged, centres, cluster, workspace);
   });
   return on.error();
 }

@@ -33,14 +33,13 @@ void run(Launcher& on, const SelectProblem& p, const int32_t* rank, const void* 
 
 }  // namespace
 
-size_t workspace_size(const SelectProblem& p) { return static_cast<size_t>(p.batch) * p.tokens * sizeof(int32_t); }
+size_t workspace_size(const SelectProblem&) { return 0; }
 
 cudaError_t token_select(const SelectProblem& p, const void* hidden, const float* score, void* kept, int32_t* index,
-                         void* workspace, cudaStream_t stream) {
+                         int32_t* rank, void*, cudaStream_t stream) {
   if (p.refusal() != nullptr) return cudaErrorInvalidValue;
   if (p.batch == 0) return cudaSuccess;
   Launcher on(stream);
-  int32_t* rank = static_cast<int32_t*>(workspace);
   rank_all(on, score, p.batch, p.tokens, rank);
   const uintptr_t place = reinterpret_cast<uintptr_t>(hidden) | reinterpret_cast<uintptr_t>(kept);
   const size_t row = p.width * size_of(p.type);

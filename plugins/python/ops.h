@@ -42,8 +42,8 @@ class Ops {
         .def(nb::init<Arguments...>())
         .def("token_score", &token_score, "query"_a, "key"_a, "rows"_a, "places"_a, "start"_a, "divisor"_a.none(), "score"_a,
              "scale"_a, "heads"_a)
-        .def("token_select", &token_select, "hidden"_a, "score"_a, "kept"_a, "index"_a)
-        .def("token_recycle", &token_recycle, "hidden"_a, "score"_a, "merged"_a, "centres"_a, "cluster"_a, "keep"_a,
+        .def("token_select", &token_select, "hidden"_a, "score"_a, "kept"_a, "index"_a, "rank"_a)
+        .def("token_recycle", &token_recycle, "hidden"_a, "rank"_a, "merged"_a, "centres"_a, "cluster"_a, "keep"_a,
              "pool"_a, "paper"_a);
   }
 
@@ -85,7 +85,7 @@ class Ops {
   }
 
   static void token_select(Runner& run, const Elements<3>& hidden, const Array<const float, 2>& score,
-                           const Elements<3>& kept, const Array<int32_t, 2>& index) {
+                           const Elements<3>& kept, const Array<int32_t, 2>& index, const Array<int32_t, 2>& rank) {
     const SelectProblem problem{extent(hidden.shape(0)), extent(hidden.shape(1)), extent(hidden.shape(2)),
                                 extent(index.shape(1)), type_of(hidden, "hidden")};
     require(problem.refusal() == nullptr, problem.refusal());
@@ -93,10 +93,11 @@ class Ops {
     require(type_of(kept, "kept") == problem.type && kept.shape(0) == hidden.shape(0) &&
                 kept.shape(1) == index.shape(1) && kept.shape(2) == hidden.shape(2) && index.shape(0) == hidden.shape(0),
             "kept must be [batch, keep, width] and index [batch, keep]");
-    run(problem, hidden.data(), score.data(), kept.data(), index.data());
+    require(rank.shape(0) == hidden.shape(0) && rank.shape(1) == hidden.shape(1), "rank must be [batch, tokens]");
+    run(problem, hidden.data(), score.data(), kept.data(), index.data(), rank.data());
   }
 
-  static void token_recycle(Runner& run, const Elements<3>& hidden, const Array<const float, 2>& score,
+  static void token_recycle(Runner& run, const Elements<3>& hidden, const Array<const int32_t, 2>& rank,
                             const Elements<3>& merged, const Array<int32_t, 2>& centres,
                             const Array<int32_t, 2>& cluster, int32_t keep, int32_t pool, bool paper) {
     const RecycleProblem problem{extent(hidden.shape(0)),
@@ -108,14 +109,14 @@ class Ops {
                                  paper,
                                  type_of(hidden, "hidden")};
     require(problem.refusal() == nullptr, problem.refusal());
-    require(score.shape(0) == hidden.shape(0) && score.shape(1) == hidden.shape(1), "score must be [batch, tokens]");
+    require(rank.shape(0) == hidden.shape(0) && rank.shape(1) == hidden.shape(1), "rank must be [batch, tokens]");
     require(type_of(merged, "merged") == problem.type && merged.shape(0) == hidden.shape(0) &&
                 merged.shape(1) == centres.shape(1) && merged.shape(2) == hidden.shape(2),
             "merged must be [batch, clusters, width]");
     require(centres.shape(0) == hidden.shape(0) && cluster.shape(0) == hidden.shape(0) &&
                 cluster.shape(1) == hidden.shape(1),
             "centres must be [batch, clusters] and cluster [batch, tokens]");
-    run(problem, hidden.data(), score.data(), merged.data(), centres.data(), cluster.data());
+    run(problem, hidden.data(), rank.data(), merged.data(), centres.data(), cluster.data());
   }
 };
 

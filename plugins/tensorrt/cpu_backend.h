@@ -20,16 +20,16 @@ inline cudaError_t token_score(const ScoreProblem& p, const void* query, const v
 }
 
 inline cudaError_t token_select(const SelectProblem& p, const void* hidden, const float* score, void* kept,
-                                int32_t* index, void*, cudaStream_t) {
+                                int32_t* index, int32_t* rank, void*, cudaStream_t) {
   if (p.refusal() != nullptr) return cudaErrorInvalidValue;
-  cpu::token_select(p, hidden, score, kept, index);
+  cpu::token_select(p, hidden, score, kept, index, rank);
   return cudaSuccess;
 }
 
-inline cudaError_t token_recycle(const RecycleProblem& p, const void* hidden, const float* score, void* merged,
+inline cudaError_t token_recycle(const RecycleProblem& p, const void* hidden, const int32_t* rank, void* merged,
                                  int32_t* centres, int32_t* cluster, void*, cudaStream_t) {
   if (p.refusal() != nullptr) return cudaErrorInvalidValue;
-  cpu::token_recycle(p, hidden, score, merged, centres, cluster);
+  cpu::token_recycle(p, hidden, rank, merged, centres, cluster);
   return cudaSuccess;
 }
 

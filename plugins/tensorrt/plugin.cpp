@@ -69,7 +69,7 @@ const char* read_fields(const Op& op, const nvinfer1::PluginFieldCollection* fie
 }
 
 Plugin::Plugin(OpNumber number, const Values& values) noexcept : number_(number), values_(values) {
-  int written = std::snprintf(timing_id_, sizeof timing_id_, "vtexport-1");
+  int written = std::snprintf(timing_id_, sizeof timing_id_, "vtexport-%s", kVersion);
   for (int a = 0; a < op().attributes; ++a) {
     const Attribute& attribute = op().attribute[a];
     if (attribute.is_float) {
@@ -209,10 +209,12 @@ int32_t Plugin::enqueue(const nvinfer1::PluginTensorDesc* input_types, const nvi
     }
     case kSelect:
       error = backend::token_select(select_problem(values_, type, dims), inputs[0], floats(1), outputs[0],
-                                    static_cast<int32_t*>(outputs[1]), workspace, stream);
+                                    static_cast<int32_t*>(outputs[1]), static_cast<int32_t*>(outputs[2]), workspace,
+                                    stream);
       break;
     case kRecycle:
-      error = backend::token_recycle(recycle_problem(values_, type, dims), inputs[0], floats(1), outputs[0],
+      error = backend::token_recycle(recycle_problem(values_, type, dims), inputs[0],
+                                     static_cast<const int32_t*>(inputs[1]), outputs[0],
                                      static_cast<int32_t*>(outputs[1]), static_cast<int32_t*>(outputs[2]), workspace,
                                      stream);
       break;

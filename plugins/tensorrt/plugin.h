@@ -7,6 +7,9 @@
 
 namespace vtexport::trt {
 
+// That of the op domain, by which a parser finds a node's plugin.
+inline constexpr const char* kVersion = "2";
+
 // Reads the op's attributes from `fields`; fields of other names, which parsers add, are ignored.
 // Returns null if all are there, else the name of the first that is missing or of a wrong type.
 const char* read_fields(const Op& op, const nvinfer1::PluginFieldCollection* fields, Values& values) noexcept;
@@ -23,7 +26,7 @@ class Plugin final : public nvinfer1::IPluginV3,
   nvinfer1::IPluginV3* clone() noexcept override;
 
   const char* getPluginName() const noexcept override { return op().name; }
-  const char* getPluginVersion() const noexcept override { return "1"; }
+  const char* getPluginVersion() const noexcept override { return kVersion; }
   const char* getPluginNamespace() const noexcept override { return ""; }
 
   int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc*, int32_t, const nvinfer1::DynamicPluginTensorDesc*,
@@ -66,7 +69,7 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
                                     nvinfer1::TensorRTPhase phase) noexcept override;
   const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &collection_; }
   const char* getPluginName() const noexcept override { return kOps[number_].name; }
-  const char* getPluginVersion() const noexcept override { return "1"; }
+  const char* getPluginVersion() const noexcept override { return kVersion; }
   const char* getPluginNamespace() const noexcept override { return ""; }
 
  private:

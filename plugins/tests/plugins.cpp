@@ -16,6 +16,7 @@
 #include <cstring>
 #include <iterator>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <utility>
@@ -219,17 +220,25 @@ Case select_case(DataType type, const vtexport::SelectProblem& p) {
   fill(c.inputs[0]);
   fill(c.inputs[1]);
   for (size_t i = 0; i < c.inputs[1].count<float>(); i += 5) c.inputs[1].as<float>()[i] = i % 2 == 0 ? 0.5f : NAN;
-  c.expected = {Tensor(type, shape({p.batch, p.keep, p.width})), Tensor(DataType::kINT32, shape({p.batch, p.keep}))};
+  c.expected = {Tensor(type, shape({p.batch, p.keep, p.width})), Tensor(DataType::kINT32, shape({p.batch, p.keep})),
+                Tensor(DataType::kINT32, shape({p.batch, p.tokens}))};
   vtexport::cpu::token_select(p, c.inputs[0].bytes.data(), c.inputs[1].as<float>(), c.expected[0].bytes.data(),
-                              c.expected[1].as<int32_t>());
+                              c.expected[1].as<int32_t>(), c.expected[2].as<int32_t>());
   return c;
 }
 
-Case recycle_case(DataType type, const vtexport::RecycleProblem& p) {
+// With `sound` ranks are a permutation; else any numbers, which may not lead out of the arrays either.
+Case recycle_case(DataType type, const vtexport::RecycleProblem& p, bool sound = true) {
   Case c{{{"keep", p.keep}, {"pool", p.pool}, {"clusters", p.clusters}, {"paper", p.paper}}, 0, {}, {}};
-  c.inputs = {Tensor(type, shape({p.batch, p.tokens, p.width})), Tensor(DataType::kFLOAT, shape({p.batch, p.tokens}))};
+  c.inputs = {Tensor(type, shape({p.batch, p.tokens, p.width})), Tensor(DataType::kINT32, shape({p.batch, p.tokens}))};
   fill(c.inputs[0]);
-  fill(c.inputs[1]);
+  for (int b = 0; b < p.batch; ++b) {
+    int32_t* rank = c.inputs[1].as<int32_t>() + static_cast<size_t>(b) * p.tokens;
+    std::iota(rank, rank + p.tokens, 0);
+    std::shuffle(rank, rank + p.tokens, generator);
+    // Too many tokens for the pool in one row of the batch, too few in the next, and ranks far from any.
+    for (int v = 0; v < p.tokens && !sound; ++v) rank[v] = v % 3 == 0 ? INT32_MIN : b % 2 == 0 ? p.keep : INT32_MAX - v % 2;
+  }
   // Some tokens are equal: their distance is exactly zero, however it is computed.
   const size_t row = c.inputs[0].bytes.size() / (static_cast<size_t>(p.batch) * p.tokens);
   for (size_t i = 7; i < static_cast<size_t>(p.tokens); i += 9) {
@@ -237,7 +246,7 @@ Case recycle_case(DataType type, const vtexport::RecycleProblem& p) {
   }
   c.expected = {Tensor(type, shape({p.batch, p.clusters, p.width})), Tensor(DataType::kINT32, shape({p.batch, p.clusters})),
                 Tensor(DataType::kINT32, shape({p.batch, p.tokens}))};
-  vtexport::cpu::token_recycle(p, c.inputs[0].bytes.data(), c.inputs[1].as<float>(), c.expected[0].bytes.data(),
+  vtexport::cpu::token_recycle(p, c.inputs[0].bytes.data(), c.inputs[1].as<int32_t>(), c.expected[0].bytes.data(),
                                c.expected[1].as<int32_t>(), c.expected[2].as<int32_t>());
   return c;
 }
@@ -251,7 +260,8 @@ std::vector<Case> cases(const std::string& name, DataType type) {
   if (name == "TokenRecycle") {
     return {recycle_case(type, {2, 12, 6, 3, 6, 2, false, e}), recycle_case(type, {2, 12, 6, 3, 6, 2, true, e}),
             recycle_case(type, {1, 300, 2504, 20, 130, 9, false, e}), recycle_case(type, {1, 70, 131, 0, 70, 7, false, e}),
-            recycle_case(type, {1, 60, 131, 10, 45, 40, true, e})};
+            recycle_case(type, {1, 60, 131, 10, 45, 40, true, e}), recycle_case(type, {2, 30, 20, 5, 12, 3, false, e}, false),
+            recycle_case(type, {2, 30, 20, 5, 12, 3, true, e}, false)};
   }
   const int best = name == "TokenScoreHeads" ? 2 : 0;
   return {score_case({2, 4, 2, 3, 11, 8, 5, 0.35f, best, e}), score_case({2, 2, 2, 25, 150, 32, 100, 0.125f, best, e}),
@@ -390,7 +400,7 @@ int main(int count, char** arguments) {
       auto* creator = static_cast<IPluginCreatorV3One*>(creators[i]);
       const std::string name = creator->getPluginName();
       for (Case& c : cases(name, type)) {
-        expect(std::string(creator->getPluginVersion()) == "1", name + ": version");
+        expect(std::string(creator->getPluginVersion()) == "2", name + ": version");
         for (size_t a = 0; a < c.integers.size(); ++a) {
           expect(create(creator, c, false, static_cast<int>(a)) == nullptr, name + ": an attribute is missing");
         }

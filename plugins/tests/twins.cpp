@@ -1,9 +1,12 @@
 // Random problems through every twin, on heap arrays of exactly the size that the contract says: built with sanitizers,
 // any access outside them, any overflow and any misaligned read ends the program (tests/plugins/test_sanitizers.py).
+#include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -73,11 +76,19 @@ void select(DType type) {
   auto hidden = elements(type, static_cast<size_t>(p.batch) * p.tokens * p.width);
   auto score = scores(static_cast<size_t>(p.batch) * p.tokens);
   std::vector<char> kept(static_cast<size_t>(p.batch) * p.keep * p.width * vtexport::size_of(type));
-  std::vector<int32_t> index(static_cast<size_t>(p.batch) * p.keep);
-  vtexport::cpu::token_select(p, hidden.data(), score.data(), kept.data(), index.data());
+  std::vector<int32_t> index(static_cast<size_t>(p.batch) * p.keep), rank(static_cast<size_t>(p.batch) * p.tokens);
+  vtexport::cpu::token_select(p, hidden.data(), score.data(), kept.data(), index.data(), rank.data());
   for (size_t i = 0; i < index.size(); ++i) {
     expect(index[i] >= 0 && index[i] < p.tokens, "an index is out of range");
     expect(i % p.keep == 0 || index[i] > index[i - 1], "indices do not ascend");
+    expect(rank[i / p.keep * p.tokens + index[i]] < p.keep, "a kept token's rank is too high");
+  }
+  std::vector<bool> taken(rank.size());
+  for (size_t i = 0; i < rank.size(); ++i) {
+    expect(rank[i] >= 0 && rank[i] < p.tokens, "a rank is out of range");
+    const size_t place = i / p.tokens * p.tokens + rank[i];
+    expect(!taken[place], "two tokens have one rank");
+    taken[place] = true;
   }
 }
 
@@ -88,10 +99,17 @@ void recycle(DType type) {
   p.clusters = between(1, p.pool);
   expect(p.refusal() == nullptr, "a sound recycle problem is refused");
   auto hidden = elements(type, static_cast<size_t>(p.batch) * p.tokens * p.width);
-  auto score = scores(static_cast<size_t>(p.batch) * p.tokens);
+  std::vector<int32_t> rank(static_cast<size_t>(p.batch) * p.tokens);
+  const bool sound = between(0, 3) > 0;  // else ranks are no permutation, and everything must stay in range all the same
+  for (int32_t b = 0; b < p.batch; ++b) {
+    int32_t* own = rank.data() + static_cast<size_t>(b) * p.tokens;
+    std::iota(own, own + p.tokens, 0);
+    std::shuffle(own, own + p.tokens, generator);
+    for (int32_t v = 0; v < p.tokens && !sound; ++v) own[v] = between(0, 4) == 0 ? between(INT32_MIN, INT32_MAX) : own[v] / 2;
+  }
   std::vector<char> merged(static_cast<size_t>(p.batch) * p.clusters * p.width * vtexport::size_of(type));
   std::vector<int32_t> centres(static_cast<size_t>(p.batch) * p.clusters), cluster(static_cast<size_t>(p.batch) * p.tokens);
-  vtexport::cpu::token_recycle(p, hidden.data(), score.data(), merged.data(), centres.data(), cluster.data());
+  vtexport::cpu::token_recycle(p, hidden.data(), rank.data(), merged.data(), centres.data(), cluster.data());
   for (int32_t b = 0; b < p.batch; ++b) {
     int32_t pooled = 0;
     for (int32_t v = 0; v < p.tokens; ++v) {
@@ -99,10 +117,11 @@ void recycle(DType type) {
       expect(joined >= -1 && joined < p.clusters, "a cluster is out of range");
       pooled += joined >= 0;
     }
-    expect(pooled == p.pool, "another number of tokens joined than the pool holds");
+    expect(sound ? pooled == p.pool : pooled <= p.pool, "another number of tokens joined than the pool holds");
     for (int32_t k = 0; k < p.clusters; ++k) {
       const int32_t centre = centres[static_cast<size_t>(b) * p.clusters + k];
-      expect(cluster[static_cast<size_t>(b) * p.tokens + centre] == k, "a centre is not in its own cluster");
+      expect(centre >= 0 && centre < p.tokens, "a centre is out of range");
+      expect(!sound || cluster[static_cast<size_t>(b) * p.tokens + centre] == k, "a centre is not in its own cluster");
     }
   }
 }

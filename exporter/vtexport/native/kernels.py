@@ -62,24 +62,25 @@ def token_score_heads(
     return _score((query, key, rows, places, start), divisor, count, scale, heads)
 
 
-def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """`vtexport.pruning.ops.token_select` by the native kernel; dtypes fp32, fp16, bf16."""
-    batch, _, width = hidden.shape
+    batch, tokens, width = hidden.shape
     kept = hidden.new_empty(batch, max(keep, 0), width)
     index = torch.empty(batch, max(keep, 0), dtype=torch.int32, device=hidden.device)
-    _run("token_select", (hidden, score, kept, index))
-    return kept, index
+    rank = torch.empty(batch, tokens, dtype=torch.int32, device=hidden.device)
+    _run("token_select", (hidden, score, kept, index, rank))
+    return kept, index, rank
 
 
 def token_recycle(
-    hidden: Tensor, score: Tensor, keep: int, pool: int, clusters: int, paper: bool
+    hidden: Tensor, rank: Tensor, keep: int, pool: int, clusters: int, paper: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`vtexport.pruning.ops.token_recycle` by the native kernel; dtypes fp32, fp16, bf16."""
     batch, tokens, width = hidden.shape
     merged = hidden.new_empty(batch, max(clusters, 0), width)
     centres = torch.empty(batch, max(clusters, 0), dtype=torch.int32, device=hidden.device)
     cluster = torch.empty(batch, tokens, dtype=torch.int32, device=hidden.device)
-    _run("token_recycle", (hidden, score, merged, centres, cluster), keep, pool, paper)
+    _run("token_recycle", (hidden, rank, merged, centres, cluster), keep, pool, paper)
     return merged, centres, cluster
 
 

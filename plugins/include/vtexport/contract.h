@@ -47,7 +47,7 @@ struct ScoreProblem {
 };
 
 // TokenSelect: hidden [batch, tokens, width], score [batch, tokens] fp32 -> kept [batch, keep, width],
-// index [batch, keep] int32 ascending.
+// index [batch, keep] int32 ascending, rank [batch, tokens] int32.
 struct SelectProblem {
   int32_t batch, tokens, width, keep;
   DType type;
@@ -59,8 +59,10 @@ struct SelectProblem {
   }
 };
 
-// TokenRecycle: hidden [batch, tokens, width], score [batch, tokens] fp32 -> merged [batch, clusters, width],
-// centres [batch, clusters] int32 ascending, cluster [batch, tokens] int32.
+// TokenRecycle: hidden [batch, tokens, width], rank [batch, tokens] int32 -> merged [batch, clusters, width],
+// centres [batch, clusters] int32, cluster [batch, tokens] int32. Ranks are TokenSelect's; with others, which need not be
+// a permutation, results mean nothing, but all of them are in range, and nothing outside the arrays is read or written:
+// the pool is then the first `pool` places of the ranks it takes, filled up with place 0.
 struct RecycleProblem {
   int32_t batch, tokens, width, keep, pool, clusters;
   bool paper;  // join by cosine and sum, instead of by distance and average

@@ -243,6 +243,10 @@ template <typename T>
 T min(T a, T b) {
   return b < a ? b : a;
 }
+template <typename T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 
 // Matrices of a warp: every lane holds a copy of the whole matrix, and writes its own share of a result.
 namespace nvcuda::wmma {
