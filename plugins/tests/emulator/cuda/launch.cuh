@@ -45,15 +45,23 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
-// One block at a time: its threads, and their barriers.
+// One block at a time, or the blocks of one cluster together: their threads, and their barriers. The threads of a
+// cluster are numbered block by block. Static shared memory is one for all of them, so that the kernels of clusters
+// must have none.
 class Block {
  public:
   static constexpr unsigned kWarp = 32;
 
-  void run(unsigned threads, size_t shared, Order order, std::mt19937& generator, const std::function<void()>& body) {
+  void run(unsigned threads_each, unsigned blocks, size_t shared, Order order, std::mt19937& generator,
+           const std::function<void()>& body) {
+    const unsigned threads = threads_each * blocks;
     body_ = &body;
-    shared_.reset(new (std::align_val_t(128)) unsigned char[shared + 1]);
-    for (size_t i = 0; i < shared; ++i) shared_[i] = static_cast<unsigned char>(generator());
+    each_ = threads_each;
+    arrived_ = phase_ = 0;
+    arrivals_.assign(threads, 0);
+    shared_size_ = (shared + 127) / 128 * 128;
+    shared_.reset(new (std::align_val_t(128)) unsigned char[shared_size_ * blocks + 1]);
+    for (size_t i = 0; i < shared_size_ * blocks; ++i) shared_[i] = static_cast<unsigned char>(generator());
     fibers_.resize(threads);
     if (stacks_.size() < threads) stacks_.resize(threads);
     votes_.assign(threads, 0);
@@ -88,15 +96,31 @@ class Block {
     } while (release());
   }
 
-  unsigned thread() const { return current_; }
-  unsigned char* shared() { return shared_.get(); }
-
-  void wait(bool whole_block) {
-    fibers_[current_].state = whole_block ? State::kAtBlock : State::kAtWarp;
-    Fiber& own = fibers_[current_];
-    own.begun = true;
-    if (__builtin_setjmp(own.place) == 0) __builtin_longjmp(home_place_, 1);
+  unsigned thread() const { return current_ % each_; }
+  unsigned rank() const { return current_ / each_; }
+  // A number that no other thread of the cluster has.
+  unsigned thread_of_cluster() const { return current_; }
+  unsigned char* shared() { return shared_.get() + rank() * shared_size_; }
+  // Where block `rank` of the cluster has what this one has at `own`.
+  const void* shared_of(unsigned rank, const void* own) const {
+    return static_cast<const unsigned char*>(own) + (static_cast<ptrdiff_t>(rank) - this->rank()) * shared_size_;
   }
+
+  // The two halves of the cluster's barrier.
+  void arrive() {
+    arrivals_[current_] = phase_;
+    if (++arrived_ < fibers_.size()) return;
+    arrived_ = 0;
+    ++phase_;
+    for (Fiber& fiber : fibers_) {
+      if (fiber.state == State::kAtCluster) fiber.state = State::kReady;
+    }
+  }
+  void wait_for_cluster() {
+    if (phase_ == arrivals_[current_]) stop(State::kAtCluster);
+  }
+
+  void wait(bool whole_block) { stop(whole_block ? State::kAtBlock : State::kAtWarp); }
 
   // The word of every thread, as the warp or the block exchanges it.
   template <typename T>
@@ -109,13 +133,13 @@ class Block {
   template <typename T>
   T heard(unsigned thread) const {
     T value;
-    std::memcpy(&value, &votes_[thread], sizeof value);
+    std::memcpy(&value, &votes_[rank() * each_ + thread], sizeof value);
     return value;
   }
-  unsigned threads() const { return static_cast<unsigned>(fibers_.size()); }
+  unsigned threads() const { return each_; }
 
  private:
-  enum class State { kReady, kAtWarp, kAtBlock, kDone };
+  enum class State { kReady, kAtWarp, kAtBlock, kAtCluster, kDone };
   // A context only begins a fiber: switching by it each time would be a system call each time.
   struct Fiber {
     ucontext_t context;
@@ -124,6 +148,13 @@ class Block {
     State state;
   };
   static constexpr size_t kStack = 64 * 1024;
+
+  void stop(State state) {
+    Fiber& own = fibers_[current_];
+    own.state = state;
+    own.begun = true;
+    if (__builtin_setjmp(own.place) == 0) __builtin_longjmp(home_place_, 1);
+  }
 
   __attribute__((noinline)) void resume(Fiber& fiber) {
     if (__builtin_setjmp(home_place_) != 0) return;
@@ -135,11 +166,20 @@ class Block {
 
   // Opens the barrier of a warp that all its threads have reached.
   bool release_warp(unsigned warp) {
-    const unsigned first = warp * kWarp, end = std::min(first + kWarp, threads());
+    const unsigned first = warp * kWarp, end = std::min<unsigned>(first + kWarp, fibers_.size());
     for (unsigned t = first; t < end; ++t) {
       if (fibers_[t].state != State::kAtWarp) return false;
     }
     for (unsigned t = first; t < end; ++t) fibers_[t].state = State::kReady;
+    return true;
+  }
+
+  // Opens the barrier of the block that begins with fiber `first`, if all its threads have reached it.
+  bool release_block(unsigned first) {
+    for (unsigned t = first; t < first + each_; ++t) {
+      if (fibers_[t].state != State::kAtBlock) return false;
+    }
+    for (unsigned t = first; t < first + each_; ++t) fibers_[t].state = State::kReady;
     return true;
   }
 
@@ -152,15 +192,12 @@ class Block {
       at_block += fiber.state == State::kAtBlock;
       opened |= fiber.state == State::kReady;
     }
-    if (done == threads()) return false;
-    for (unsigned warp = 0; warp * kWarp < threads(); ++warp) opened |= release_warp(warp);
-    if (at_block == threads()) {
-      for (Fiber& fiber : fibers_) fiber.state = State::kReady;
-      opened = true;
-    }
+    if (done == fibers_.size()) return false;
+    for (unsigned warp = 0; warp * kWarp < fibers_.size(); ++warp) opened |= release_warp(warp);
+    for (unsigned first = 0; first < fibers_.size(); first += each_) opened |= release_block(first);
     if (!opened) {
-      std::fprintf(stderr, "a barrier that not all threads reach: %u of %u wait at the block's, %u are done\n", at_block,
-                   threads(), done);
+      std::fprintf(stderr, "a barrier that not all threads reach: %u of %zu wait at the block's, %u are done\n", at_block,
+                   fibers_.size(), done);
       std::abort();
     }
     return true;
@@ -175,8 +212,10 @@ class Block {
   std::vector<std::unique_ptr<char[]>> stacks_;
   std::vector<Fiber> fibers_;
   std::vector<uint64_t> votes_;
+  std::vector<unsigned> arrivals_;  // the phase of the cluster's barrier in which each thread arrived last
   void* home_place_[5];
-  unsigned current_ = 0;
+  size_t shared_size_ = 0;
+  unsigned current_ = 0, each_ = 1, arrived_ = 0, phase_ = 0;
 };
 
 inline Block block;
@@ -197,10 +236,13 @@ struct ThreadIndex {
 };
 inline ThreadIndex thread_index;
 
+// The blocks of a cluster are neighbours along x.
+inline Index index_of_block() { return {block_index.x + block.rank(), block_index.y, block_index.z}; }
+
 }  // namespace vtexport::emulator
 
 #define threadIdx vtexport::emulator::thread_index
-#define blockIdx vtexport::emulator::block_index
+#define blockIdx vtexport::emulator::index_of_block()
 #define gridDim vtexport::emulator::grid_size
 
 inline void __syncthreads() { vtexport::emulator::block.wait(true); }
@@ -310,27 +352,55 @@ namespace vtexport::cuda {
 
 inline unsigned char* dynamic_shared() { return emulator::block.shared(); }
 
+struct Launch {
+  dim3 grid;
+  unsigned block;
+  size_t shared = 0;
+  unsigned cluster = 1;
+  bool early = false;  // a launch always begins when the one before has ended, which kernels must bear too
+};
+
 class Launcher {
  public:
   explicit Launcher(cudaStream_t) {}
 
   template <typename... Parameters, typename... Arguments>
   void run(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared, Arguments... arguments) {
-    constexpr size_t kLimit = 64 * 1024;  // the limit per block on the smallest supported GPU
-    if (block > 1024 || shared > kLimit || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
+    run(kernel, Launch{grid, block, shared}, arguments...);
+  }
+
+  template <typename... Parameters, typename... Arguments>
+  void run(void (*kernel)(Parameters...), const Launch& launch, Arguments... arguments) {
+    const dim3 grid = launch.grid;
+    if (launch.block > 1024 || launch.shared > most_shared() || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+        grid.y > 65535 || grid.z > 65535 || launch.cluster > (VTEXPORT_ARCHITECTURE >= 900 ? 8 : 1) ||
+        grid.x % launch.cluster != 0) {
       error_ = cudaErrorInvalidValue;
     }
     if (error_ != cudaSuccess) return;
     const std::function<void()> body = [&] { kernel(static_cast<Parameters>(arguments)...); };
     emulator::grid_size = {grid.x, grid.y, grid.z};
-    const unsigned blocks = grid.x * grid.y * grid.z;
-    std::vector<unsigned> turn(blocks);
-    for (unsigned i = 0; i < blocks; ++i) turn[i] = emulator::order == emulator::Order::kBackward ? blocks - 1 - i : i;
+    const unsigned clusters = grid.x / launch.cluster * grid.y * grid.z, along = grid.x / launch.cluster;
+    std::vector<unsigned> turn(clusters);
+    for (unsigned i = 0; i < clusters; ++i) turn[i] = emulator::order == emulator::Order::kBackward ? clusters - 1 - i : i;
     if (emulator::order == emulator::Order::kRandom) std::shuffle(turn.begin(), turn.end(), emulator::generator);
     for (unsigned i : turn) {
-      emulator::block_index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-      emulator::block.run(block, shared, emulator::order, emulator::generator, body);
+      emulator::block_index = {i % along * launch.cluster, i / along % grid.y, i / along / grid.y};
+      emulator::block.run(launch.block, launch.cluster, launch.shared, emulator::order, emulator::generator, body);
     }
+  }
+
+  template <typename... Parameters>
+  int architecture(void (*)(Parameters...)) const {
+    return VTEXPORT_ARCHITECTURE / 10;
+  }
+
+  // The limit per block on the smallest GPU: Turing, or those of Ada and Blackwell that are no data-centre GPUs.
+  size_t most_shared() const { return (VTEXPORT_ARCHITECTURE >= 800 ? 99 : 64) * 1024; }
+
+  template <typename... Parameters>
+  bool has_room(void (*)(Parameters...), const Launch& launch) const {
+    return launch.cluster <= 8;
   }
 
   cudaError_t error() const { return error_; }

@@ -24,7 +24,7 @@ struct Sum16x8 {
 
 namespace emulated {
 
-constexpr unsigned kMostThreads = 1024, kLanes = 32;
+constexpr unsigned kMostThreads = 8 * 1024, kLanes = 32;  // of a cluster
 
 // What a lane shows to its warp in a product: its registers of a, and of eight rows of b.
 struct Shown {
@@ -89,8 +89,8 @@ template <typename T>
 void multiply(Sum16x8& sum, const Tile16& a, const Tile16& b, int half) {
   using emulated::shown;
   auto& block = vtexport::emulator::block;
-  const unsigned lane = block.thread() % emulated::kLanes, first = block.thread() - lane;
-  emulated::Shown& own = shown[block.thread()];
+  const unsigned lane = block.thread() % emulated::kLanes, first = block.thread_of_cluster() - lane;
+  emulated::Shown& own = shown[block.thread_of_cluster()];
   std::memcpy(own.a, a.x, sizeof own.a);
   own.b[0] = b.x[half];
   own.b[1] = b.x[half + 2];
@@ -116,27 +116,29 @@ inline void copy16(void* shared, const void* global, bool wanted) {
     std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
     return;
   }
-  auto& groups = emulated::begun[vtexport::emulator::block.thread()];
+  auto& groups = emulated::begun[vtexport::emulator::block.thread_of_cluster()];
   if (groups.empty()) groups.emplace_back();
   groups.back().push_back(copy);
 }
 
-inline void commit_copies() { emulated::begun[vtexport::emulator::block.thread()].emplace_back(); }
+inline void commit_copies() { emulated::begun[vtexport::emulator::block.thread_of_cluster()].emplace_back(); }
 
 template <int kLeft>
 void wait_copies() {
   // The last group is still open.
-  auto& groups = emulated::begun[vtexport::emulator::block.thread()];
+  auto& groups = emulated::begun[vtexport::emulator::block.thread_of_cluster()];
   while (groups.size() > kLeft + 1) {
     for (const emulated::Copy& copy : groups.front()) std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
     groups.erase(groups.begin());
   }
 }
 
-inline unsigned cluster_rank() { return 0; }
-inline void cluster_arrive() {}
-inline void cluster_wait() { __syncthreads(); }
-inline float2 load_of_rank(const float2* own, unsigned) { return *own; }
+inline unsigned cluster_rank() { return vtexport::emulator::block.rank(); }
+inline void cluster_arrive() { vtexport::emulator::block.arrive(); }
+inline void cluster_wait() { vtexport::emulator::block.wait_for_cluster(); }
+inline float2 load_of_rank(const float2* own, unsigned rank) {
+  return *static_cast<const float2*>(vtexport::emulator::block.shared_of(rank, own));
+}
 
 inline void wait_for_previous() {}
 inline void let_next_begin() {}
