@@ -6,8 +6,8 @@
 
 namespace vtexport::cpu {
 
-void token_score(const ScoreProblem& problem, const void* query, const void* key, const bool* counts,
-                 const int64_t* places, const int64_t* start, const float* divisor, float* score);
+void token_score(const ScoreProblem& problem, const void* query, const void* key, const int64_t* places,
+                 const int64_t* start, const float* divisor, float* score);
 
 void token_select(const SelectProblem& problem, const void* hidden, const float* score, void* kept, int32_t* index,
                   int32_t* rank);

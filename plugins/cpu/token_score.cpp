@@ -36,9 +36,9 @@ void attend(const T* query, const T* key, int32_t last, int32_t size, float scal
 }
 
 template <typename T>
-void score_batch(const ScoreProblem& p, int32_t b, const T* query, const T* key, const bool* counts,
-                 const int64_t* places, int64_t start, const float* divisor, float* score) {
-  const int64_t number = std::count(counts, counts + p.rows, true);
+void score_batch(const ScoreProblem& p, int32_t b, const T* query, const T* key, const int64_t* places, int64_t start,
+                 const float* divisor, float* score) {
+  const int64_t number = std::count_if(places, places + p.rows, [](int64_t place) { return place >= 0; });
   const float share = number > 0 ? 1.0f / static_cast<float>(number) : 0.0f;
   std::vector<float> weights(p.keys), by_head(static_cast<size_t>(p.heads) * p.visual, 0.0f);
   for (int32_t h = 0; h < p.heads; ++h) {
@@ -46,9 +46,9 @@ void score_batch(const ScoreProblem& p, int32_t b, const T* query, const T* key,
     const T* keys = key + (static_cast<int64_t>(b) * p.kv_heads + group) * p.keys * p.size;
     float* sums = by_head.data() + static_cast<size_t>(h) * p.visual;
     for (int32_t r = 0; r < p.rows; ++r) {
-      if (!counts[r]) continue;
+      if (places[r] < 0) continue;
       const T* row = query + ((static_cast<int64_t>(b) * p.heads + h) * p.rows + r) * p.size;
-      const int32_t last = static_cast<int32_t>(std::clamp<int64_t>(places[r], -1, p.keys - 1));
+      const int32_t last = static_cast<int32_t>(std::min<int64_t>(places[r], p.keys - 1));
       attend(row, keys, last, p.size, p.scale, weights.data());
       for (int32_t v = 0; v < p.visual; ++v) {
         const int64_t column = start + v;
@@ -76,21 +76,21 @@ void score_batch(const ScoreProblem& p, int32_t b, const T* query, const T* key,
 }
 
 template <typename T>
-void score_all(const ScoreProblem& p, const void* query, const void* key, const bool* counts, const int64_t* places,
-               const int64_t* start, const float* divisor, float* score) {
+void score_all(const ScoreProblem& p, const void* query, const void* key, const int64_t* places, const int64_t* start,
+               const float* divisor, float* score) {
   for (int32_t b = 0; b < p.batch; ++b) {
     const size_t rows = static_cast<size_t>(b) * p.rows;
-    score_batch(p, b, static_cast<const T*>(query), static_cast<const T*>(key), counts + rows, places + rows, start[b],
+    score_batch(p, b, static_cast<const T*>(query), static_cast<const T*>(key), places + rows, start[b],
                 divisor == nullptr ? nullptr : divisor + rows * p.visual, score + static_cast<size_t>(b) * p.visual);
   }
 }
 
 }  // namespace
 
-void token_score(const ScoreProblem& problem, const void* query, const void* key, const bool* counts,
-                 const int64_t* places, const int64_t* start, const float* divisor, float* score) {
+void token_score(const ScoreProblem& problem, const void* query, const void* key, const int64_t* places,
+                 const int64_t* start, const float* divisor, float* score) {
   for_type<Float16, BFloat16>(problem.type, [&](auto zero) {
-    score_all<decltype(zero)>(problem, query, key, counts, places, start, divisor, score);
+    score_all<decltype(zero)>(problem, query, key, places, start, divisor, score);
   });
 }
 

@@ -10,7 +10,7 @@ namespace vtexport::cuda {
 constexpr int kBlock = 256, kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 __device__ inline int lane_number() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ inline int warp_number() { return static_cast<int>(threadIdx.x) / kWarp; }

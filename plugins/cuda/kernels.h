@@ -13,9 +13,9 @@ size_t workspace_size(const ScoreProblem& problem);
 size_t workspace_size(const SelectProblem& problem);
 size_t workspace_size(const RecycleProblem& problem);
 
-cudaError_t token_score(const ScoreProblem& problem, const void* query, const void* key, const bool* counts,
-                        const int64_t* places, const int64_t* start, const float* divisor, float* score,
-                        void* workspace, cudaStream_t stream);
+cudaError_t token_score(const ScoreProblem& problem, const void* query, const void* key, const int64_t* places,
+                        const int64_t* start, const float* divisor, float* score, void* workspace,
+                        cudaStream_t stream);
 
 cudaError_t token_select(const SelectProblem& problem, const void* hidden, const float* score, void* kept,
                          int32_t* index, int32_t* rank, void* workspace, cudaStream_t stream);

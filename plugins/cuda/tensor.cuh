@@ -133,11 +133,13 @@ __device__ inline unsigned cluster_rank() {
 // after they waited. All threads of all blocks must do both, by turns.
 __device__ inline void cluster_arrive() {
 #if VTEXPORT_ARCHITECTURE >= 900
+  __syncwarp();  // "aligned" asks that the warp's threads arrive as one
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
 __device__ inline void cluster_wait() {
 #if VTEXPORT_ARCHITECTURE >= 900
+  __syncwarp();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();

@@ -50,5 +50,6 @@ class OnStream {
 NB_MODULE(_cuda, module) {
   module.doc() = "vtexport's CUDA kernels.";
   module.attr("ARCHITECTURES") = VTEXPORT_CUDA_ARCHITECTURES;
+  module.attr("PTX") = VTEXPORT_CUDA_PTX;
   vtexport::python::Ops<OnStream>::define<nb::callable, uintptr_t>(module, "Kernels");
 }

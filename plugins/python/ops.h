@@ -40,8 +40,8 @@ class Ops {
     using namespace nb::literals;
     nb::class_<Runner>(module, name)
         .def(nb::init<Arguments...>())
-        .def("token_score", &token_score, "query"_a, "key"_a, "rows"_a, "places"_a, "start"_a, "divisor"_a.none(), "score"_a,
-             "scale"_a, "heads"_a)
+        .def("token_score", &token_score, "query"_a, "key"_a, "places"_a, "start"_a, "divisor"_a.none(), "score"_a, "scale"_a,
+             "heads"_a)
         .def("token_select", &token_select, "hidden"_a, "score"_a, "kept"_a, "index"_a, "rank"_a)
         .def("token_recycle", &token_recycle, "hidden"_a, "rank"_a, "merged"_a, "centres"_a, "cluster"_a, "keep"_a,
              "pool"_a, "paper"_a);
@@ -59,7 +59,7 @@ class Ops {
     throw std::invalid_argument(std::string(name) + " must be float32, float16 or bfloat16");
   }
 
-  static void token_score(Runner& run, const Elements<4>& query, const Elements<4>& key, const Array<const bool, 2>& rows,
+  static void token_score(Runner& run, const Elements<4>& query, const Elements<4>& key,
                           const Array<const int64_t, 2>& places, const Array<const int64_t, 1>& start,
                           const std::optional<Array<const float, 3>>& divisor, const Array<float, 2>& score, float scale,
                           int32_t heads) {
@@ -70,17 +70,15 @@ class Ops {
     require(problem.refusal() == nullptr, problem.refusal());
     require(type_of(key, "key") == problem.type, "query and key differ in dtype");
     require(key.shape(0) == query.shape(0) && key.shape(3) == query.shape(3), "query and key differ in shape");
-    const bool by_row = rows.shape(0) == query.shape(0) && rows.shape(1) == query.shape(2);
-    require(by_row && places.shape(0) == rows.shape(0) && places.shape(1) == rows.shape(1),
-            "rows and places must be [batch, rows]");
+    require(places.shape(0) == query.shape(0) && places.shape(1) == query.shape(2), "places must be [batch, rows]");
     require(start.shape(0) == query.shape(0) && score.shape(0) == query.shape(0), "start and score must be [batch, ...]");
     require((heads > 0) == divisor.has_value(), "heads and divisor go together");
     if (divisor) {
-      require(divisor->shape(0) == rows.shape(0) && divisor->shape(1) == rows.shape(1) &&
+      require(divisor->shape(0) == places.shape(0) && divisor->shape(1) == places.shape(1) &&
                   divisor->shape(2) == score.shape(1),
               "divisor must be [batch, rows, count]");
     }
-    run(problem, query.data(), key.data(), rows.data(), places.data(), start.data(), divisor ? divisor->data() : nullptr,
+    run(problem, query.data(), key.data(), places.data(), start.data(), divisor ? divisor->data() : nullptr,
         score.data());
   }
 

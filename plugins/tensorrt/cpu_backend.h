@@ -11,11 +11,10 @@ inline size_t workspace_size(const ScoreProblem&) { return 0; }
 inline size_t workspace_size(const SelectProblem&) { return 0; }
 inline size_t workspace_size(const RecycleProblem&) { return 0; }
 
-inline cudaError_t token_score(const ScoreProblem& p, const void* query, const void* key, const bool* counts,
-                               const int64_t* places, const int64_t* start, const float* divisor, float* score, void*,
-                               cudaStream_t) {
+inline cudaError_t token_score(const ScoreProblem& p, const void* query, const void* key, const int64_t* places,
+                               const int64_t* start, const float* divisor, float* score, void*, cudaStream_t) {
   if (p.refusal() != nullptr) return cudaErrorInvalidValue;
-  cpu::token_score(p, query, key, counts, places, start, divisor, score);
+  cpu::token_score(p, query, key, places, start, divisor, score);
   return cudaSuccess;
 }
 

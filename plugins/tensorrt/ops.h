@@ -24,7 +24,12 @@ struct Values {
   std::array<float, kMaxAttributes> reals{};
 };
 
-enum class Kind { kElement, kFloat32, kInt32, kInt64, kBool };  // kElement: fp32, fp16 or bf16, all alike
+enum class Kind { kElement, kFloat32, kInt32, kInt64 };  // kElement: fp32, fp16 or bf16, all alike
+
+struct Input {
+  const char* name;
+  Kind kind;
+};
 
 // An extent of an output: that of an input, or an attribute.
 struct Extent {
@@ -32,6 +37,7 @@ struct Extent {
 };
 
 struct Output {
+  const char* name;
   Kind kind;
   int dimensions;
   std::array<Extent, 3> extents;
@@ -43,7 +49,7 @@ struct Op {
   int attributes;
   std::array<Attribute, kMaxAttributes> attribute;
   int inputs;
-  std::array<Kind, 6> input;
+  std::array<Input, 5> input;
   int outputs;
   std::array<Output, 3> output;
 };
@@ -51,26 +57,45 @@ struct Op {
 constexpr Extent of(int input, int axis) { return {input, axis}; }
 constexpr Extent attribute(int number) { return {-1, number}; }
 
-// The order is the ONNX functions': exporter/vtexport/graph/pruning_functions.py.
+// Changes whenever the inputs, attributes, outputs or the meaning of an op do.
+constexpr const char* kVersion = "2";
+
+// The one place in C++ that knows the order of inputs, attributes and outputs; all else finds them by name. It is that of
+// the ONNX functions in exporter/vtexport/graph/pruning_functions.py, with which a test compares this table.
 inline constexpr std::array<Op, 4> kOps{{
-    {"TokenScore", 2, {{{"count", false}, {"scale", true}}}, 5,
-     {Kind::kElement, Kind::kElement, Kind::kBool, Kind::kInt64, Kind::kInt64}, 1,
-     {{{Kind::kFloat32, 2, {of(0, 0), attribute(0)}}}}},
-    {"TokenScoreHeads", 3, {{{"count", false}, {"scale", true}, {"heads", false}}}, 6,
-     {Kind::kElement, Kind::kElement, Kind::kBool, Kind::kInt64, Kind::kInt64, Kind::kFloat32}, 1,
-     {{{Kind::kFloat32, 2, {of(0, 0), attribute(0)}}}}},
-    {"TokenSelect", 1, {{{"keep", false}}}, 2, {Kind::kElement, Kind::kFloat32}, 3,
-     {{{Kind::kElement, 3, {of(0, 0), attribute(0), of(0, 2)}},
-       {Kind::kInt32, 2, {of(0, 0), attribute(0)}},
-       {Kind::kInt32, 2, {of(1, 0), of(1, 1)}}}}},
+    {"TokenScore", 2, {{{"count", false}, {"scale", true}}}, 4,
+     {{{"query", Kind::kElement}, {"key", Kind::kElement}, {"places", Kind::kInt64}, {"start", Kind::kInt64}}}, 1,
+     {{{"score", Kind::kFloat32, 2, {of(0, 0), attribute(0)}}}}},
+    {"TokenScoreHeads", 3, {{{"count", false}, {"scale", true}, {"heads", false}}}, 5,
+     {{{"query", Kind::kElement}, {"key", Kind::kElement}, {"places", Kind::kInt64}, {"start", Kind::kInt64},
+       {"divisor", Kind::kFloat32}}}, 1,
+     {{{"score", Kind::kFloat32, 2, {of(0, 0), attribute(0)}}}}},
+    {"TokenSelect", 1, {{{"keep", false}}}, 2, {{{"hidden", Kind::kElement}, {"score", Kind::kFloat32}}}, 3,
+     {{{"kept", Kind::kElement, 3, {of(0, 0), attribute(0), of(0, 2)}},
+       {"index", Kind::kInt32, 2, {of(0, 0), attribute(0)}},
+       {"rank", Kind::kInt32, 2, {of(1, 0), of(1, 1)}}}}},
     {"TokenRecycle", 4, {{{"keep", false}, {"pool", false}, {"clusters", false}, {"paper", false}}}, 2,
-     {Kind::kElement, Kind::kInt32}, 3,
-     {{{Kind::kElement, 3, {of(0, 0), attribute(2), of(0, 2)}},
-       {Kind::kInt32, 2, {of(0, 0), attribute(2)}},
-       {Kind::kInt32, 2, {of(1, 0), of(1, 1)}}}}},
+     {{{"hidden", Kind::kElement}, {"rank", Kind::kInt32}}}, 3,
+     {{{"merged", Kind::kElement, 3, {of(0, 0), attribute(2), of(0, 2)}},
+       {"centres", Kind::kInt32, 2, {of(0, 0), attribute(2)}},
+       {"cluster", Kind::kInt32, 2, {of(1, 0), of(1, 1)}}}}},
 }};
 
 enum OpNumber { kScore, kScoreHeads, kSelect, kRecycle };
+
+// The number of the entry called `name` among the first `count` of `entries`; there is one, or -1 if not.
+template <typename Entries>
+constexpr int number_of(const Entries& entries, int count, const char* name) {
+  for (int i = 0; i < count; ++i) {
+    const char *a = entries[i].name, *b = name;
+    while (*a != 0 && *a == *b) ++a, ++b;
+    if (*a == *b) return i;
+  }
+  return -1;
+}
+constexpr int input_number(const Op& op, const char* name) { return number_of(op.input, op.inputs, name); }
+constexpr int output_number(const Op& op, const char* name) { return number_of(op.output, op.outputs, name); }
+constexpr int attribute_number(const Op& op, const char* name) { return number_of(op.attribute, op.attributes, name); }
 
 inline bool element_type(nvinfer1::DataType type, DType& found) {
   switch (type) {
@@ -99,8 +124,6 @@ inline bool is_kind(nvinfer1::DataType type, Kind kind) {
       return type == nvinfer1::DataType::kINT32;
     case Kind::kInt64:
       return type == nvinfer1::DataType::kINT64;
-    case Kind::kBool:
-      return type == nvinfer1::DataType::kBOOL;
   }
   return false;
 }
@@ -108,10 +131,19 @@ inline bool is_kind(nvinfer1::DataType type, Kind kind) {
 // `dims(i)` gives the nvinfer1::Dims of input i.
 template <typename Dims>
 ScoreProblem score_problem(const Values& v, bool heads, DType type, Dims dims) {
-  const auto query = dims(0), key = dims(1);
+  const Op& op = kOps[heads ? kScoreHeads : kScore];
+  const auto query = dims(input_number(op, "query")), key = dims(input_number(op, "key"));
   auto extent = [](const nvinfer1::Dims& d, int axis) { return static_cast<int32_t>(d.d[axis]); };
-  return {extent(query, 0), extent(query, 1), extent(key, 1), extent(query, 2), extent(key, 2),
-          extent(query, 3), v.integers[0],    v.reals[1],     heads ? v.integers[2] : 0, type};
+  return {extent(query, 0),
+          extent(query, 1),
+          extent(key, 1),
+          extent(query, 2),
+          extent(key, 2),
+          extent(query, 3),
+          v.integers[attribute_number(op, "count")],
+          v.reals[attribute_number(op, "scale")],
+          heads ? v.integers[attribute_number(op, "heads")] : 0,
+          type};
 }
 
 template <typename Dims>

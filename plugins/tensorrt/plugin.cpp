@@ -33,8 +33,6 @@ DataType data_type(Kind kind, DataType element) {
       return DataType::kINT32;
     case Kind::kInt64:
       return DataType::kINT64;
-    case Kind::kBool:
-      return DataType::kBOOL;
   }
   return element;
 }
@@ -136,7 +134,7 @@ bool Plugin::supportsFormatCombination(int32_t place, const nvinfer1::DynamicPlu
   if (inputs != op().inputs || outputs != op().outputs || place < 0 || place >= inputs + outputs) return false;
   const nvinfer1::PluginTensorDesc& tensor = tensors[place].desc;
   if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
-  const Kind kind = place < inputs ? op().input[place] : op().output[place - inputs].kind;
+  const Kind kind = place < inputs ? op().input[place].kind : op().output[place - inputs].kind;
   // All elements are of one type, that of the first input.
   return is_kind(tensor.type, kind) && (kind != Kind::kElement || tensor.type == tensors[0].desc.type);
 }
@@ -187,36 +185,40 @@ int32_t Plugin::enqueue(const nvinfer1::PluginTensorDesc* input_types, const nvi
   DType type;
   if (!element_type(input_types[0].type, type)) return kFailed;
   for (int i = 0; i < op().inputs; ++i) {
-    const Kind kind = op().input[i];
-    const size_t bytes = kind == Kind::kElement ? size_of(type) : kind == Kind::kInt64 ? 8 : kind == Kind::kBool ? 1 : 4;
+    const Kind kind = op().input[i].kind;
+    const size_t bytes = kind == Kind::kElement ? size_of(type) : kind == Kind::kInt64 ? 8 : 4;
     if (inputs[i] == nullptr || !aligned(inputs[i], bytes)) {
-      log_error(op(), "an input is missing or misaligned");
+      char what[64];
+      std::snprintf(what, sizeof what, "input %s is missing or misaligned", op().input[i].name);
+      log_error(op(), what);
       return kFailed;
     }
   }
   auto dims = [input_types](int i) { return input_types[i].dims; };
-  auto floats = [inputs](int i) { return static_cast<const float*>(inputs[i]); };
+  auto in = [&](const char* name) { return inputs[input_number(op(), name)]; };
+  auto out = [&](const char* name) { return outputs[output_number(op(), name)]; };
+  auto floats = [&](const char* name) { return static_cast<const float*>(in(name)); };
   cudaError_t error = cudaErrorInvalidValue;
   switch (number_) {
     case kScore:
     case kScoreHeads: {
       const bool heads = number_ == kScoreHeads;
-      error = backend::token_score(score_problem(values_, heads, type, dims), inputs[0], inputs[1],
-                                   static_cast<const bool*>(inputs[2]), static_cast<const int64_t*>(inputs[3]),
-                                   static_cast<const int64_t*>(inputs[4]), heads ? floats(5) : nullptr,
-                                   static_cast<float*>(outputs[0]), workspace, stream);
+      error = backend::token_score(score_problem(values_, heads, type, dims), in("query"), in("key"),
+                                   static_cast<const int64_t*>(in("places")), static_cast<const int64_t*>(in("start")),
+                                   heads ? floats("divisor") : nullptr, static_cast<float*>(out("score")), workspace,
+                                   stream);
       break;
     }
     case kSelect:
-      error = backend::token_select(select_problem(values_, type, dims), inputs[0], floats(1), outputs[0],
-                                    static_cast<int32_t*>(outputs[1]), static_cast<int32_t*>(outputs[2]), workspace,
+      error = backend::token_select(select_problem(values_, type, dims), in("hidden"), floats("score"), out("kept"),
+                                    static_cast<int32_t*>(out("index")), static_cast<int32_t*>(out("rank")), workspace,
                                     stream);
       break;
     case kRecycle:
-      error = backend::token_recycle(recycle_problem(values_, type, dims), inputs[0],
-                                     static_cast<const int32_t*>(inputs[1]), outputs[0],
-                                     static_cast<int32_t*>(outputs[1]), static_cast<int32_t*>(outputs[2]), workspace,
-                                     stream);
+      error = backend::token_recycle(recycle_problem(values_, type, dims), in("hidden"),
+                                     static_cast<const int32_t*>(in("rank")), out("merged"),
+                                     static_cast<int32_t*>(out("centres")), static_cast<int32_t*>(out("cluster")),
+                                     workspace, stream);
       break;
   }
   if (error == cudaSuccess) return 0;

@@ -3,6 +3,7 @@
 //   drive_plugins LIBRARY            over the twins themselves, or over emulated kernels: enqueue takes host pointers
 //   drive_plugins LIBRARY --device   over the CUDA kernels, on a GPU: enqueue takes device pointers
 //   drive_plugins LIBRARY --bf16     one type only
+//   drive_plugins LIBRARY --ops      nothing is driven: the table of ops is printed
 // Runs must give the same bits; emulated kernels run in a new order each time, and workspaces begin with new random contents.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
@@ -24,6 +25,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/number.h"
+#include "tensorrt/ops.h"
 
 namespace {
 
@@ -86,7 +88,7 @@ struct Tensor {
   std::vector<char> bytes;
 
   Tensor(DataType t, Dims d) : type(t), dims(d) {
-    size_t size = t == DataType::kINT64 ? 8 : t == DataType::kBOOL ? 1 : t == DataType::kFLOAT || t == DataType::kINT32 ? 4 : 2;
+    size_t size = t == DataType::kINT64 ? 8 : t == DataType::kFLOAT || t == DataType::kINT32 ? 4 : 2;
     for (int i = 0; i < d.nbDims; ++i) size *= static_cast<size_t>(d.d[i]);
     bytes.resize(size);
   }
@@ -193,24 +195,25 @@ Case score_case(const vtexport::ScoreProblem& p) {
                                                               : DataType::kBF16;
   Case c{{{"count", p.visual}}, p.scale, {}, {}};
   c.inputs = {Tensor(type, shape({p.batch, p.heads, p.rows, p.size})), Tensor(type, shape({p.batch, p.kv_heads, p.keys, p.size})),
-              Tensor(DataType::kBOOL, shape({p.batch, p.rows})), Tensor(DataType::kINT64, shape({p.batch, p.rows})),
-              Tensor(DataType::kINT64, shape({p.batch}))};
+              Tensor(DataType::kINT64, shape({p.batch, p.rows})), Tensor(DataType::kINT64, shape({p.batch}))};
   fill(c.inputs[0]);
   fill(c.inputs[1]);
   for (int i = 0; i < p.batch * p.rows; ++i) {
-    c.inputs[2].as<bool>()[i] = i % 3 != 1 && (p.batch == 1 || i >= p.rows || p.rows < 5);  // in some batches no row counts
-    c.inputs[3].as<int64_t>()[i] = i % 11 == 10 ? -1 : p.keys - 1 - i % p.keys / 2;
+    // Some rows do not count, in some batches none; some see more than there is.
+    const bool counts = i % 3 != 1 && i % 11 != 10 && (p.batch == 1 || i >= p.rows || p.rows < 5);
+    const int64_t last = i % 13 == 12 ? p.keys + i : p.keys - 1 - i % p.keys / 2;
+    c.inputs[2].as<int64_t>()[i] = counts ? last : -1 - i % 2 * INT64_C(5000000000);
   }
-  for (int i = 0; i < p.batch; ++i) c.inputs[4].as<int64_t>()[i] = (p.keys - p.visual) / (1 + i);
+  for (int i = 0; i < p.batch; ++i) c.inputs[3].as<int64_t>()[i] = (p.keys - p.visual) / (1 + i);
   if (p.best_heads > 0) {
     c.integers.push_back({"heads", p.best_heads});
     c.inputs.emplace_back(DataType::kFLOAT, shape({p.batch, p.rows, p.visual}));
-    for (size_t i = 0; i < c.inputs[5].count<float>(); ++i) c.inputs[5].as<float>()[i] = 1.0f + static_cast<float>(i % 4);
+    for (size_t i = 0; i < c.inputs[4].count<float>(); ++i) c.inputs[4].as<float>()[i] = 1.0f + static_cast<float>(i % 4);
   }
   c.expected = {Tensor(DataType::kFLOAT, shape({p.batch, p.visual}))};
-  vtexport::cpu::token_score(p, c.inputs[0].bytes.data(), c.inputs[1].bytes.data(), c.inputs[2].as<bool>(),
-                             c.inputs[3].as<int64_t>(), c.inputs[4].as<int64_t>(),
-                             p.best_heads > 0 ? c.inputs[5].as<float>() : nullptr, c.expected[0].as<float>());
+  vtexport::cpu::token_score(p, c.inputs[0].bytes.data(), c.inputs[1].bytes.data(), c.inputs[2].as<int64_t>(),
+                             c.inputs[3].as<int64_t>(), p.best_heads > 0 ? c.inputs[4].as<float>() : nullptr,
+                             c.expected[0].as<float>());
   return c;
 }
 
@@ -265,7 +268,8 @@ std::vector<Case> cases(const std::string& name, DataType type) {
   }
   const int best = name == "TokenScoreHeads" ? 2 : 0;
   return {score_case({2, 4, 2, 3, 11, 8, 5, 0.35f, best, e}), score_case({2, 2, 2, 25, 150, 32, 100, 0.125f, best, e}),
-          score_case({1, 4, 1, 1, 145, 20, 144, 0.2f, best, e})};
+          score_case({1, 4, 1, 1, 145, 20, 144, 0.2f, best, e}), score_case({1, 2, 1, 95, 420, 40, 390, 0.15f, best, e}),
+          score_case({1, 2, 2, 2, 13000, 8, 45, 0.3f, best, e})};
 }
 
 template <typename T>
@@ -376,10 +380,24 @@ void run(IPluginV3* plugin, Case& c, const std::string& name) {
   expect(logger.lines == before + 3, name + ": errors are logged");
 }
 
+template <typename Entries>
+std::string names(const Entries& entries, int count) {
+  std::string found;
+  for (int i = 0; i < count; ++i) found += (i == 0 ? "" : " ") + std::string(entries[i].name);
+  return found;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const std::string option = count > 2 ? arguments[2] : "";
+  if (option == "--ops") {
+    for (const vtexport::trt::Op& op : vtexport::trt::kOps) {
+      std::printf("%s|%s|%s|%s\n", op.name, names(op.input, op.inputs).c_str(),
+                  names(op.attribute, op.attributes).c_str(), names(op.output, op.outputs).c_str());
+    }
+    return 0;
+  }
   on_device = option == "--device";
   void* library = dlopen(arguments[1], RTLD_NOW | RTLD_LOCAL);
   expect(library != nullptr, std::string("dlopen: ") + (library == nullptr ? dlerror() : ""));

@@ -15,10 +15,11 @@ from filelock import FileLock
 
 from tests.conftest import shared_folder
 from vtexport.errors import TargetError
+from vtexport.graph.pruning_functions import PRUNING_FUNCTIONS
 from vtexport.native.plugins import LIBRARY, load
 
 SOURCE = Path(__file__).parents[2]
-ARCHITECTURES = {"75", "80", "86", "89", "90", "100", "120"}
+ARCHITECTURES = {"75", "80", "86", "87", "89", "90", "100", "110", "120"}
 
 
 def headers() -> Path | None:
@@ -90,6 +91,32 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
     )
+
+
+def test_the_table_of_ops_is_that_of_the_onnx_functions_and_of_the_python_module(built: Built) -> None:
+    """Names and order of inputs, attributes and outputs, by which exporters, modules and plugins understand each other."""
+    from vtexport import _native
+
+    make(built.folder.parents[1], "vtexport_drive_plugins_sanitized", "vtexport_plugins_on_cpu")
+    command = [
+        built.folder / "vtexport_drive_plugins_sanitized",
+        built.folder / "libvtexport_plugins_on_cpu.so",
+        "--ops",
+    ]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    table = [[part.split() for part in line.split("|")] for line in printed.splitlines()]
+    functions = [function.to_function_proto() for function in PRUNING_FUNCTIONS]
+    assert [(name, inputs, attributes) for (name,), inputs, attributes, _ in table] == [
+        (proto.name, list(proto.input), list(proto.attribute)) for proto in functions
+    ]
+    # Bodies name their outputs as onnxscript does; the module has outputs as arguments behind the inputs.
+    assert [len(outputs) for *_, outputs in table] == [len(proto.output) for proto in functions]
+    in_module = {"TokenScoreHeads": "token_score", "TokenSelect": "token_select", "TokenRecycle": "token_recycle"}
+    for (name,), inputs, attributes, outputs in table:
+        if name in in_module:
+            signature = getattr(_native.Kernels, in_module[name]).__doc__.splitlines()[0]
+            arguments = [name for name in re.findall(r"(\w+): ", signature) if name not in attributes]
+            assert arguments == [*inputs, *outputs]
 
 
 def test_plugins_do_what_tensorrt_asks(built: Built) -> None:
@@ -198,6 +225,22 @@ print(len(bundle.manifest.target.graphs))
     done = run_python(REGISTER + build, built.folder / LIBRARY, tiny_checkpoint, tmp_path / "bundle")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "3"
+
+
+def test_plugins_of_another_version_are_refused(tmp_path: Path) -> None:
+    class Creator(NamedTuple):
+        name: str
+        plugin_version: str
+
+    class Registry:
+        all_creators = (Creator("SomeoneElses", "1"), Creator("TokenSelect", "1"))
+
+    (tmp_path / LIBRARY).touch()
+    message = (
+        r"has loaded version 1 of the plugin TokenSelect, and graphs of this vtexport need version 2; load no other"
+    )
+    with pytest.raises(TargetError, match=message):
+        load(Registry(), tmp_path / LIBRARY)
 
 
 def test_a_missing_library_is_a_clear_error(tmp_path: Path) -> None:

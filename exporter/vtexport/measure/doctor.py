@@ -31,8 +31,8 @@ def cuda_kernels() -> Availability:
     from vtexport.native import kernels as native
 
     if native.available("cuda"):
-        capabilities = ", ".join(map(str, native.architectures()))
-        return Availability(True, f"for compute capabilities {capabilities}, and as PTX for later ones")
+        code, ptx = (", ".join(map(str, numbers)) for numbers in native.architectures())
+        return Availability(True, f"for compute capabilities {code}; as PTX of {ptx} for others from there on")
     return Availability(False, "installed without nvcc; install CUDA's toolkit, then vtexport again from its source")
 
 

@@ -8,7 +8,7 @@ on a CPU it uses PyTorch's own arithmetic, which is faster than the twins, since
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,22 +35,43 @@ def available(device: str = "cpu") -> bool:
     return (_twins if device == "cpu" else _cuda) is not None
 
 
-def architectures() -> tuple[int, ...]:
+class Architectures(NamedTuple):
     """The compute capabilities that the CUDA kernels were compiled for, such as 89; none if they were not built."""
-    return () if _cuda is None else tuple(int(number) for number in _cuda.ARCHITECTURES.split(","))
+
+    #: as machine code, which GPUs of the same generation (89 / 10) and an equal or later minor number run
+    code: tuple[int, ...]
+    #: as PTX, which the driver of any GPU that is at least as new compiles when it loads the module
+    ptx: tuple[int, ...]
 
 
-def token_score(
-    query: Tensor, key: Tensor, rows: Tensor, places: Tensor, start: Tensor, count: int, scale: float
-) -> Tensor:
+def architectures() -> Architectures:
+    """What the CUDA kernels of this installation were compiled for."""
+    if _cuda is None:
+        return Architectures((), ())
+    return Architectures(*(_numbers(stated) for stated in (_cuda.ARCHITECTURES, _cuda.PTX)))
+
+
+def _numbers(stated: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in stated.split(","))
+
+
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether the CUDA kernels run on GPUs of a compute capability, as `torch.cuda.get_device_capability` gives it."""
+    major, minor = capability
+    made = architectures()
+    return any(code // 10 == major and code % 10 <= minor for code in made.code) or any(
+        ptx <= 10 * major + minor for ptx in made.ptx
+    )
+
+
+def token_score(query: Tensor, key: Tensor, places: Tensor, start: Tensor, count: int, scale: float) -> Tensor:
     """`vtexport.pruning.ops.token_score` by the native kernel; dtypes fp32, fp16, bf16."""
-    return _score((query, key, rows, places, start), None, count, scale, 0)
+    return _score((query, key, places, start), None, count, scale, 0)
 
 
 def token_score_heads(
     query: Tensor,
     key: Tensor,
-    rows: Tensor,
     places: Tensor,
     start: Tensor,
     divisor: Tensor,
@@ -59,7 +80,7 @@ def token_score_heads(
     heads: int,
 ) -> Tensor:
     """`vtexport.pruning.ops.token_score_heads` by the native kernel; dtypes fp32, fp16, bf16."""
-    return _score((query, key, rows, places, start), divisor, count, scale, heads)
+    return _score((query, key, places, start), divisor, count, scale, heads)
 
 
 def token_select(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:

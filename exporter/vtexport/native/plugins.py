@@ -15,6 +15,8 @@ from vtexport.errors import TargetError
 
 LIBRARY = "libvtexport_plugins.so"
 NAMES = ("TokenScore", "TokenScoreHeads", "TokenSelect", "TokenRecycle")
+#: of the plugins; another version has other inputs and outputs. plugins/tensorrt/ops.h states it too.
+VERSION = "2"
 
 
 def library() -> Path | None:
@@ -33,7 +35,7 @@ def load(registry: Any, path: Path | None = None) -> None:
         path: the library; None takes this installation's.
 
     Raises:
-        TargetError: there is no library, or the registry does not take it.
+        TargetError: there is no library, the registry does not take it, or it holds plugins of another version.
     """
     file = library() if path is None else path
     if file is None or not file.is_file():
@@ -41,12 +43,26 @@ def load(registry: Any, path: Path | None = None) -> None:
             f"no {LIBRARY if path is None else path}; install vtexport from source with nvcc and TENSORRT_ROOT set to a "
             "TensorRT SDK, or give the path of such a library"
         )
-    known = {creator.name for creator in registry.all_creators}
-    if known.issuperset(NAMES):
+    if _known(registry).issuperset(NAMES):
         return
     registry.load_library(str(file))
-    missing = set(NAMES) - {creator.name for creator in registry.all_creators}
+    missing = set(NAMES) - _known(registry)
     if missing:
         raise TargetError(
             f"{file} registers no {', '.join(sorted(missing))}; build it again from this version's source"
         )
+
+
+def _known(registry: Any) -> set[str]:
+    """Which of the plugins are registered; an older one would read other inputs than graphs of this version have."""
+    known = set()
+    for creator in registry.all_creators:
+        if creator.name not in NAMES:
+            continue
+        if creator.plugin_version != VERSION:
+            raise TargetError(
+                f"this process has loaded version {creator.plugin_version} of the plugin {creator.name}, and graphs of this "
+                f"vtexport need version {VERSION}; load no other {LIBRARY}"
+            )
+        known.add(creator.name)
+    return known

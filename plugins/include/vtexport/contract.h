@@ -27,9 +27,10 @@ auto for_type(DType type, Run run) {
 // Extents are int32: the largest problem of LLaVA (batch 64, 40 heads, 2,880 keys) is far below the limit.
 
 // TokenScore, and TokenScoreHeads where best_heads > 0.
-//   query [batch, heads, rows, size], key [batch, kv_heads, keys, size], counts [batch, rows] bool,
-//   places [batch, rows] int64, start [batch] int64, divisor [batch, rows, visual] fp32 or null
+//   query [batch, heads, rows, size], key [batch, kv_heads, keys, size], places [batch, rows] int64, start [batch] int64,
+//   divisor [batch, rows, visual] fp32 or null
 //   -> score [batch, visual] fp32
+// A row with a negative place does not count; any other place is the last key that the row sees, or beyond it.
 struct ScoreProblem {
   int32_t batch, heads, kv_heads, rows, keys, size, visual;
   float scale;
