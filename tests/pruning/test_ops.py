@@ -37,6 +37,11 @@ def run_function(op_type: str, feeds: dict[str, np.ndarray], outputs: int, **att
     return session.run(None, feeds)
 
 
+def slots(number: int) -> np.ndarray:
+    """A count as the function bodies take it: a vector of that length, whose values are not read."""
+    return np.full(number, -7, dtype=np.int32)
+
+
 def orders(score: np.ndarray) -> list[list[int]]:
     """The tokens of each row from the best down."""
     found = []
@@ -61,7 +66,9 @@ def test_select_breaks_ties_by_index_everywhere(data: st.DataObject, batch: int,
     ranks = [[order.index(token) for token in range(tokens)] for order in orders(score)]
     assert rank.tolist() == ranks
     assert index.dtype == torch.int32
-    body_kept, body_index, body_rank = run_function("TokenSelect", {"hidden": hidden, "score": score}, 3, keep=keep)
+    body_kept, body_index, body_rank = run_function(
+        "TokenSelect", {"hidden": hidden, "score": score, "keep": slots(keep)}, 3
+    )
     assert body_index.tolist() == expected
     assert body_rank.tolist() == ranks
     assert body_index.dtype == body_rank.dtype == np.int32
@@ -121,7 +128,7 @@ def test_score_is_the_mean_attention_of_the_rows_that_count(case: Scoring) -> No
     expected = (attention * counted[..., None]).sum(axis=1) / np.maximum(counted.sum(axis=1), 1)[:, None]
     eager = ops.token_score(*case.tensors(), case.count, 0.35)
     assert eager.dtype == torch.float32
-    (body,) = run_function("TokenScore", case.feeds, 1, count=case.count, scale=0.35)
+    (body,) = run_function("TokenScore", {**case.feeds, "count": slots(case.count)}, 1, scale=0.35)
     twin = native.token_score(*case.tensors(), case.count, 0.35)
     for found in (eager.numpy(), body, twin.numpy()):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
@@ -142,8 +149,8 @@ def test_score_heads_divides_and_averages_the_heads_that_look_most(case: Scoring
         for head in sorted(range(heads), key=lambda h: (-sums[h], h))[:chosen]:
             expected[b] += by_head[b, head] / chosen
     eager = ops.token_score_heads(*case.tensors(), torch.from_numpy(divisor), case.count, 0.35, chosen)
-    feeds = {**case.feeds, "divisor": divisor}
-    (body,) = run_function("TokenScoreHeads", feeds, 1, count=case.count, scale=0.35, heads=chosen)
+    feeds = {**case.feeds, "divisor": divisor, "count": slots(case.count)}
+    (body,) = run_function("TokenScoreHeads", feeds, 1, scale=0.35, heads=chosen)
     twin = native.token_score_heads(*case.tensors(), torch.from_numpy(divisor), case.count, 0.35, chosen)
     for found in (eager.numpy(), body, twin.numpy()):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
@@ -178,8 +185,8 @@ def test_recycle_is_density_peak_clustering_of_the_best_dropped(
     rank = rank_of(torch.from_numpy(score))
     eager = ops.token_recycle(torch.from_numpy(hidden), rank, keep, pool, clusters, paper)
     twin = native.token_recycle(torch.from_numpy(hidden), rank, keep, pool, clusters, paper)
-    attributes = {"keep": keep, "pool": pool, "clusters": clusters, "paper": int(paper)}
-    body = run_function("TokenRecycle", {"hidden": hidden, "rank": rank.numpy()}, 3, **attributes)
+    counts = {"keep": slots(keep), "pool": slots(pool), "clusters": slots(clusters)}
+    body = run_function("TokenRecycle", {"hidden": hidden, "rank": rank.numpy(), **counts}, 3, paper=int(paper))
     for row in range(2):
         values = torch.from_numpy(score[row])
         kept = methods.best(values.tolist(), keep)
@@ -240,12 +247,12 @@ def test_recycling_numbers_that_are_none_stays_in_range(value: float, paper: boo
     keep, pool, clusters = 4, 12, 3
     whole = ops.token_recycle(hidden, rank, keep, pool, clusters, paper)
     hidden[0, 7:15, 3] = value
-    arrays = {"hidden": hidden.numpy(), "rank": rank.numpy()}
-    attributes = {"keep": keep, "pool": pool, "clusters": clusters, "paper": int(paper)}
+    counts = {"keep": slots(keep), "pool": slots(pool), "clusters": slots(clusters)}
+    arrays = {"hidden": hidden.numpy(), "rank": rank.numpy(), **counts}
     for merged, centres, cluster in (
         ops.token_recycle(hidden, rank, keep, pool, clusters, paper),
         native.token_recycle(hidden, rank, keep, pool, clusters, paper),
-        map(torch.from_numpy, run_function("TokenRecycle", arrays, 3, **attributes)),
+        map(torch.from_numpy, run_function("TokenRecycle", arrays, 3, paper=int(paper))),
     ):
         assert 0 <= int(centres.min()) <= int(centres.max()) < 20
         assert -1 <= int(cluster.min()) <= int(cluster.max()) < clusters

@@ -48,7 +48,14 @@ def check_engines(
     engine, ran = _verifiable(target, compiled, engines.plans, folder)
     model = Checked(source.folder, folder / PROCESSOR_FOLDER, source.spec, source.clip, target.scheme())
     return compare_engine(
-        engine, ran, model, engines.plans, engines.dtype, progress.advance, vision_only=target.vision_only
+        engine,
+        ran,
+        model,
+        engines.plans,
+        engines.dtype,
+        progress.advance,
+        vision_only=target.vision_only,
+        batch=min(SAMPLES, target.largest_batch or SAMPLES),
     )
 
 

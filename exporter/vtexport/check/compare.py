@@ -113,8 +113,9 @@ def compare_engine(
     advance: Callable[[], None],
     *,
     vision_only: bool = False,
+    batch: int = SAMPLES,
 ) -> VerificationEntry:
-    """Compare `engine`, on one ragged batch of the samples, with the reference, row by row, under every plan.
+    """Compare `engine`, on ragged batches of the samples, with the reference, row by row, under every plan.
 
     Kept indices must be equal, but half precision may swap tokens of nearly equal score; the reference then goes on
     with the engine's kept tokens. Logits must agree within the tolerance. Every greedy token must be the reference's
@@ -128,21 +129,20 @@ def compare_engine(
         dtype: "fp32", "fp16" or "bf16".
         advance: called once per sample and plan.
         vision_only: there is only a vision graph; its visual tokens are then compared as logits are.
+        batch: prompts per batch at most.
 
     Raises:
         VerificationError: the engine differs from the reference.
     """
     spec = model.spec
     requests = sample_requests(model, plans[0])
-    samples = _Samples(
-        reference=ReferenceModel(model.folder, spec, model.clip, _rounding(model.scheme, dtype)),
-        requests=requests,
-        vision=look(engine, plans[0], requests),
-        max_positions=spec.decoder.max_positions,
-        dtype=dtype,
-    )
-    check = _check_vision if vision_only else _check_plan
-    results = [check(engine, bucket, plan, samples, advance) for bucket, plan in enumerate(plans)]
+    reference = ReferenceModel(model.folder, spec, model.clip, _rounding(model.scheme, dtype))
+    check, results = _check_vision if vision_only else _check_plan, []
+    for first in range(0, len(requests), batch):
+        together = requests[first : first + batch]
+        seen = look(engine, plans[0], together)
+        samples = _Samples(reference, together, seen, spec.decoder.max_positions, dtype)
+        results += [check(engine, bucket, plan, samples, advance) for bucket, plan in enumerate(plans)]
     return VerificationEntry(
         ran=ran,
         against="transformers, fp32, eager attention",
@@ -237,7 +237,7 @@ def _check_plan(
         visual, length = seen.visual, seen.length
         if _swapped(answer.kept.get(VISION), seen, plan, dtype, result):
             length = tuple(map(int, lengths[row]))
-            visual = engine_vision.visual[row : row + 1].astype(np.float32)
+            visual = np.asarray(engine_vision.visual[row : row + 1], dtype=np.float32)
         answered = partial(reference.answer, request.prompt, visual, answer.token_ids[:-1], plan)
         expected = answered(extras=request.extras, length=length)
         differ = [where for where, kept in expected.kept.items() if not np.array_equal(answer.kept[where], kept)]

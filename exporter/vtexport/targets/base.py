@@ -252,6 +252,11 @@ class Target(ABC):
     vision_only: ClassVar[bool] = False
 
     @property
+    def largest_batch(self) -> int | None:
+        """Prompts per batch at most; None if any number will do."""
+        return None
+
+    @property
     def language_room(self) -> int | None:
         """Text places of every cache of the language graph, for a target that has prefill and decode in that one graph.
 

@@ -23,8 +23,9 @@ from onnxscript.values import Opset
 
 from vtexport.graph.nn_functions import nn
 
-# The first opset that has TensorScatter, for which onnxscript has no module yet.
-op = Opset("", 24)
+# The first opset that has TensorScatter; onnxscript has no module for it yet.
+_OPSET = 24
+op = Opset("", _OPSET)
 T = TypeVar("T", bound=Union[FLOAT, FLOAT16])  # noqa: UP007 - onnxscript reads typing.Union only
 
 
@@ -95,9 +96,10 @@ def lower_attention(model: ir.Model) -> None:
     fused = node.outputs[0].dtype != ir.DataType.FLOAT and node.attributes.get_int("num_heads") >= _FEWEST
     masked = (Fused if fused else Products).to_function_proto()
     masked.name = "MaskedAttention"
-    # TensorRT's parser goes by the names of operators, not by the opset, which is the graph's for all functions.
-    opsets = model.functions[node.op_identifier()].opset_imports
     for proto in (masked, CachedAttention.to_function_proto()):
         body = ir.serde.deserialize_function(proto)
-        body.opset_imports.update(opsets)
+        body.opset_imports.update(model.functions[node.op_identifier()].opset_imports)
         model.functions[body.identifier()] = body
+    # From the opset in which graphs are traced, other operators only gained types.
+    for scope in (model.graph, *model.functions.values()):
+        scope.opset_imports[""] = _OPSET

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,17 @@ class Opening:
     limits: Limits
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     """Everything that decoding a batch of one size needs: caches of full capacity, inputs, outputs, and a CUDA graph.
+
+    It also owns a context of the language plan, by its number.
 
     A lane belongs to the engine. One request after the other has it, so that buffers are allocated and the graph is
     captured once.
     """
 
+    number: int
     caches: dict[str, Any]
     inputs: dict[str, Any] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
@@ -71,14 +75,19 @@ class CudaCache:
 class TensorRTEngine:
     """The plans of a bundle on the current GPU."""
 
-    def __init__(self, bindings: Bindings, opening: Opening, gpu: Gpu | None = None) -> None:
+    def __init__(self, bindings: Bindings, opening: Opening) -> None:
         self._bindings, self._opening = bindings, opening
-        self._gpu = gpu or Gpu()
         self._calls = LanguageCalls(opening.plans)
         self._plans: dict[str, Plan] = {}
         self._idle: dict[int, list[Lane]] = {}
+        self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+        self._made = 0
         self._clocks: dict[str, tuple[Any, Any]] = {}
         self._profiling = False
+
+    @cached_property
+    def _gpu(self) -> Gpu:
+        return Gpu()
 
     def load(self) -> None:
         for name in self._opening.files:
@@ -179,7 +188,11 @@ class TensorRTEngine:
 
         def made() -> Lane:
             # Zeros, because what lies behind a row's length is multiplied by attention of zero.
-            return Lane({name: self._gpu.zeros(shape, plan.kinds[name]) for name, shape in shapes.items()})
+            caches = {name: self._gpu.zeros(shape, plan.kinds[name]) for name, shape in shapes.items()}
+            self._made += 1
+            lane = Lane(self._made, caches)
+            self._lanes.add(lane)
+            return lane
 
         try:
             with self._gpu.working():
@@ -187,6 +200,8 @@ class TensorRTEngine:
         except TargetError:
             if not any(self._idle.values()):
                 raise
+        for idle_lane in (lane for lanes in self._idle.values() for lane in lanes):
+            plan.release(idle_lane.number)
         self._idle.clear()
         self._gpu.free_unused()
         return made()
@@ -210,11 +225,11 @@ class TensorRTEngine:
         if lane.replay is not None and not self._profiling:
             lane.replay()
             return
-        lane.outputs = plan.run(profile, {**lane.inputs, **lane.caches}, lane.outputs, bound_as=id(lane))
+        lane.outputs = plan.run(profile, {**lane.inputs, **lane.caches}, lane.outputs, owner=lane.number)
         lane.steps += 1
         # TensorRT must have run once in these shapes before it can be captured.
         if lane.steps > 1 and lane.capturable and not self._profiling and not plan.captures_itself:
-            lane.replay = self._gpu.captured(lambda: plan.enqueue(profile))
+            lane.replay = self._gpu.captured(lambda: plan.enqueue(profile, lane.number))
             lane.capturable = lane.replay is not None
 
     def _tensor(self, array: Any) -> Any:
@@ -265,5 +280,5 @@ class TensorRTEngine:
         for name, plan in self._plans.items():
             plan.profile_layers(profilers.get(name))
         # Graphs were captured with contexts that are gone.
-        for lane in (lane for lanes in self._idle.values() for lane in lanes):
+        for lane in self._lanes:
             lane.replay, lane.steps = None, 0

@@ -44,9 +44,11 @@ class Reading:
 
 
 class Plan:
-    """A deserialised plan; a context per optimisation profile is made at its first run.
+    """A deserialised plan with its execution contexts, each made at its first run.
 
-    Contexts share their working memory, because one engine runs one after the other.
+    There is one per optimisation profile, and one more for every owner of buffers that never change: what was captured
+    in a CUDA graph stays sound only while nobody gives its context other shapes. Contexts share their working memory,
+    because one engine runs one after the other.
     """
 
     def __init__(self, bindings: Bindings, gpu: Gpu, path: Path, reading: Reading) -> None:
@@ -75,9 +77,9 @@ class Plan:
         aliases = {name: self.engine.get_aliased_input_tensor(name) for name in self.outputs}
         #: outputs that TensorRT writes into the buffer of an input: the caches
         self.in_place = {name: source for name, source in aliases.items() if source}
-        self._contexts: dict[int, Any] = {}
+        self._contexts: dict[tuple[int, Hashable], Any] = {}
         self._profilers: dict[int, Any] = {}
-        self._bound: dict[int, Hashable] = {}
+        self._bound: set[tuple[int, Hashable]] = set()
         self._runtime_cache: Any = None
         self._memory: Any = None
         # Of the length that an empty tensor has not: TensorRT refuses a null address.
@@ -97,7 +99,7 @@ class Plan:
         profile: int,
         inputs: Mapping[str, Any],
         outputs: Mapping[str, Any] | None = None,
-        bound_as: Hashable = None,
+        owner: Hashable = None,
     ) -> dict[str, Any]:
         """Run once on the engine's stream, and return the outputs but for those written in place.
 
@@ -105,25 +107,24 @@ class Plan:
             profile: number of the optimisation profile.
             inputs: every input, as tensors on the GPU.
             outputs: where outputs go; others are allocated.
-            bound_as: a name for these very tensors: if the profile's last run had the same one, they are not set again.
+            owner: who always gives these very tensors, so that they are set once; None for tensors of this run.
 
         Raises:
             TargetError: TensorRT refuses a shape or an address, or fails.
         """
-        context = self._context(profile)
-        results = dict(outputs or {})
-        if bound_as is None or self._bound.get(profile) != bound_as:
-            self._bound.pop(profile, None)
-            self._bind(context, profile, inputs, results)
-            if bound_as is not None:
-                self._bound[profile] = bound_as
-        self.enqueue(profile)
+        key, results = (profile, owner), dict(outputs or {})
+        if owner is None or key not in self._bound:
+            self._bind(self._context(profile, owner), profile, inputs, results)
+            if owner is not None:
+                self._bound.add(key)
+        self.enqueue(profile, owner)
         return results
 
-    def enqueue(self, profile: int) -> None:
+    def enqueue(self, profile: int, owner: Hashable = None) -> None:
         """Run once more, on the shapes and addresses set last."""
         self._bindings.logger.begin()
-        if not self._context(profile).execute_async_v3(self._gpu.handle):
+        context = self._context(profile, owner)
+        if not context.execute_async_v3(self._gpu.handle):
             raise self._failed("TensorRT failed to run {path} ({error}); build the bundle again on this GPU")
 
     def profile_layers(self, profilers: Mapping[int, Any] | None) -> None:
@@ -167,19 +168,24 @@ class Plan:
         if not context.set_tensor_address(name, address):
             raise self._failed(f"TensorRT does not take the address of {name} of {{path}} ({{error}})")
 
-    def _context(self, profile: int) -> Any:
-        if profile not in self._contexts:
-            self._contexts[profile] = self._new_context(profile)
-        return self._contexts[profile]
+    def release(self, owner: Hashable) -> None:
+        """Give up the contexts of `owner`."""
+        self._bound = {key for key in self._bound if key[1] != owner}
+        self._contexts = {key: context for key, context in self._contexts.items() if key[1] != owner}
+
+    def _context(self, profile: int, owner: Hashable) -> Any:
+        if (profile, owner) not in self._contexts:
+            self._contexts[profile, owner] = self._new_context(profile)
+        return self._contexts[profile, owner]
 
     def _new_context(self, profile: int) -> Any:
         trt = self._bindings.trt
         self._bindings.logger.begin()
-        settings = self.engine.create_runtime_config()
-        settings.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        runtime_config = self.engine.create_runtime_config()
+        runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self.captures_itself:
-            self._specialise(settings, profile)
-        context = self.engine.create_execution_context(settings)
+            self._specialise(runtime_config, profile)
+        context = self.engine.create_execution_context(runtime_config)
         if context is None:
             raise self._failed("TensorRT cannot run {path} ({error}); free memory on this GPU")
         if not context.set_optimization_profile_async(profile, self._gpu.handle):
@@ -192,19 +198,19 @@ class Plan:
             context.profiler = self._profilers[profile]
         return context
 
-    def _specialise(self, settings: Any, profile: int) -> None:
+    def _specialise(self, runtime_config: Any, profile: int) -> None:
         """TensorRT for RTX: replay runs as CUDA graphs, and keep on disk the kernels that it compiles for this GPU."""
         trt = self._bindings.trt
         if profile not in self._profilers:
-            settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if self._runtime_cache is None:
-            self._runtime_cache = settings.create_runtime_cache()
+            self._runtime_cache = runtime_config.create_runtime_cache()
             place = runtime_cache_file(self._path, self._bindings.version)
             if place.is_file():
                 # A cache of another GPU is refused, and written anew.
                 self._runtime_cache.deserialize(place.read_bytes())
             weakref.finalize(self, _keep, self._runtime_cache, place)
-        settings.set_runtime_cache(self._runtime_cache)
+        runtime_config.set_runtime_cache(self._runtime_cache)
 
     def _failed(self, text: str) -> TargetError:
         return TargetError(text.format(path=self._path, error=self._bindings.first_error))

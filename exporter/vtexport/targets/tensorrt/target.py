@@ -61,7 +61,7 @@ class AnyTensorRT(Target):
 
     max_batch: Annotated[int, Meta(ge=1, description="Maximum number of prompts per batch.")] = 4
     max_text: Annotated[
-        int, Meta(ge=1, description="Maximum number of text tokens per prompt, and of prompt and answer together.")
+        int, Meta(ge=64, description="Maximum number of text tokens per prompt, and of prompt and answer together.")
     ] = 512
     strip_weights: Annotated[
         bool, Meta(description="Keep one copy of the weights for all plans, loaded into them when a bundle is opened.")
@@ -123,6 +123,10 @@ class AnyTensorRT(Target):
                 False, "no CUDA GPU that PyTorch can use; run on a machine with a GPU and a CUDA build of torch"
             )
         return Availability(True, f"{available.reason} on {gpu.name}")
+
+    @property
+    def largest_batch(self) -> int:
+        return self.max_batch
 
     @property
     def language_room(self) -> int | None:
