@@ -206,6 +206,13 @@ def test_nodes_are_called_after_their_layers() -> None:
         (lambda m, x: x[:, 1:-1], NotImplementedError, "of rows elements"),
         (lambda m, x: x[:, :-1], NotImplementedError, "of rows elements"),
         (lambda m, x: x[:, :, : x.shape[1]], NotImplementedError, "of 4 elements"),
+        (lambda m, x: x + torch.tensor([x.shape[1]]), NotImplementedError, "its own parameters"),
+        (lambda m, x: x.recorder.constant([x.shape[1]]), NotImplementedError, "an extent is read when the graph runs"),
+        (
+            lambda m, x: x.recorder.node("Cast", [x], {"to": x.shape[1]}, like=[]),
+            NotImplementedError,
+            "attribute to of Cast cannot be the extent rows",
+        ),
     ],
 )
 def test_what_cannot_be_recorded_is_an_error(function: Any, error: type[Exception], message: str) -> None:

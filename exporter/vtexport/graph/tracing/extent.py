@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NoReturn
 
-# No real extent is as large, so a graph that takes one for a plain number by mistake cannot be made.
-_STANDS_FOR = 1 << 40
+#: the number that an extent is as an `int`; no real one is as large, so one that is taken for a number can be found
+STANDS_FOR = 1 << 40
 
 
 class Extent(int):
@@ -24,7 +24,7 @@ class Extent(int):
     constant: int
 
     def __new__(cls, terms: Mapping[str, int], constant: int = 0) -> Extent:
-        extent = super().__new__(cls, _STANDS_FOR)
+        extent = super().__new__(cls, STANDS_FOR)
         extent.terms = dict(sorted(terms.items()))
         extent.constant = constant
         return extent

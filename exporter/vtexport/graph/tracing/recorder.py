@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from vtexport.graph.domains import DOMAIN_VERSION, OPSET
-from vtexport.graph.tracing.extent import Extent
+from vtexport.graph.tracing.extent import STANDS_FOR, Extent
 
 _CPU = torch.device("cpu")
 Shape = tuple[int, ...]
@@ -248,6 +248,8 @@ class Recorder(TorchFunctionMode):
     def constant(self, values: Any, dtype: torch.dtype = torch.int64) -> Traced:
         """A constant of `dtype` with the values of a NumPy array or of nested lists."""
         array = np.asarray(values)
+        if array.dtype.kind == "i" and array.size and array.max() == STANDS_FOR:
+            raise NotImplementedError("an extent is read when the graph runs, and is no constant")
         key = ("constant", array.shape, array.dtype.str, array.tobytes(), dtype)
         if key not in self._made:
             tensor = ir.tensor(array.astype(TYPES[dtype].numpy()), dtype=TYPES[dtype])

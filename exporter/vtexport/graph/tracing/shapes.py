@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vtexport.graph.tracing.extent import Extent
-from vtexport.graph.tracing.nodes import axis_of, cast, emit, sizes_of, with_extents
+from vtexport.graph.tracing.nodes import axis_of, cast, emit, operand, sizes_of, with_extents
 from vtexport.graph.tracing.recorder import Kind, Recorder, Shape, Traced, converts
 
 
@@ -132,7 +132,8 @@ def _arange(r: Recorder, number: int, *, dtype: torch.dtype = torch.int64, devic
 
 
 def _full(r: Recorder, shape: Sequence[int], value: float, dtype: torch.dtype) -> Traced:
-    return _expand(r, r.constant(value, dtype), list(shape)) if shape else r.constant(value, dtype)
+    number = operand(r, value, dtype)
+    return _expand(r, number, list(shape)) if shape else number
 
 
 @converts("ones")
