@@ -3,6 +3,7 @@
 //   drive_plugins LIBRARY            over the twins themselves, or over emulated kernels: enqueue takes host pointers
 //   drive_plugins LIBRARY --device   over the CUDA kernels, on a GPU: enqueue takes device pointers
 //   drive_plugins LIBRARY --bf16     one type only
+//   drive_plugins LIBRARY --large    problems of LLaVA-1.5-7B's size only
 //   drive_plugins LIBRARY --ops      nothing is driven: the table of ops is printed
 // Runs must give the same bits; emulated kernels run in a new order each time, and workspaces begin with new random contents.
 #include <NvInferRuntime.h>
@@ -170,15 +171,18 @@ float number(const Tensor& tensor, size_t i) {
   return vtexport::cpu::to_float(*reinterpret_cast<const vtexport::cpu::BFloat16*>(place));
 }
 
-// Integers must be equal; numbers may differ by another order of summation or one rounding to `element`.
-bool same(const Tensor& found, const Tensor& expected, DataType element) {
+// Integers must be equal; elements may differ by another order of summation or one rounding to their type, and scores,
+// which are small and fp32 whatever the elements are, by another order of summation. Tensor cores of a GPU round sums
+// towards zero.
+bool same(const Tensor& found, const Tensor& expected, bool scores) {
   const bool twins = !on_device && emulate == nullptr;
   if (twins || expected.type == DataType::kINT32) return found.bytes == expected.bytes;
-  const float allowed = element == DataType::kFLOAT ? 1e-5f : element == DataType::kHALF ? 2e-3f : 1e-2f;
+  const float exact = scores && on_device ? 1e-4f : 1e-5f;
+  const float allowed = expected.type == DataType::kFLOAT ? exact : expected.type == DataType::kHALF ? 2e-3f : 1e-2f;
   const size_t count = found.bytes.size() / (found.type == DataType::kFLOAT ? 4 : 2);
   for (size_t i = 0; i < count; ++i) {
     const float a = number(found, i), b = number(expected, i);
-    if (!(std::fabs(a - b) <= allowed * (1 + std::fabs(b)))) return false;
+    if (!(std::fabs(a - b) <= allowed * ((scores ? 1e-3f : 1.0f) + std::fabs(b)))) return false;
   }
   return true;
 }
@@ -272,6 +276,12 @@ std::vector<Case> cases(const std::string& name, DataType type) {
           score_case({1, 2, 2, 2, 13000, 8, 45, 0.3f, best, e})};
 }
 
+// SparseVLM's first stage in LLaVA-1.5-7B: all visual tokens in, rated by 64 text tokens.
+std::vector<Case> large_cases(const std::string& name, DataType type) {
+  if (name == "TokenSelect" || name == "TokenRecycle") return {};
+  return {score_case({1, 32, 32, 64, 640, 128, 576, 0.0884f, name == "TokenScoreHeads" ? 16 : 0, element(type)})};
+}
+
 template <typename T>
 T* capability(IPluginV3* plugin, PluginCapabilityType type) {
   return static_cast<T*>(plugin->getCapabilityInterface(type));
@@ -358,7 +368,7 @@ void run(IPluginV3* plugin, Case& c, const std::string& name) {
     expect(status == 0, name + ": enqueue");
     for (int i = 0; i < outputs; ++i) {
       sinks[i].read_back();
-      expect(same(results[i], c.expected[i], c.inputs[0].type), name + ": results");
+      expect(same(results[i], c.expected[i], c.scale != 0), name + ": results");
       expect(again == 0 || results[i].bytes == before_again[i], name + ": runs differ");
       before_again[i] = results[i].bytes;
     }
@@ -417,7 +427,7 @@ int main(int count, char** arguments) {
     for (int i = 0; i < number; ++i) {
       auto* creator = static_cast<IPluginCreatorV3One*>(creators[i]);
       const std::string name = creator->getPluginName();
-      for (Case& c : cases(name, type)) {
+      for (Case& c : option == "--large" ? large_cases(name, type) : cases(name, type)) {
         expect(std::string(creator->getPluginVersion()) == "2", name + ": version");
         for (size_t a = 0; a < c.integers.size(); ++a) {
           expect(create(creator, c, false, static_cast<int>(a)) == nullptr, name + ": an attribute is missing");

@@ -129,6 +129,7 @@ def test_plugins_do_what_tensorrt_asks(built: Built) -> None:
     [
         (900, ["--fp16"]),
         pytest.param(900, [], marks=pytest.mark.long),
+        pytest.param(900, ["--large"], marks=pytest.mark.long),
         pytest.param(750, ["--bf16"], marks=pytest.mark.long),
     ],
 )
