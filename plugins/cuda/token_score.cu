@@ -80,6 +80,7 @@ __device__ __forceinline__ void copy_rows(T* tile, int count, const T* from, int
     }
     return;
   }
+#pragma unroll 1
   for (int i = thread; i < count * wide; i += kBlock) {
     const int row = i / wide, d = i % wide;
     const int source = row_of(row);
@@ -230,9 +231,10 @@ struct Work {
   __device__ void multiply_keys() {
     const int number_tiles = ceil_div(count, kKeys<T>);
     for (int tile = 0; tile < number_tiles; ++tile) {
+      const int next = tile + cut.buffers - 1;  // the first is on its way already
+      if (next > 0 && next < number_tiles) copy_tile(next);
+      commit_copies();
       if (cut.buffers == 2) {
-        if (tile + 1 < number_tiles) copy_tile(tile + 1);
-        commit_copies();
         wait_copies<1>();
       } else {
         wait_copies<0>();
@@ -242,10 +244,6 @@ struct Work {
       multiply_tile(queries, tiles + tile % cut.buffers * kKeys<T> * stride<T>(p.size), p.size, cut.rows, count - first,
                     logits + first, row_of_logits(cut.span));
       __syncthreads();
-      if (cut.buffers == 1 && tile + 1 < number_tiles) {
-        copy_tile(tile + 1);
-        commit_copies();
-      }
     }
     wait_copies<0>();
   }
@@ -291,16 +289,18 @@ struct Work {
       const int key_number = begin + k, column = key_number - origin;
       if (column < 0 || column >= p.visual) continue;
       float sum = 0;
+      // A column that is not seen stays zero, whatever the row's sum is.
+      auto weight = [&](int r) {
+        const bool seen = key_number >= 0 && key_number <= head.last[r];
+        return seen ? logits[r * row_of_logits(cut.span) + k] * head.factor[r] : 0.0f;
+      };
+      if (divisor == nullptr) {
 #pragma unroll 8
-      for (int r = 0; r < rows; ++r) {
-        // A column that is not seen stays zero, whatever the row's sum is.
-        float weight = key_number >= 0 && key_number <= head.last[r]
-                           ? logits[r * row_of_logits(cut.span) + k] * head.factor[r]
-                           : 0.0f;
-        if (divisor != nullptr) {
-          weight /= divisor[(static_cast<int64_t>(blockIdx.z) * p.rows + head.place[r]) * p.visual + column];
-        }
-        sum += weight;
+        for (int r = 0; r < rows; ++r) sum += weight(r);
+      } else {
+        const float* own = divisor + static_cast<int64_t>(blockIdx.z) * p.rows * p.visual + column;
+#pragma unroll 2
+        for (int r = 0; r < rows; ++r) sum += weight(r) / own[static_cast<int64_t>(head.place[r]) * p.visual];
       }
       sum /= static_cast<float>(number);
       partial[column] = sum;

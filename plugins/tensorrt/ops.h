@@ -57,7 +57,8 @@ struct Op {
 constexpr Extent of(int input, int axis) { return {input, axis}; }
 constexpr Extent attribute(int number) { return {-1, number}; }
 
-// Changes whenever the inputs, attributes, outputs or the meaning of an op do.
+// That of the op domain, by which a parser finds a node's plugin. It changes whenever the inputs, attributes, outputs or
+// the meaning of an op do.
 constexpr const char* kVersion = "2";
 
 // The one place in C++ that knows the order of inputs, attributes and outputs; all else finds them by name. It is that of

@@ -7,9 +7,6 @@
 
 namespace vtexport::trt {
 
-// That of the op domain, by which a parser finds a node's plugin.
-inline constexpr const char* kVersion = "2";
-
 // Reads the op's attributes from `fields`; fields of other names, which parsers add, are ignored.
 // Returns null if all are there, else the name of the first that is missing or of a wrong type.
 const char* read_fields(const Op& op, const nvinfer1::PluginFieldCollection* fields, Values& values) noexcept;
