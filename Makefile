@@ -42,7 +42,9 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	$(BIN)/pip install $(PIP) -c constraints.txt -C cmake.define.VTEXPORT_TWINS=ON \
 		-C cmake.define.VTEXPORT_CUDA=$(KERNELS) -e '.[dev]'
 	# TensorRT's headers, and its Python bindings for their names, for tests; their dependencies are only of use on a GPU.
-	$(BIN)/pip install $(PIP) --no-deps -c constraints.txt kernel-lens tensorrt-cu13-bindings
+	# CUDA's disassembler, by which tests read the kernels.
+	$(BIN)/pip install $(PIP) --no-deps -c constraints.txt kernel-lens tensorrt-cu13-bindings \
+		nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
 clean:

@@ -6,76 +6,18 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from filelock import FileLock
 
-from tests.conftest import shared_folder
+from tests.plugins.conftest import ARCHITECTURES, NEEDS, Built, make
 from vtexport.errors import TargetError
+from vtexport.graph.domains import DOMAIN_VERSION
 from vtexport.graph.pruning_functions import PRUNING_FUNCTIONS
-from vtexport.native.plugins import LIBRARY, load
+from vtexport.native.plugins import LIBRARY, VERSION, load
 
-SOURCE = Path(__file__).parents[2]
-ARCHITECTURES = {"75", "80", "86", "87", "89", "90", "100", "110", "120"}
-
-
-def headers() -> Path | None:
-    """TensorRT's headers, from the wheel that `make test` installs."""
-    spec = find_spec("kernel_lens")
-    if spec is None or spec.origin is None:
-        return None
-    return Path(spec.origin).parent / "include" / "tensorrt"
-
-
-pytestmark = [
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
-    pytest.mark.skipif(headers() is None, reason="needs TensorRT's headers: pip install --no-deps kernel-lens"),
-]
-
-
-class Built(NamedTuple):
-    """The folder of the built library, and what building it printed."""
-
-    folder: Path
-    printed: str
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Warnings are errors in all of it. The processes of a test run share one build."""
-    shared = shared_folder(tmp_path_factory)
-    folder, printed = shared / "plugins", shared / "plugins.txt"
-    with FileLock(shared / "plugins.lock"):
-        if not printed.is_file():
-            configure(folder)
-            printed.write_text(make(folder, "vtexport_plugins"))
-    return Built(folder / "plugins" / "tensorrt", printed.read_text())
-
-
-def configure(folder: Path) -> None:
-    nanobind = subprocess.run(
-        [sys.executable, "-m", "nanobind", "--cmake_dir"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    settings = {
-        "CMAKE_BUILD_TYPE": "Release",
-        "TENSORRT_INCLUDE": headers(),
-        "nanobind_DIR": nanobind,
-        "Python_EXECUTABLE": sys.executable,
-    }
-    options = [f"-D{name}={value}" for name, value in settings.items()]
-    subprocess.run(["cmake", "-S", SOURCE, "-B", folder, "-G", "Ninja", *options], check=True)
-
-
-def make(folder: Path, *targets: str) -> str:
-    """Build targets in a CMake build folder; what that printed."""
-    command = ["cmake", "--build", folder, "--target", *targets]
-    with FileLock(folder.with_suffix(".build")):
-        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+pytestmark = NEEDS
 
 
 def drive(built: Built, driver: str, library: str, *options: str) -> None:
@@ -97,6 +39,7 @@ def test_the_table_of_ops_is_that_of_the_onnx_functions_and_of_the_python_module
     """Names and order of inputs, attributes and outputs, by which exporters, modules and plugins understand each other."""
     from vtexport import _native
 
+    assert str(DOMAIN_VERSION) == VERSION  # by which TensorRT's parser finds a node's plugin
     make(built.folder.parents[1], "vtexport_drive_plugins_sanitized", "vtexport_plugins_on_cpu")
     command = [
         built.folder / "vtexport_drive_plugins_sanitized",
@@ -167,7 +110,7 @@ def test_the_library_needs_neither_tensorrt_nor_a_cuda_runtime(built: Built) -> 
 
 def test_every_gpu_is_compiled_for_and_no_kernel_spills(built: Built) -> None:
     kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", built.printed)
-    assert {architecture for _, architecture in kernels} == ARCHITECTURES
+    assert {int(architecture) for _, architecture in kernels} == set(ARCHITECTURES)
     usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.printed)
     assert len(usage) == len(kernels) >= 20 * len(ARCHITECTURES)
     assert set(usage) == {("0", "0", "0")}
