@@ -81,18 +81,36 @@ class Launcher {
   template <typename... Parameters>
   bool has_room(void (*kernel)(Parameters...), const Launch& launch) {
     if (launch.cluster == 1) return true;
+    int device = 0;
+    if (error_ == cudaSuccess) error_ = cudaGetDevice(&device);
     allow_shared(kernel, launch.shared);
     if (error_ != cudaSuccess) return false;
-    cudaLaunchAttribute attributes[2];
-    const cudaLaunchConfig_t config = configuration(launch, attributes);
-    int clusters = 0;
-    error_ = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-    return clusters > 0;
+    // The answer to a thread's last question is kept, because most ask for the same problem again and again.
+    thread_local Question last{};
+    const Question own{reinterpret_cast<const void*>(kernel), device, launch.cluster, launch.shared, false};
+    if (last.kernel != own.kernel || last.device != own.device || last.cluster != own.cluster || last.shared != own.shared) {
+      cudaLaunchAttribute attributes[2];
+      const cudaLaunchConfig_t config = configuration(launch, attributes);
+      int clusters = 0;
+      // A device that refuses such a cluster has no room for one; nobody else should find that error.
+      if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) cudaGetLastError();
+      last = own;
+      last.room = clusters > 0;
+    }
+    return last.room;
   }
 
   cudaError_t error() const { return error_; }
 
  private:
+  struct Question {
+    const void* kernel;
+    int device;
+    unsigned cluster;
+    size_t shared;
+    bool room;  // the answer
+  };
+
   // Beyond 48 KiB, static arrays included, a kernel must ask for its shared memory explicitly.
   template <typename... Parameters>
   void allow_shared(void (*kernel)(Parameters...), size_t shared) {

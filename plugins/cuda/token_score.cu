@@ -498,8 +498,8 @@ struct Workspace {
 // As many rows per block, and then buffers, as shared memory has room for; false if there is none.
 template <typename T>
 bool fit(Cut& cut, const ScoreProblem& p, size_t most_shared) {
-  const int tiles = ceil_div(cut.span, kKeys<T>);
-  for (cut.rows = ceil_div(p.rows < kMostRows ? p.rows : kMostRows, kSide) * kSide; cut.rows > 0; cut.rows -= kSide) {
+  const int tiles = ceil_div(cut.span, kKeys<T>), least = ceil_div(p.rows, kMostRows);  // least groups, of equal size
+  for (cut.rows = ceil_div(ceil_div(p.rows, least), kSide) * kSide; cut.rows > 0; cut.rows -= kSide) {
     cut.groups = ceil_div(p.rows, cut.rows);
     for (cut.buffers = tiles > 1 ? 2 : 1; cut.buffers > 0; --cut.buffers) {
       if (shared_size<T>(cut, p.size) <= most_shared) return true;

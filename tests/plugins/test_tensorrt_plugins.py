@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.plugins.conftest import ARCHITECTURES, NEEDS, Built, make
+from tests.plugins.conftest import ARCHITECTURES, NEEDS, SOURCE, Built, make
 from vtexport.errors import TargetError
 from vtexport.graph.domains import DOMAIN_VERSION
 from vtexport.graph.pruning_functions import PRUNING_FUNCTIONS
@@ -81,6 +81,24 @@ def test_emulated_kernels_are_their_twins_in_every_order_of_threads(
 ) -> None:
     """The CUDA sources themselves, run on the CPU (plugins/tests/emulator)."""
     drive(built, "vtexport_drive_plugins_sanitized", f"libvtexport_plugins_emulated_{architecture}.so", *options)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "place"), [(900, 0), pytest.param(750, 1, marks=pytest.mark.long)], ids=["clusters", "none"]
+)
+def test_ops_launch_as_many_kernels_as_the_benchmark_expects(
+    built: Built, architecture: int, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SOURCE / "benchmarks")
+    from kernels import LAUNCHES
+
+    library = f"libvtexport_plugins_emulated_{architecture}.so"
+    make(built.folder.parents[1], "vtexport_drive_plugins_sanitized", library.removeprefix("lib").removesuffix(".so"))
+    command = [built.folder / "vtexport_drive_plugins_sanitized", built.folder / library, "--launches"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    score, select, recycle = (LAUNCHES[op][place] for op in ("token_score", "token_select", "token_recycle"))
+    expected = {"TokenScore": score, "TokenScoreHeads": score, "TokenSelect": select, "TokenRecycle": recycle}
+    assert {name: int(number) for name, number in map(str.split, printed.splitlines())} == expected
 
 
 @pytest.mark.gpu

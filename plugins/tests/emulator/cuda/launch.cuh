@@ -225,6 +225,7 @@ class Block {
 inline Block block;
 inline Order order = Order::kForward;
 inline std::mt19937 generator(5);
+inline int launches = 0;
 inline Index block_index, grid_size;
 
 inline void Block::enter() {
@@ -382,6 +383,7 @@ class Launcher {
       error_ = cudaErrorInvalidValue;
     }
     if (error_ != cudaSuccess) return;
+    ++emulator::launches;
     const std::function<void()> body = [&] { kernel(static_cast<Parameters>(arguments)...); };
     emulator::grid_size = {grid.x, grid.y, grid.z};
     const unsigned clusters = grid.x / launch.cluster * grid.y * grid.z, along = grid.x / launch.cluster;
@@ -414,6 +416,9 @@ class Launcher {
 };
 
 }  // namespace vtexport::cuda
+
+// How many kernels were launched so far.
+extern "C" __attribute__((visibility("default"), weak)) int vtexport_launches() { return vtexport::emulator::launches; }
 
 // The harness chooses the order of threads and blocks.
 extern "C" __attribute__((visibility("default"), weak)) void vtexport_emulate(int order) {
