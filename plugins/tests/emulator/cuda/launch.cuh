@@ -284,6 +284,44 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return other;
 }
 
+// From the lane `from` gives for this lane; a lane outside the warp stands for this one.
+template <typename T, typename From>
+T shuffled(T value, From from) {
+  auto& block = vtexport::emulator::block;
+  const unsigned lane = block.thread() % block.kWarp, source = from(lane);
+  block.say(value);
+  block.wait(false);
+  const T other = block.heard<T>(block.thread() - lane + (source < block.kWarp ? source : lane));
+  block.wait(false);
+  return other;
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned step) {
+  return shuffled(value, [=](unsigned lane) { return lane - step; });
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return shuffled(value, [=](unsigned) { return static_cast<unsigned>(lane) % 32; });
+}
+
+// Threads take turns only at barriers.
+inline int atomicAdd(int* to, int value) {
+  const int before = *to;
+  *to += value;
+  return before;
+}
+
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 using std::isnan;
 template <typename T>
