@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <mma.h>
 
 #include <cstddef>
 

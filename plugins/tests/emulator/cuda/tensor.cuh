@@ -59,7 +59,7 @@ inline Tile16 load(const void* row, bool transposed) {
   const unsigned lane = block.thread() % kLanes, first = block.thread() - lane;
   check_aligned(row);
   block.say(static_cast<const uint16_t*>(row));
-  block.wait(false);
+  block.meet();
   Tile16 to;
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
     uint32_t pair = 0;
@@ -69,7 +69,7 @@ inline Tile16 load(const void* row, bool transposed) {
     }
     to.x[matrix] = pair;
   }
-  block.wait(false);
+  block.meet();
   return to;
 }
 
@@ -140,7 +140,7 @@ inline float2 load_of_rank(const float2* own, unsigned rank) {
   return *static_cast<const float2*>(vtexport::emulator::block.shared_of(rank, own));
 }
 
-inline void wait_for_previous() {}
+inline void wait_for_previous() { vtexport::emulator::block.waited_for_previous(); }
 inline void let_next_begin() {}
 
 }  // namespace vtexport::cuda
