@@ -35,7 +35,7 @@ PEAKS = {
 OPS = ("token_score", "token_select", "token_recycle")
 #: launches of each op's kernels, where there are clusters of blocks (compute capability 9.0 and later) and elsewhere;
 #: tests count them in the emulator
-LAUNCHES = {"token_score": (2, 3), "token_select": (2, 2), "token_recycle": (7, 7)}
+LAUNCHES = {"token_score": (2, 3), "token_select": (1, 1), "token_recycle": (3, 3)}
 #: microseconds between the beginning of a launch's work and the end of the one before it in a CUDA graph: assumed
 LAUNCH_GAP = 1.0
 #: rows that count, per block of token_score (kMostRows in plugins/cuda/token_score.cu)

@@ -95,7 +95,9 @@ struct Pair {
           if (writes) pool[number] = i;
         });
     if (!writes) return;
+#pragma unroll 1
     for (int i = found + thread; i < p.pool; i += kThreads) pool[i] = -1;
+#pragma unroll 1
     for (int i = thread; i < p.tokens; i += kThreads) cluster[i] = -1;
   }
 };
@@ -115,6 +117,7 @@ __device__ __forceinline__ void copy_tile(T (*tile)[kStride<T>], const int32_t* 
     }
     return;
   }
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kTile * kDepth<T>; i += kThreads) {
     const int row = i / kDepth<T>, c = i % kDepth<T>;
     const bool wanted = place[row] >= 0 && first + c < width;
@@ -134,7 +137,7 @@ struct Sums<T, true> {
   __device__ int row() const { return warp_number() / 2 * 16; }
   __device__ int column() const { return warp_number() % 2 * 16; }
 
-  __device__ __forceinline__ void add(const T (*left)[kStride<T>], const T (*right)[kStride<T>], bool, bool) {
+  __device__ __forceinline__ void add(const T (*left)[kStride<T>], const T (*right)[kStride<T>], bool) {
 #pragma unroll
     for (int d = 0; d < kDepth<T>; d += 16) {
       const Tile16 a = load_tile(&left[row()][d], kStride<T>), b = load_tile(&right[column()][d], kStride<T>);
@@ -159,9 +162,10 @@ struct Sums<T, false> {
   __device__ int row() const { return static_cast<int>(threadIdx.x) / 8; }
   __device__ int column() const { return static_cast<int>(threadIdx.x) % 8; }
 
-  __device__ __forceinline__ void add(const T (*left)[kStride<T>], const T (*right)[kStride<T>], bool differences,
-                                      bool products) {
-    constexpr int kVector = sizeof(T) == 4 ? 4 : 1;
+  // `products` too, where differences are what distances come from.
+  __device__ __forceinline__ void add(const T (*left)[kStride<T>], const T (*right)[kStride<T>], bool products) {
+    constexpr bool kDifferences = sizeof(T) == 4;
+    constexpr int kVector = kDifferences ? 4 : 1;
 #pragma unroll 4
     for (int d = 0; d < kDepth<T>; d += kVector) {
       float a[2][kVector], b[4][kVector];
@@ -171,8 +175,8 @@ struct Sums<T, false> {
         for (int j = 0; j < 4; ++j) {
           for (int e = 0; e < kVector; ++e) {
             const float apart = a[i][e] - b[j][e];
-            if (differences) difference[i][j] = fmaf(apart, apart, difference[i][j]);
-            if (products) product[i][j] = fmaf(a[i][e], b[j][e], product[i][j]);
+            if constexpr (kDifferences) difference[i][j] = fmaf(apart, apart, difference[i][j]);
+            if (!kDifferences || products) product[i][j] = fmaf(a[i][e], b[j][e], product[i][j]);
           }
         }
       }
@@ -204,6 +208,7 @@ __global__ void __launch_bounds__(kThreads) measure(RecycleProblem p, int run, c
   __shared__ __align__(128) T tiles[2][2][kTile][kStride<T>];  // one pair is multiplied while the other is copied
   __shared__ float result[kTile][kTile + 1];
   __shared__ Pair pair;
+  constexpr bool kDifferences = sizeof(T) == 4;
   let_next_begin();
   // Pair number n is row y, column x of the triangle.
   int y = 0, x = static_cast<int>(blockIdx.x);
@@ -229,7 +234,7 @@ __global__ void __launch_bounds__(kThreads) measure(RecycleProblem p, int run, c
     commit_copies();
     wait_copies<1>();
     __syncthreads();
-    sums.add(tiles[step % 2][0], tiles[step % 2][right], has_differences(p), has_products(p));
+    sums.add(tiles[step % 2][0], tiles[step % 2][right], p.paper);
     __syncthreads();
   }
   const int64_t own = b * gridDim.y + split;
@@ -253,8 +258,8 @@ __global__ void __launch_bounds__(kThreads) measure(RecycleProblem p, int run, c
     }
     __syncthreads();
   };
-  if (has_differences(p)) write(true, w.difference);
-  if (has_products(p)) write(false, w.product);
+  if constexpr (kDifferences) write(true, w.difference);
+  if (!kDifferences || p.paper) write(false, w.product);
 }
 
 // The sum over all splits.
@@ -359,12 +364,14 @@ __device__ __forceinline__ void for_tokens(int m, Each each, Join join, Take tak
   Value* exchange = reinterpret_cast<Value*>(dynamic_shared());
   const int span = m < kWide ? ceil_div(m, kWarp) * kWarp : kWide, parts = kWide / span;
   const int thread = static_cast<int>(threadIdx.x), part = thread / span, own = thread % span;
+#pragma unroll 1
   for (int base = 0; base < m; base += span) {
     const int i = base + own;
     if (part < parts && i < m) exchange[thread] = each(i, part, parts);
     __syncthreads();
     if (part == 0 && i < m) {
       Value value = exchange[own];
+#pragma unroll 1
       for (int other = 1; other < parts; ++other) value = join(value, exchange[other * span + own]);
       take(i, value);
     }
@@ -484,6 +491,7 @@ __device__ __forceinline__ void add_clusters(const RecycleProblem& p, const Last
       const int from = last.offset[k] / run, to = (last.offset[k + 1] - 1) / run;
       if (from == to) continue;
       sum = ends[from][1][thread];
+#pragma unroll 1
       for (int other = from + 1; other <= to; ++other) {
         sum.x += ends[other][0][thread].x;
         sum.y += ends[other][0][thread].y;
@@ -506,6 +514,7 @@ __global__ void __launch_bounds__(kWide) merge(RecycleProblem p, Workspace w, co
   if (m <= kFewTokens) {
     find_peaks(p, w, b, last.peak);
   } else {
+#pragma unroll 1
     for (int i = thread; i < m; i += kWide) last.peak[i] = w.peak[b * m + i];
     __syncthreads();
     least = find_rank<kWide>(m, p.clusters - 1, [=](int32_t i) { return key_of(last.peak[i]); }).key;
@@ -547,6 +556,7 @@ __global__ void __launch_bounds__(kWide) merge(RecycleProblem p, Workspace w, co
       before += __popc(__ballot_sync(kAllLanes, i < m && last.joined[i] < k));
     }
     if (lane_number() == 0) last.offset[k] = static_cast<uint16_t>(before);
+#pragma unroll 1
     for (int base = 0; base < m; base += kWarp) {
       const int i = base + lane_number();
       const bool mine = i < m && last.joined[i] == k;
@@ -557,7 +567,9 @@ __global__ void __launch_bounds__(kWide) merge(RecycleProblem p, Workspace w, co
   }
   if (thread == 0) last.offset[p.clusters] = static_cast<uint16_t>(m);
   if (blockIdx.x == 0) {
+#pragma unroll 1
     for (int k = thread; k < p.clusters; k += kWide) centres[b * p.clusters + k] = max(pool[last.centre[k]], 0);
+#pragma unroll 1
     for (int i = thread; i < m; i += kWide) {
       if (pool[i] >= 0) cluster[b * p.tokens + pool[i]] = last.joined[i];
     }

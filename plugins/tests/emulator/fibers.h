@@ -54,22 +54,36 @@ class Block {
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, &Block::enter, 0);
     }
-    // Forward, all warps advance together; backward, each runs as far as it can alone; at random, either.
-    std::vector<unsigned> warps((threads + kWarp - 1) / kWarp), lanes(kWarp);
-    for (unsigned w = 0; w < warps.size(); ++w) warps[w] = order == Order::kBackward ? warps.size() - 1 - w : w;
-    for (unsigned l = 0; l < kWarp; ++l) lanes[l] = order == Order::kBackward ? kWarp - 1 - l : l;
+    // Forward, all warps of all blocks advance together; backward, each warp and then each block runs as far as it can
+    // alone; at random, either.
+    auto alone = [&] { return order == Order::kBackward || (order == Order::kRandom && generator() % 2 == 0); };
+    auto numbers = [&](unsigned count) {
+      std::vector<unsigned> found(count);
+      for (unsigned i = 0; i < count; ++i) found[i] = order == Order::kBackward ? count - 1 - i : i;
+      return found;
+    };
+    auto in_block = numbers(blocks), warps = numbers((threads_each + kWarp - 1) / kWarp), lanes = numbers(kWarp);
+    auto mix = [&](std::vector<unsigned>& all) {
+      if (order == Order::kRandom) std::shuffle(all.begin(), all.end(), generator);
+    };
     do {
-      if (order == Order::kRandom) std::shuffle(warps.begin(), warps.end(), generator);
-      for (unsigned w : warps) {
+      mix(in_block);
+      for (unsigned b : in_block) {
         do {
-          if (order == Order::kRandom) std::shuffle(lanes.begin(), lanes.end(), generator);
-          for (unsigned l : lanes) {
-            const unsigned t = w * kWarp + l;
-            if (t >= threads || fibers_[t].state != State::kReady) continue;
-            current_ = t;
-            resume(fibers_[t]);
+          mix(warps);
+          for (unsigned w : warps) {
+            do {
+              mix(lanes);
+              for (unsigned l : lanes) {
+                if (w * kWarp + l >= threads_each) continue;
+                const unsigned t = b * threads_each + w * kWarp + l;
+                if (fibers_[t].state != State::kReady) continue;
+                current_ = t;
+                resume(fibers_[t]);
+              }
+            } while (alone() && release_warp(b * threads_each / kWarp + w));
           }
-        } while (order != Order::kForward && (order == Order::kBackward || generator() % 2 == 0) && release_warp(w));
+        } while (alone() && release_block(b * threads_each));
       }
     } while (release());
   }
@@ -79,8 +93,13 @@ class Block {
   // A number that no other thread of the cluster has.
   unsigned thread_of_cluster() const { return current_; }
   unsigned char* shared() { return shared_.get() + rank() * shared_size_; }
-  // Where block `rank` of the cluster has what this one has at `own`.
+  // Where block `rank` of the cluster has what this one has at `own`. A block that has ended has no memory.
   const void* shared_of(unsigned rank, const void* own) const {
+    const auto first = fibers_.begin() + rank * each_;
+    if (std::all_of(first, first + each_, [](const Fiber& fiber) { return fiber.state == State::kDone; })) {
+      std::fprintf(stderr, "block %u of the cluster has ended, and block %u reads its memory\n", rank, this->rank());
+      std::abort();
+    }
     return static_cast<const unsigned char*>(own) + (static_cast<ptrdiff_t>(rank) - this->rank()) * shared_size_;
   }
 

@@ -53,7 +53,6 @@ inline Order order = Order::kForward;
 inline std::mt19937 generator(5);
 inline int launches = 0;
 inline Index block_index, grid_size;
-inline int launches = 0;
 
 struct ThreadIndex {
   struct X {
@@ -207,11 +206,4 @@ extern "C" __attribute__((visibility("default"), weak)) int vtexport_launches() 
 // The harness chooses the order of threads and blocks.
 extern "C" __attribute__((visibility("default"), weak)) void vtexport_emulate(int order) {
   vtexport::emulator::order = static_cast<vtexport::emulator::Order>(order);
-}
-
-// How many launches there were since it was asked last.
-extern "C" __attribute__((visibility("default"), weak)) int vtexport_launches() {
-  const int launches = vtexport::emulator::launches;
-  vtexport::emulator::launches = 0;
-  return launches;
 }
