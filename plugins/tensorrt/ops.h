@@ -11,7 +11,7 @@
 
 namespace vtexport::trt {
 
-constexpr int kMaxAttributes = 4;
+constexpr int kMaxAttributes = 2;
 
 struct Attribute {
   const char* name;
@@ -31,9 +31,9 @@ struct Input {
   Kind kind;
 };
 
-// An extent of an output: that of an input, or an attribute.
+// An extent of an output: that of an input.
 struct Extent {
-  int input, axis;  // input < 0: attribute number `axis`
+  int input, axis;
 };
 
 struct Output {
@@ -49,36 +49,40 @@ struct Op {
   int attributes;
   std::array<Attribute, kMaxAttributes> attribute;
   int inputs;
-  std::array<Input, 5> input;
+  std::array<Input, 6> input;
   int outputs;
   std::array<Output, 3> output;
 };
 
 constexpr Extent of(int input, int axis) { return {input, axis}; }
-constexpr Extent attribute(int number) { return {-1, number}; }
 
 // That of the op domain, by which a parser finds a node's plugin. It changes whenever the inputs, attributes, outputs or
 // the meaning of an op do.
 constexpr const char* kVersion = "2";
 
+// Numbers of tokens are the lengths of inputs whose values are not read: `count`, `keep`, `pool` and `clusters`. They may
+// differ between the profiles of an engine, and TensorRT derives the shapes of outputs from them.
+//
 // The one place in C++ that knows the order of inputs, attributes and outputs; all else finds them by name. It is that of
 // the ONNX functions in exporter/vtexport/graph/pruning_functions.py, with which a test compares this table.
 inline constexpr std::array<Op, 4> kOps{{
-    {"TokenScore", 2, {{{"count", false}, {"scale", true}}}, 4,
-     {{{"query", Kind::kElement}, {"key", Kind::kElement}, {"places", Kind::kInt64}, {"start", Kind::kInt64}}}, 1,
-     {{{"score", Kind::kFloat32, 2, {of(0, 0), attribute(0)}}}}},
-    {"TokenScoreHeads", 3, {{{"count", false}, {"scale", true}, {"heads", false}}}, 5,
+    {"TokenScore", 1, {{{"scale", true}}}, 5,
      {{{"query", Kind::kElement}, {"key", Kind::kElement}, {"places", Kind::kInt64}, {"start", Kind::kInt64},
-       {"divisor", Kind::kFloat32}}}, 1,
-     {{{"score", Kind::kFloat32, 2, {of(0, 0), attribute(0)}}}}},
-    {"TokenSelect", 1, {{{"keep", false}}}, 2, {{{"hidden", Kind::kElement}, {"score", Kind::kFloat32}}}, 3,
-     {{{"kept", Kind::kElement, 3, {of(0, 0), attribute(0), of(0, 2)}},
-       {"index", Kind::kInt32, 2, {of(0, 0), attribute(0)}},
+       {"count", Kind::kInt32}}}, 1,
+     {{{"score", Kind::kFloat32, 2, {of(0, 0), of(4, 0)}}}}},
+    {"TokenScoreHeads", 2, {{{"scale", true}, {"heads", false}}}, 6,
+     {{{"query", Kind::kElement}, {"key", Kind::kElement}, {"places", Kind::kInt64}, {"start", Kind::kInt64},
+       {"divisor", Kind::kFloat32}, {"count", Kind::kInt32}}}, 1,
+     {{{"score", Kind::kFloat32, 2, {of(0, 0), of(5, 0)}}}}},
+    {"TokenSelect", 0, {}, 3, {{{"hidden", Kind::kElement}, {"score", Kind::kFloat32}, {"keep", Kind::kInt32}}}, 3,
+     {{{"kept", Kind::kElement, 3, {of(0, 0), of(2, 0), of(0, 2)}},
+       {"index", Kind::kInt32, 2, {of(0, 0), of(2, 0)}},
        {"rank", Kind::kInt32, 2, {of(1, 0), of(1, 1)}}}}},
-    {"TokenRecycle", 4, {{{"keep", false}, {"pool", false}, {"clusters", false}, {"paper", false}}}, 2,
-     {{{"hidden", Kind::kElement}, {"rank", Kind::kInt32}}}, 3,
-     {{{"merged", Kind::kElement, 3, {of(0, 0), attribute(2), of(0, 2)}},
-       {"centres", Kind::kInt32, 2, {of(0, 0), attribute(2)}},
+    {"TokenRecycle", 1, {{{"paper", false}}}, 5,
+     {{{"hidden", Kind::kElement}, {"rank", Kind::kInt32}, {"keep", Kind::kInt32}, {"pool", Kind::kInt32},
+       {"clusters", Kind::kInt32}}}, 3,
+     {{{"merged", Kind::kElement, 3, {of(0, 0), of(4, 0), of(0, 2)}},
+       {"centres", Kind::kInt32, 2, {of(0, 0), of(4, 0)}},
        {"cluster", Kind::kInt32, 2, {of(1, 0), of(1, 1)}}}}},
 }};
 
@@ -141,30 +145,47 @@ ScoreProblem score_problem(const Values& v, bool heads, DType type, Dims dims) {
           extent(query, 2),
           extent(key, 2),
           extent(query, 3),
-          v.integers[attribute_number(op, "count")],
+          extent(dims(input_number(op, "count")), 0),
           v.reals[attribute_number(op, "scale")],
           heads ? v.integers[attribute_number(op, "heads")] : 0,
           type};
 }
 
 template <typename Dims>
-SelectProblem select_problem(const Values& v, DType type, Dims dims) {
-  const auto hidden = dims(0);
+SelectProblem select_problem(DType type, Dims dims) {
+  const Op& op = kOps[kSelect];
+  const auto hidden = dims(input_number(op, "hidden")), keep = dims(input_number(op, "keep"));
   return {static_cast<int32_t>(hidden.d[0]), static_cast<int32_t>(hidden.d[1]), static_cast<int32_t>(hidden.d[2]),
-          v.integers[0], type};
+          static_cast<int32_t>(keep.d[0]), type};
 }
 
 template <typename Dims>
 RecycleProblem recycle_problem(const Values& v, DType type, Dims dims) {
-  const auto hidden = dims(0);
+  const Op& op = kOps[kRecycle];
+  const auto hidden = dims(input_number(op, "hidden"));
+  auto length = [&](const char* name) { return static_cast<int32_t>(dims(input_number(op, name)).d[0]); };
   return {static_cast<int32_t>(hidden.d[0]),
           static_cast<int32_t>(hidden.d[1]),
           static_cast<int32_t>(hidden.d[2]),
-          v.integers[0],
-          v.integers[1],
-          v.integers[2],
-          v.integers[3] != 0,
+          length("keep"),
+          length("pool"),
+          length("clusters"),
+          v.integers[attribute_number(op, "paper")] != 0,
           type};
+}
+
+// Whether a problem asks for no token at all, as in a profile without an image, or in one whose plan does nothing at this
+// place. Nothing is computed then, and what outputs there are nobody reads.
+inline bool asks_for_nothing(const ScoreProblem& p) { return p.batch == 0 || p.visual == 0; }
+inline bool asks_for_nothing(const SelectProblem& p) { return p.batch == 0 || p.keep == 0; }
+inline bool asks_for_nothing(const RecycleProblem& p) { return p.batch == 0 || p.clusters == 0; }
+
+// Calls `use` with the problem of an op.
+template <typename Dims, typename Use>
+auto with_problem(OpNumber number, const Values& v, DType type, Dims dims, Use use) {
+  if (number == kSelect) return use(select_problem(type, dims));
+  if (number == kRecycle) return use(recycle_problem(v, type, dims));
+  return use(score_problem(v, number == kScoreHeads, type, dims));
 }
 
 }  // namespace vtexport::trt

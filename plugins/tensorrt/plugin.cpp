@@ -39,6 +39,13 @@ DataType data_type(Kind kind, DataType element) {
 
 bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
+bool is_empty(const nvinfer1::Dims& dims) {
+  for (int d = 0; d < dims.nbDims; ++d) {
+    if (dims.d[d] == 0) return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 const char* read_fields(const Op& op, const nvinfer1::PluginFieldCollection* fields, Values& values) noexcept {
@@ -109,16 +116,14 @@ int32_t Plugin::getOutputDataTypes(DataType* types, int32_t outputs, const DataT
 
 int32_t Plugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t number, const nvinfer1::DimsExprs*, int32_t,
                                 nvinfer1::DimsExprs* outputs, int32_t number_outputs,
-                                nvinfer1::IExprBuilder& builder) noexcept {
+                                nvinfer1::IExprBuilder&) noexcept {
   if (number != op().inputs || number_outputs != op().outputs) return kFailed;
   for (int i = 0; i < number_outputs; ++i) {
     const Output& output = op().output[i];
     outputs[i].nbDims = output.dimensions;
     for (int d = 0; d < output.dimensions; ++d) {
       const Extent& extent = output.extents[d];
-      if (extent.input < 0) {
-        outputs[i].d[d] = builder.constant(values_.integers[extent.axis]);
-      } else if (extent.axis < inputs[extent.input].nbDims) {
+      if (extent.axis < inputs[extent.input].nbDims) {
         outputs[i].d[d] = inputs[extent.input].d[extent.axis];
       } else {
         log_error(op(), "an input has too few dimensions");
@@ -144,16 +149,9 @@ size_t Plugin::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs,
   DType type;
   if (number != op().inputs || !element_type(inputs[0].desc.type, type)) return 0;
   auto dims = [inputs](int i) { return inputs[i].max; };
-  switch (number_) {
-    case kScore:
-    case kScoreHeads:
-      return backend::workspace_size(score_problem(values_, number_ == kScoreHeads, type, dims));
-    case kSelect:
-      return backend::workspace_size(select_problem(values_, type, dims));
-    case kRecycle:
-      return backend::workspace_size(recycle_problem(values_, type, dims));
-  }
-  return 0;
+  return with_problem(number_, values_, type, dims, [](const auto& problem) -> size_t {
+    return asks_for_nothing(problem) ? 0 : backend::workspace_size(problem);
+  });
 }
 
 int32_t Plugin::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t number,
@@ -161,19 +159,9 @@ int32_t Plugin::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t 
   DType type;
   if (number != op().inputs || !element_type(inputs[0].type, type)) return kFailed;
   auto dims = [inputs](int i) { return inputs[i].dims; };
-  const char* refusal = nullptr;
-  switch (number_) {
-    case kScore:
-    case kScoreHeads:
-      refusal = score_problem(values_, number_ == kScoreHeads, type, dims).refusal();
-      break;
-    case kSelect:
-      refusal = select_problem(values_, type, dims).refusal();
-      break;
-    case kRecycle:
-      refusal = recycle_problem(values_, type, dims).refusal();
-      break;
-  }
+  const char* refusal = with_problem(number_, values_, type, dims, [](const auto& problem) {
+    return asks_for_nothing(problem) ? nullptr : problem.refusal();
+  });
   if (refusal == nullptr) return 0;
   log_error(op(), refusal);
   return kFailed;
@@ -184,17 +172,20 @@ int32_t Plugin::enqueue(const nvinfer1::PluginTensorDesc* input_types, const nvi
                         cudaStream_t stream) noexcept {
   DType type;
   if (!element_type(input_types[0].type, type)) return kFailed;
+  auto dims = [input_types](int i) { return input_types[i].dims; };
+  const bool nothing =
+      with_problem(number_, values_, type, dims, [](const auto& problem) { return asks_for_nothing(problem); });
+  if (nothing) return 0;
   for (int i = 0; i < op().inputs; ++i) {
     const Kind kind = op().input[i].kind;
     const size_t bytes = kind == Kind::kElement ? size_of(type) : kind == Kind::kInt64 ? 8 : 4;
-    if (inputs[i] == nullptr || !aligned(inputs[i], bytes)) {
+    if (!is_empty(dims(i)) && (inputs[i] == nullptr || !aligned(inputs[i], bytes))) {
       char what[64];
       std::snprintf(what, sizeof what, "input %s is missing or misaligned", op().input[i].name);
       log_error(op(), what);
       return kFailed;
     }
   }
-  auto dims = [input_types](int i) { return input_types[i].dims; };
   auto in = [&](const char* name) { return inputs[input_number(op(), name)]; };
   auto out = [&](const char* name) { return outputs[output_number(op(), name)]; };
   auto floats = [&](const char* name) { return static_cast<const float*>(in(name)); };
@@ -210,7 +201,7 @@ int32_t Plugin::enqueue(const nvinfer1::PluginTensorDesc* input_types, const nvi
       break;
     }
     case kSelect:
-      error = backend::token_select(select_problem(values_, type, dims), in("hidden"), floats("score"), out("kept"),
+      error = backend::token_select(select_problem(type, dims), in("hidden"), floats("score"), out("kept"),
                                     static_cast<int32_t*>(out("index")), static_cast<int32_t*>(out("rank")), workspace,
                                     stream);
       break;

@@ -189,6 +189,13 @@ bool same(const Tensor& found, const Tensor& expected, bool scores) {
   return true;
 }
 
+// A number of tokens, as the ops take it: a vector of that length, whose values are not read.
+Tensor slots(int32_t number) {
+  Tensor made(DataType::kINT32, shape({number}));
+  std::fill(made.bytes.begin(), made.bytes.end(), static_cast<char>(0x7f));
+  return made;
+}
+
 struct Case {
   std::vector<std::pair<const char*, int64_t>> integers;
   float scale;  // 0: the op has no scale
@@ -200,7 +207,7 @@ Case score_case(const vtexport::ScoreProblem& p) {
   const DataType type = p.type == vtexport::DType::kFloat32   ? DataType::kFLOAT
                         : p.type == vtexport::DType::kFloat16 ? DataType::kHALF
                                                               : DataType::kBF16;
-  Case c{{{"count", p.visual}}, p.scale, 3, {}, {}};
+  Case c{{}, p.scale, 3, {}, {}};
   c.inputs = {Tensor(type, shape({p.batch, p.heads, p.rows, p.size})), Tensor(type, shape({p.batch, p.kv_heads, p.keys, p.size})),
               Tensor(DataType::kINT64, shape({p.batch, p.rows})), Tensor(DataType::kINT64, shape({p.batch}))};
   fill(c.inputs[0]);
@@ -217,6 +224,7 @@ Case score_case(const vtexport::ScoreProblem& p) {
     c.inputs.emplace_back(DataType::kFLOAT, shape({p.batch, p.rows, p.visual}));
     for (size_t i = 0; i < c.inputs[4].count<float>(); ++i) c.inputs[4].as<float>()[i] = 1.0f + static_cast<float>(i % 4);
   }
+  c.inputs.push_back(slots(p.visual));
   c.expected = {Tensor(DataType::kFLOAT, shape({p.batch, p.visual}))};
   vtexport::cpu::token_score(p, c.inputs[0].bytes.data(), c.inputs[1].bytes.data(), c.inputs[2].as<int64_t>(),
                              c.inputs[3].as<int64_t>(), p.best_heads > 0 ? c.inputs[4].as<float>() : nullptr,
@@ -225,8 +233,9 @@ Case score_case(const vtexport::ScoreProblem& p) {
 }
 
 Case select_case(DataType type, const vtexport::SelectProblem& p) {
-  Case c{{{"keep", p.keep}}, 0, 1, {}, {}};
-  c.inputs = {Tensor(type, shape({p.batch, p.tokens, p.width})), Tensor(DataType::kFLOAT, shape({p.batch, p.tokens}))};
+  Case c{{}, 0, 1, {}, {}};
+  c.inputs = {Tensor(type, shape({p.batch, p.tokens, p.width})), Tensor(DataType::kFLOAT, shape({p.batch, p.tokens})),
+              slots(p.keep)};
   fill(c.inputs[0]);
   fill(c.inputs[1]);
   for (size_t i = 0; i < c.inputs[1].count<float>(); ++i) {
@@ -243,8 +252,9 @@ Case select_case(DataType type, const vtexport::SelectProblem& p) {
 
 // With `sound` ranks are a permutation; else any numbers, which may not lead out of the arrays either.
 Case recycle_case(DataType type, const vtexport::RecycleProblem& p, bool sound = true) {
-  Case c{{{"keep", p.keep}, {"pool", p.pool}, {"clusters", p.clusters}, {"paper", p.paper}}, 0, p.pool > 256 ? 4 : 3, {}, {}};
-  c.inputs = {Tensor(type, shape({p.batch, p.tokens, p.width})), Tensor(DataType::kINT32, shape({p.batch, p.tokens}))};
+  Case c{{{"paper", p.paper}}, 0, p.pool > 256 ? 4 : 3, {}, {}};
+  c.inputs = {Tensor(type, shape({p.batch, p.tokens, p.width})), Tensor(DataType::kINT32, shape({p.batch, p.tokens})),
+              slots(p.keep), slots(p.pool), slots(p.clusters)};
   fill(c.inputs[0]);
   for (int b = 0; b < p.batch; ++b) {
     int32_t* rank = c.inputs[1].as<int32_t>() + static_cast<size_t>(b) * p.tokens;
@@ -392,6 +402,17 @@ void run(IPluginV3* plugin, Case& c, const std::string& name) {
     }
   }
 
+  // A profile that asks for no tokens: nothing is read or written, wherever the inputs are.
+  auto none = in;
+  none.back().dims.d[0] = 0;
+  expect(runtime->onShapeChange(none.data(), inputs, out.data(), outputs) == 0, name + ": shapes without tokens");
+  const std::vector<const void*> nowhere(inputs, nullptr);
+  const std::vector<void*> into_nowhere(outputs, nullptr);
+  const int quiet = launches == nullptr ? 0 : launches();
+  expect(runtime->enqueue(none.data(), out.data(), nowhere.data(), into_nowhere.data(), nullptr, nullptr) == 0,
+         name + ": enqueue without tokens");
+  expect(launches == nullptr || launches() == quiet, name + ": launches without tokens");
+
   // One line to the log for each: a missing input, a misaligned one, shapes that no kernel takes.
   const int before = logger.lines;
   auto missing = from;
@@ -401,9 +422,10 @@ void run(IPluginV3* plugin, Case& c, const std::string& name) {
   expect(runtime->enqueue(in.data(), out.data(), missing.data(), to.data(), workspace.get(), nullptr) != 0,
          name + ": misaligned input");
   auto odd = in;
-  for (auto& tensor : odd) tensor.dims.d[1] = 1;
-  odd[0].dims.d[1] = odd.size() == 2 ? 1 : 3;
-  odd[1].dims.d[1] = 2;
+  // More tokens kept than there are, more clusters than tokens in the pool, heads that do not fit.
+  if (name.rfind("TokenSelect", 0) == 0) odd[2].dims.d[0] = in[0].dims.d[1] + 1;
+  if (name.rfind("TokenRecycle", 0) == 0) odd[4].dims.d[0] = in[3].dims.d[0] + 1;
+  if (name.rfind("TokenScore", 0) == 0) odd[0].dims.d[1] = 3, odd[1].dims.d[1] = 2;
   expect(runtime->onShapeChange(odd.data(), inputs, out.data(), outputs) != 0, name + ": impossible shapes");
   expect(logger.lines == before + 3, name + ": errors are logged");
 }

@@ -58,8 +58,10 @@ def test_the_table_of_ops_is_that_of_the_onnx_functions_and_of_the_python_module
     for (name,), inputs, attributes, outputs in table:
         if name in in_module:
             signature = getattr(_native.Kernels, in_module[name]).__doc__.splitlines()[0]
-            arguments = [name for name in re.findall(r"(\w+): ", signature) if name not in attributes]
-            assert arguments == [*inputs, *outputs]
+            # Lengths of outputs, or numbers, in the module; vectors of such a length as inputs of the op.
+            left_out = {*attributes, "count", "keep", "pool", "clusters"}
+            arguments = [name for name in re.findall(r"(\w+): ", signature) if name not in left_out]
+            assert arguments == [name for name in (*inputs, *outputs) if name not in left_out]
 
 
 def test_plugins_do_what_tensorrt_asks(built: Built) -> None:
@@ -167,7 +169,7 @@ for creator in registry.all_creators:
               for f in creator.field_names]
     plugin = creator.create_plugin("x", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
     assert plugin.get_capability_interface(trt.PluginCapabilityType.CORE).plugin_name == creator.name
-    assert creator.create_plugin("x", trt.PluginFieldCollection(fields[1:]), trt.TensorRTPhase.BUILD) is None
+    assert not fields or creator.create_plugin("x", trt.PluginFieldCollection(fields[1:]), trt.TensorRTPhase.BUILD) is None
 print("created")
 """
     done = run_python(REGISTER + create, built.folder / LIBRARY)
