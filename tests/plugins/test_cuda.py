@@ -29,18 +29,19 @@ def stage(shape: tuple[int, ...], kind: torch.dtype) -> dict[str, tuple[object, 
         return torch.randn(extents, generator=made, device="cuda").to(kind)
 
     counts = torch.rand(batch, rows, generator=made, device="cuda") < 0.7
-    places = torch.arange(keys - rows, keys, device="cuda").expand(batch, -1).contiguous()
+    places = torch.where(counts, torch.arange(keys - rows, keys, device="cuda"), -1)
     start = torch.full((batch,), 5, device="cuda")
-    rating = (random(batch, heads, rows, size), random(batch, groups, keys, size), counts, places, start)
+    rating = (random(batch, heads, rows, size), random(batch, groups, keys, size), places, start)
     divisor = 1 + torch.rand(batch, rows, visual, generator=made, device="cuda")
     hidden, score = random(batch, visual, width), torch.rand(batch, visual, generator=made, device="cuda")
+    rank = score.argsort(dim=1).argsort(dim=1).int()
     keep = visual // 3
     pool = int(0.3 * (visual - keep)) + 1
     return {
         "token_score": (*rating, visual, size**-0.5),
         "token_score_heads": (*rating, divisor, visual, size**-0.5, heads // 2),
         "token_select": (hidden, score, keep),
-        "token_recycle": (hidden, score, keep, pool, pool // 10 + 1, False),
+        "token_recycle": (hidden, rank, keep, pool, pool // 10 + 1, False),
     }
 
 
