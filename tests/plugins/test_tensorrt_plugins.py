@@ -188,7 +188,7 @@ print(len(bundle.manifest.target.graphs))
 """
     done = run_python(REGISTER + build, built.folder / LIBRARY, tiny_checkpoint, tmp_path / "bundle")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "3"
+    assert done.stdout.strip() == "2"
 
 
 def test_plugins_of_another_version_are_refused(tmp_path: Path) -> None:

@@ -89,6 +89,25 @@ def test_missing_plugins_are_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> N
         TensorRTTarget().check()
 
 
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize(
+    ("name", "version", "works"),
+    [
+        ("tensorrt", "10.14.1", False),
+        ("tensorrt", "10.15.0", True),
+        ("tensorrt", "9.3.0", False),
+        ("tensorrt-llm", "10.12.0", False),
+        ("tensorrt-llm", "10.13.2", True),
+    ],
+)
+def test_an_old_tensorrt_is_refused(name: str, version: str, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rtx, "__version__", version)
+    available = get_target(name, {"plugins": 0}).can_build()
+    assert available.works == works
+    least = {"tensorrt": "10.15", "tensorrt-llm": "10.13"}[name]
+    assert works or available.reason == f"TensorRT {version} is too old; install {least} or later"
+
+
 def test_without_tensorrt_or_a_gpu_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(full, "this_gpu", lambda: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)

@@ -27,10 +27,11 @@ def _registered(name: str) -> CustomOpDef:
     if native.available("cuda"):
         kernel: Callable[..., Any] = getattr(native, name)
 
-        # Element types that kernels do not take stay with PyTorch.
+        # Element types that kernels do not take, and GPUs that they were not compiled for, stay with PyTorch.
         @op.register_kernel("cuda")
         def _(first: Tensor, *others: Any) -> Any:
-            return (kernel if first.dtype in native.DTYPES else arithmetic)(first, *others)
+            taken = first.dtype in native.DTYPES and native.runs_on(torch.cuda.get_device_capability(first.device))
+            return (kernel if taken else arithmetic)(first, *others)
 
     return op
 

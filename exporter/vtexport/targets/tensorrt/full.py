@@ -1,4 +1,4 @@
-"""The target `tensorrt`: TensorRT 10.13 to 11.x, with the pruning ops as plugins.
+"""The target `tensorrt`: TensorRT 10.15 to 11.x, with the pruning ops as plugins.
 
 Written against the documented API, whose names vtexport's tests check against TensorRT's own Python bindings. No test
 machine has had a GPU with TensorRT, so we have never built or run a plan of this target.
@@ -21,6 +21,7 @@ from vtexport.targets.tensorrt.target import (
     Device,
     Quantize,
     inline_functions,
+    numbers,
     quantize_scheme,
     this_gpu,
 )
@@ -41,6 +42,8 @@ class FullTensorRT(AnyTensorRT):
     """Full TensorRT, which measures kernels on the GPU that it builds for."""
 
     package: ClassVar[str] = "tensorrt"
+    #: the first TensorRT with all that the code and the plugins use
+    oldest: ClassVar[tuple[int, int]] = (10, 13)
 
     plugins: Annotated[bool, Meta(description="Run the pruning ops as vtexport's CUDA plugins.")] = True
     version_compatible: Annotated[bool, Meta(description="Let later TensorRT versions load the plans.")] = False
@@ -64,8 +67,9 @@ class FullTensorRT(AnyTensorRT):
                 "build on a machine with one, or choose --target tensorrt-rtx",
             )
         version = cls.bindings().version
-        if int(version.split(".", maxsplit=1)[0]) < 10:
-            return Availability(False, f"TensorRT {version} is too old; install 10.13 or later")
+        if numbers(version)[:2] < cls.oldest:
+            least = ".".join(map(str, cls.oldest))
+            return Availability(False, f"TensorRT {version} is too old; install {least} or later")
         return Availability(True, f"TensorRT {version}")
 
     def settings(self) -> Settings:
@@ -128,6 +132,8 @@ class TensorRTTarget(FullTensorRT):
 
     name: ClassVar[str] = "tensorrt"
     summary: ClassVar[str] = "TensorRT with vtexport's plugins: built on the GPU that it runs on"
+    #: the first with KVCacheUpdate, by which the language plan has its caches in place
+    oldest: ClassVar[tuple[int, int]] = (10, 15)
 
     quantize: Quantize = ""
 

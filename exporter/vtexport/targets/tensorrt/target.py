@@ -173,7 +173,7 @@ class AnyTensorRT(Target):
 
         bindings, gpu = self.bindings(), this_gpu()
         built_with, here = compiled.versions[self.name], bindings.version
-        later = self.version_compatible and _numbers(here) >= _numbers(built_with)
+        later = self.version_compatible and numbers(here) >= numbers(built_with)
         if built_with != here and not later:
             raise TargetError(
                 f"{folder} was built with {self.name} {built_with}, but this machine has {here}; "
@@ -207,7 +207,8 @@ def quantize_scheme(kind: str) -> Scheme | None:
     return SCHEMES.get(kind)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
+    """The numbers of a version, to compare it by."""
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
