@@ -41,14 +41,19 @@ def half_billion_llava(folder: Path) -> Path:
         image_token_index=4,
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return processor_files(folder, config.vision_config)
+
+
+def processor_files(folder: Path, vision: Any) -> Path:
+    """Put micro-llava's processor files into a checkpoint's folder, for images of its own tower's size."""
     micro = resolve_model("micro-llava")
     for name in PROCESSOR_FILES:
         if name not in ("config.json", "generation_config.json") and (micro / name).is_file():
             shutil.copyfile(micro / name, folder / name)
-    path = folder / "processor_config.json"
+    path, size = folder / "processor_config.json", vision.image_size
     processor: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    processor["patch_size"] = config.vision_config.patch_size
-    processor["image_processor"]["size"] = {"shortest_edge": 336}
-    processor["image_processor"]["crop_size"] = {"height": 336, "width": 336}
+    processor["patch_size"] = vision.patch_size
+    processor["image_processor"]["size"] = {"shortest_edge": size}
+    processor["image_processor"]["crop_size"] = {"height": size, "width": size}
     path.write_text(json.dumps(processor), encoding="utf-8")
     return folder
