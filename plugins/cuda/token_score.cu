@@ -16,6 +16,7 @@ constexpr int kSide = 16;      // rows of a product on tensor cores
 constexpr int kMostRows = 64;  // rows that count, per block
 constexpr int kMostBlocks = 8;  // per cluster; every GPU that has clusters has these
 constexpr int kFewKeys = 192;   // keys per block that are worth no further block
+constexpr int kFewBlocks = 160; // about the multiprocessors of the largest GPUs
 constexpr int kSplit = 64;      // keys per block where they are read twice
 constexpr int kColumns = 32;    // columns per block of the last launch
 template <typename T>
@@ -34,11 +35,11 @@ __host__ __device__ constexpr int stride(int size) {
 // Logits from one row to the next: eight rows of eight neighbours, or four of eight, lie in different banks.
 __host__ __device__ constexpr int row_of_logits(int span) { return (span + 31) / 32 * 32 + 8; }
 
-// How a problem is divided among blocks. It does not depend on the batch.
+// How a problem is divided among blocks. Only the buffers, which no sum notices, depend on the batch.
 struct Cut {
   int rows, groups;   // that count, per block; a multiple of 16
   int span, blocks;   // keys per block; a multiple of 16
-  int buffers;        // tiles of keys in shared memory: one is multiplied while the other is copied
+  int buffers;        // tiles of keys in shared memory: one is multiplied while the others are copied; up to three
 };
 
 // At the beginning of a block's shared memory.
@@ -58,7 +59,7 @@ size_t shared_size(const Cut& cut, int size) {
          static_cast<size_t>(cut.rows + cut.buffers * kKeys<T>) * stride<T>(size) * sizeof(T);
 }
 
-// Copies `count` rows into a tile; row_of(i) is the row of `from` [., size] to copy, -1 for zeros.
+// Begins to copy `count` rows into a tile; row_of(i) is the row of `from` [., size] to copy, -1 for zeros.
 template <typename T, typename RowOf>
 __device__ __forceinline__ void copy_rows(T* tile, int count, const T* from, int size, RowOf row_of) {
   constexpr int kVector = 16 / static_cast<int>(sizeof(T));
@@ -69,8 +70,8 @@ __device__ __forceinline__ void copy_rows(T* tile, int count, const T* from, int
     while (row < count) {
       const int source = row_of(row);
       const bool wanted = source >= 0 && piece * kVector < size;
-      copy16(tile + row * step + piece * kVector,
-             wanted ? from + static_cast<int64_t>(source) * size + piece * kVector : from, wanted);
+      const T* at = wanted ? from + static_cast<int64_t>(source) * size + piece * kVector : from;
+      copy16(tile + row * step + piece * kVector, at, wanted);
       row += kBlock / pieces;
       piece += kBlock % pieces;
       if (piece >= pieces) {
@@ -183,18 +184,22 @@ struct Work {
   // How many rows of this group count.
   __device__ int own_rows() const { return min(cut.rows, number - group() * cut.rows); }
 
+  // Begins to copy a tile of keys, if there is one of that number.
   __device__ void copy_tile(int tile) {
     const int first = begin + tile * kKeys<T>, end = min(begin + count, p.keys);
-    copy_rows(tiles + tile % cut.buffers * kKeys<T> * stride<T>(p.size), kKeys<T>, key, p.size,
-              [=](int k) { return first + k >= 0 && first + k < end ? first + k : -1; });
+    if (tile * kKeys<T> < count) {
+      copy_rows(tiles + tile % cut.buffers * kKeys<T> * stride<T>(p.size), kKeys<T>, key, p.size,
+                [=](int k) { return first + k >= 0 && first + k < end ? first + k : -1; });
+    }
+    commit_copies();
   }
 
-  // Begins to copy the first keys, finds the rows, and copies them; false if no row of this group counts.
+  // Begins to copy the first keys, finds the rows, and begins to copy them and more keys; false if no row of this group
+  // counts.
   __device__ bool find_rows(const int64_t* places, int first_key, int keys) {
     begin = first_key;
     count = keys;
-    if (count > 0) copy_tile(0);
-    commit_copies();
+    copy_tile(0);
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < kMostRows) head.place[thread] = head.last[thread] = -1;
     const int before_group = group() * cut.rows;
@@ -224,6 +229,8 @@ struct Work {
     const int32_t* place = head.place;
     copy_rows(queries, cut.rows, query, p.size, [=](int r) { return place[r]; });
     commit_copies();
+#pragma unroll 1
+    for (int tile = 1; tile < cut.buffers; ++tile) copy_tile(tile);
     return true;
   }
 
@@ -231,10 +238,10 @@ struct Work {
   __device__ void multiply_keys() {
     const int number_tiles = ceil_div(count, kKeys<T>);
     for (int tile = 0; tile < number_tiles; ++tile) {
-      const int next = tile + cut.buffers - 1;  // the first is on its way already
-      if (next > 0 && next < number_tiles) copy_tile(next);
-      commit_copies();
-      if (cut.buffers == 2) {
+      // As many tiles as there are buffers are on their way. This one is the oldest, and the rows are older than the next.
+      if (cut.buffers == 3) {
+        wait_copies<2>();
+      } else if (cut.buffers == 2) {
         wait_copies<1>();
       } else {
         wait_copies<0>();
@@ -244,6 +251,7 @@ struct Work {
       multiply_tile(queries, tiles + tile % cut.buffers * kKeys<T> * stride<T>(p.size), p.size, cut.rows, count - first,
                     logits + first, row_of_logits(cut.span));
       __syncthreads();
+      copy_tile(tile + cut.buffers);
     }
     wait_copies<0>();
   }
@@ -495,13 +503,16 @@ struct Workspace {
   }
 };
 
-// As many rows per block, and then buffers, as shared memory has room for; false if there is none.
+// As many rows per block, and then buffers, as shared memory has room for; false if there is none. Where every block has
+// a multiprocessor to itself, all its keys are on their way at once; elsewhere, two blocks share one.
 template <typename T>
 bool fit(Cut& cut, const ScoreProblem& p, size_t most_shared) {
   const int tiles = ceil_div(cut.span, kKeys<T>), least = ceil_div(p.rows, kMostRows);  // least groups, of equal size
   for (cut.rows = ceil_div(ceil_div(p.rows, least), kSide) * kSide; cut.rows > 0; cut.rows -= kSide) {
     cut.groups = ceil_div(p.rows, cut.rows);
-    for (cut.buffers = tiles > 1 ? 2 : 1; cut.buffers > 0; --cut.buffers) {
+    const int64_t all = static_cast<int64_t>(p.batch) * p.heads * cut.groups * cut.blocks;
+    const int most = all <= kFewBlocks ? 3 : 2;
+    for (cut.buffers = tiles < most ? tiles : most; cut.buffers > 0; --cut.buffers) {
       if (shared_size<T>(cut, p.size) <= most_shared) return true;
     }
   }

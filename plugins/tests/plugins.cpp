@@ -292,7 +292,7 @@ std::vector<Case> cases(const std::string& name, DataType type) {
   const int best = name == "TokenScoreHeads" ? 2 : 0;
   return {score_case({2, 4, 2, 3, 11, 8, 5, 0.35f, best, e}), score_case({2, 2, 2, 25, 150, 32, 100, 0.125f, best, e}),
           score_case({1, 4, 1, 1, 145, 20, 144, 0.2f, best, e}), score_case({1, 2, 1, 95, 420, 40, 390, 0.15f, best, e}),
-          score_case({1, 2, 2, 2, 13000, 8, 45, 0.3f, best, e})};
+          score_case({1, 2, 2, 2, 13000, 8, 45, 0.3f, best, e}), score_case({1, 2, 1, 20, 1700, 16, 900, 0.2f, best, e})};
 }
 
 // SparseVLM's first stage in LLaVA-1.5-7B: all visual tokens in, rated by 64 text tokens.
