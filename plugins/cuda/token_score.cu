@@ -12,11 +12,12 @@
 namespace vtexport::cuda {
 namespace {
 
-constexpr int kSide = 16;      // rows of a product on tensor cores
-constexpr int kMostRows = 64;  // rows that count, per block
+constexpr int kSide = 16;       // rows of a product on tensor cores
+constexpr int kMostRows = 64;   // rows that count, per block
 constexpr int kMostBlocks = 8;  // per cluster; every GPU that has clusters has these
 constexpr int kFewKeys = 192;   // keys per block that are worth no further block
-constexpr int kFewBlocks = 160; // about the multiprocessors of the largest GPUs
+constexpr int kFewBlocks = 160;  // about the multiprocessors of the largest GPUs
+constexpr int kMostBuffers = 3;
 constexpr int kSplit = 64;      // keys per block where they are read twice
 constexpr int kColumns = 32;    // columns per block of the last launch
 template <typename T>
@@ -39,7 +40,7 @@ __host__ __device__ constexpr int row_of_logits(int span) { return (span + 31) /
 struct Cut {
   int rows, groups;   // that count, per block; a multiple of 16
   int span, blocks;   // keys per block; a multiple of 16
-  int buffers;        // tiles of keys in shared memory: one is multiplied while the others are copied; up to three
+  int buffers;        // tiles of keys in shared memory: one is multiplied while the others are copied
 };
 
 // At the beginning of a block's shared memory.
@@ -503,16 +504,13 @@ struct Workspace {
   }
 };
 
-// As many rows per block, and then buffers, as shared memory has room for; false if there is none. Where every block has
-// a multiprocessor to itself, all its keys are on their way at once; elsewhere, two blocks share one.
+// As many rows per block, and then buffers, as shared memory has room for; false if there is none.
 template <typename T>
 bool fit(Cut& cut, const ScoreProblem& p, size_t most_shared) {
   const int tiles = ceil_div(cut.span, kKeys<T>), least = ceil_div(p.rows, kMostRows);  // least groups, of equal size
   for (cut.rows = ceil_div(ceil_div(p.rows, least), kSide) * kSide; cut.rows > 0; cut.rows -= kSide) {
     cut.groups = ceil_div(p.rows, cut.rows);
-    const int64_t all = static_cast<int64_t>(p.batch) * p.heads * cut.groups * cut.blocks;
-    const int most = all <= kFewBlocks ? 3 : 2;
-    for (cut.buffers = tiles < most ? tiles : most; cut.buffers > 0; --cut.buffers) {
+    for (cut.buffers = tiles < kMostBuffers ? tiles : kMostBuffers; cut.buffers > 0; --cut.buffers) {
       if (shared_size<T>(cut, p.size) <= most_shared) return true;
     }
   }
@@ -537,6 +535,11 @@ void run(Launcher& on, const ScoreProblem& p, const T* query, const T* key, cons
   const int most_blocks = on.architecture(attend<T>) >= 90 ? kMostBlocks : 1;
   const unsigned heads = static_cast<unsigned>(p.heads), batch = static_cast<unsigned>(p.batch);
   float* totals = p.best_heads > 0 ? w.totals : nullptr;
+  // Where every block has a multiprocessor to itself, all its keys may be on their way at once; elsewhere, two share one.
+  auto share = [&](Cut& cut) {
+    const int64_t all = static_cast<int64_t>(p.batch) * p.heads * cut.groups * cut.blocks;
+    if (all > kFewBlocks && cut.buffers > 2) cut.buffers = 2;
+  };
   auto launch = [&](const Cut& cut) {
     return Launch{dim3(static_cast<unsigned>(cut.groups * cut.blocks), heads, batch), kBlock, shared_size<T>(cut, p.size)};
   };
@@ -545,7 +548,9 @@ void run(Launcher& on, const ScoreProblem& p, const T* query, const T* key, cons
   if (once) {
     Launch all = launch(cut);
     all.cluster = static_cast<unsigned>(cut.blocks);
-    once = on.has_room(attend<T>, all);
+    once = on.has_room(attend<T>, all);  // whatever the batch
+    share(cut);
+    all.shared = shared_size<T>(cut, p.size);
     if (once) on.run(attend<T>, all, p, cut, query, key, places, start, divisor, w.partial, totals);
   }
   if (!once) {
