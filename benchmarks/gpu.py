@@ -29,7 +29,8 @@ from kernels import kernel_table, measure_kernels
 from torch import Tensor, nn
 
 from vtexport.errors import InputError
-from vtexport.graph.graphs import DecodeGraph, PrefillGraph, VisionGraph
+from vtexport.graph.graphs import DecodeGraph, PrefillGraph
+from vtexport.graph.vision import VisionGraph
 from vtexport.models.families import FAMILIES
 from vtexport.models.rope import rope_tables
 from vtexport.models.spec import ModelSpec, ViewChoice

@@ -11,9 +11,10 @@ import torch
 
 from vtexport.errors import ModelError
 from vtexport.graph.functions import attach_functions
-from vtexport.graph.graphs import DecodeGraph, PrefillGraph, VisionGraph, cache_names
+from vtexport.graph.graphs import DecodeGraph, PrefillGraph, cache_names
 from vtexport.graph.language import LanguageGraph
 from vtexport.graph.tracing import Extent, Kind, Recorder
+from vtexport.graph.vision import VisionGraph
 from vtexport.models.spec import ModelSpec
 from vtexport.pruning import PruningPlan
 from vtexport.pruning.decoder import slots

@@ -46,7 +46,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class VisionOutput:
-    """The vision graph's outputs by name (`vtexport.graph.graphs.VisionGraph`); the first axis is the batch."""
+    """The vision graph's outputs by name (`vtexport.graph.vision.VisionGraph`); the first axis is the batch."""
 
     arrays: Mapping[str, Array]
 
@@ -95,7 +95,7 @@ class _Input:
 
 @dataclass(frozen=True)
 class VisionInput(_Input):
-    """The inputs of the vision graph (`vtexport.graph.graphs.VisionGraph`).
+    """The inputs of the vision graph (`vtexport.graph.vision.VisionGraph`).
 
     Attributes:
         pixel_values: fp32 [B, 3, S, S], or [B, T, 3, S, S] with several views per prompt.
