@@ -111,7 +111,7 @@ struct Boundary {
 };
 
 // The number of rank `rank`, from 0 on, among keys key(i) of `total` numbers, found eight bits at a time by counting. All
-// threads of a block of kThreads must call it.
+// threads of a block of kThreads must call it; keys may be of what any of them wrote before.
 template <int kThreads, typename Key>
 __device__ Boundary find_rank(int32_t total, int32_t rank, Key key) {
   constexpr int kBins = 256, kPasses = 4, kEach = kBins / kWarp;

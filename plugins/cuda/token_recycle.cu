@@ -295,7 +295,6 @@ __global__ void __launch_bounds__(kBlock) densities(RecycleProblem p, int splits
     }
     greatest = fmaxf(greatest, distance);
   }
-  __syncthreads();
   // The nearest are those below the farthest of them, and as many as it takes at its own distance.
   const Boundary boundary = find_rank<kBlock>(m, p.clusters - 1, [=](int32_t j) { return key_of(-row[j]); });
   const float edge = -value_of(boundary.key);

@@ -1,6 +1,7 @@
 // Replaces plugins/cuda/tensor.cuh in the emulator. Fragments are laid out exactly as there: of each 8 x 8 matrix, lane
 // l holds elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4. A matrix's row that is not aligned ends the program. A copy
-// into shared memory arrives only at wait_copies, so that a kernel which reads it too early reads random contents.
+// into shared memory arrives only at wait_copies, and until then there is NaN, so that a kernel which reads either the new
+// contents too early or the old ones too late gives other bits.
 #pragma once
 
 #include <cstdint>
@@ -116,6 +117,8 @@ inline void copy16(void* shared, const void* global, bool wanted) {
     std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
     return;
   }
+  // It may arrive at any time from now on: whoever still reads what was there reads NaN.
+  std::memset(shared, 0xFF, sizeof copy.bytes);
   auto& groups = emulated::begun[vtexport::emulator::block.thread_of_cluster()];
   if (groups.empty()) groups.emplace_back();
   groups.back().push_back(copy);
