@@ -64,7 +64,8 @@ __device__ inline int32_t rank_of(const float* values, int32_t total, int32_t i)
 }
 
 // Calls take(number, place) for the places below `total` for which wanted(place) holds, numbered in their order, and
-// returns how many those are. All threads of a block of kThreads must call it; after it they see what `take` wrote.
+// returns how many those are. All threads of a block of kThreads must call it. What any of them wrote before is there when
+// `take` is called, and what `take` wrote is there afterwards.
 template <int kThreads, typename Wanted, typename Take>
 __device__ int32_t list_places(int32_t total, Wanted wanted, Take take) {
   constexpr int kWarps = kThreads / kWarp;

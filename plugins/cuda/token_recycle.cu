@@ -85,7 +85,6 @@ struct Pair {
       const int in_pool = (thread < kTile ? y : x) * kTile + thread % kTile;
       place[thread / kTile][thread % kTile] = in_pool < p.pool ? 0 : -1;
     }
-    __syncthreads();
     const int32_t found = list_places<kThreads>(
         p.tokens, [&](int32_t i) { return rank[i] >= p.keep && rank[i] < p.keep + p.pool; },
         [&](int32_t number, int32_t i) {
