@@ -110,13 +110,13 @@ def test_a_wrong_graph_is_found_at_a_small_width(
 ) -> None:
     from vtexport.graph import modules
 
-    before = modules.DecoderAttention.prefill
+    right = modules.DecoderAttention.extend
 
-    def wrong(self, query, key, value):
-        mixed, *cache = before(self, query, key, value)
+    def wrong(self, *given):
+        mixed, *cache = right(self, *given)
         return mixed * 1.01, *cache
 
-    monkeypatch.setattr(modules.DecoderAttention, "prefill", wrong)
+    monkeypatch.setattr(modules.DecoderAttention, "extend", wrong)
     with pytest.raises(VerificationError, match="logits differ"):
         build(BuildOptions(str(tiny_checkpoint), 0.7), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()

@@ -76,13 +76,13 @@ def test_trap_no_rater_gives_nan_and_an_arbitrary_top_k(words: int) -> None:
     assert torch.equal(raters, after)
     query, key = torch.randn(1, 2, words + 2, 4), torch.randn(1, 2, 9, 4)
     places = torch.arange(words + 2)[None] + 5
-    score = ops.token_score(query, key, raters, places.clamp(max=8), torch.tensor([1]), 5, 0.5)
+    score = ops.token_score(query, key, places.clamp(max=8).masked_fill(~raters, -1), torch.tensor([1]), 5, 0.5)
     assert torch.isfinite(score).all()
     assert (score > 0).all()
     # A prompt without any text behind the image has nobody to ask: scores of zero, the first tokens stay.
     nobody = text_raters(visual, text, torch.zeros_like(after))
     assert not nobody.any()
-    score = ops.token_score(query, key, nobody, places.clamp(max=8), torch.tensor([1]), 5, 0.5)
+    score = ops.token_score(query, key, places.masked_fill(~nobody, -1), torch.tensor([1]), 5, 0.5)
     assert ops.token_select(visual, score, 3)[1].tolist() == [[0, 1, 2]]
 
 
@@ -128,6 +128,9 @@ class Recording:
         self.lengths: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.filled: list[int] = []
+
+    def admit(self, rows, text, new_tokens):
+        self.engine.admit(rows, text, new_tokens)
 
     def vision(self, inputs):
         return self.engine.vision(inputs)
