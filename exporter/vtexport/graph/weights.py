@@ -39,6 +39,18 @@ _TYPES: dict[ir.DataType, tuple[str, type[np.generic]]] = {
 _WORTH_LINKING = 0.5
 
 
+def add_initialiser(graph: ir.Graph, value: ir.Value) -> None:
+    """Make `value` an initialiser of `graph`, whose data `Weights.write` will put into a file."""
+    assert value.dtype is not None, "initialisers have a type"
+    assert value.shape is not None, "and a shape"
+    value.const_value = ir.LazyTensor(_never, dtype=value.dtype, shape=value.shape, name=value.name)
+    graph.register_initializer(value)
+
+
+def _never() -> Any:
+    raise AssertionError("a traced weight has no values before it is written")
+
+
 @dataclass(frozen=True)
 class Lazy:
     """An initialiser that is made from another tensor when it is written.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from vtexport.arrays import Array
-from vtexport.graph.weights import Lazy
+from vtexport.graph.weights import Lazy, add_initialiser
 
 _LAYER = re.compile(r"decoder\.layers\.\d+\..*\.weight")
 
@@ -107,8 +107,7 @@ def _replace(graph: ir.Graph, node: ir.Node, name: str, encoder: _Encoder) -> di
     for number, (element_type, extents) in enumerate(scheme.tensors(rows, columns, weight.dtype)):
         part = f"{name}.{scheme.parts[number]}"
         value = ir.Value(name=part, shape=ir.Shape(extents), type=ir.TensorType(element_type))
-        value.const_value = ir.LazyTensor(_never, dtype=element_type, shape=ir.Shape(extents), name=part)
-        graph.register_initializer(value)
+        add_initialiser(graph, value)
         parts.append(value)
         sources[part] = Lazy(name, weight.dtype, partial(encoder, number))
     nodes = scheme.product(x, parts, rows, columns)
@@ -138,7 +137,3 @@ def block_quantizer(**config: Any) -> Any:
     # Importing it changes logging for the whole process, which is undone here.
     root.handlers[:], root.level = handlers, level
     return DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(**config))
-
-
-def _never() -> Any:
-    raise AssertionError("a traced weight has no values before it is written")

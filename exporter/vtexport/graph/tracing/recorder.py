@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from vtexport.graph.domains import DOMAIN_VERSION, OPSET
 from vtexport.graph.tracing.extent import STANDS_FOR, Extent
+from vtexport.graph.weights import add_initialiser
 
 _CPU = torch.device("cpu")
 Shape = tuple[int, ...]
@@ -305,17 +306,10 @@ class Recorder(TorchFunctionMode):
         if key not in self._made:
             kind = Kind(source.dtype, tuple(source.shape))
             value = self._value(name, kind)
-            value.const_value = ir.LazyTensor(
-                _never, dtype=TYPES[source.dtype], shape=ir.Shape(source.shape), name=name
-            )
-            self.graph.register_initializer(value)
+            add_initialiser(self.graph, value)
             self._made[key] = (Traced(self, value, kind),)
         return self._made[key][0]
 
     def _value(self, name: str, kind: Kind) -> ir.Value:
         shape = ir.Shape([str(extent) if isinstance(extent, Extent) else extent for extent in kind.shape])
         return ir.Value(name=name, shape=shape, type=ir.TensorType(TYPES[kind.dtype]))
-
-
-def _never() -> Any:
-    raise AssertionError("a traced weight has no values before it is written")
