@@ -258,10 +258,7 @@ class Target(ABC):
 
     @property
     def language_room(self) -> int | None:
-        """Text places of every cache of the language graph, for a target that has prefill and decode in that one graph.
-
-        None for a target that has a graph each.
-        """
+        """Text places of a language graph's caches; None for a target with graphs of their own for prefill and decode."""
         return None
 
     @classmethod
