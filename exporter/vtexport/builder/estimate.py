@@ -37,7 +37,8 @@ class Estimate:
     @property
     def graph_bytes(self) -> int:
         """Approximate bytes of the ONNX files."""
-        decoder = self.spec.decoder.num_layers * (len(self.engines.plans) + 1)
+        graphs = len(self.engines.plans) + 1 if self.target.language_room is None else 1
+        decoder = self.spec.decoder.num_layers * graphs
         return _GRAPH_BYTES["vision"] * self.spec.vision.feature_layer + _GRAPH_BYTES["decoder"] * decoder
 
     @property

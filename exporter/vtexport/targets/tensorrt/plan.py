@@ -74,9 +74,12 @@ class Plan:
             self.kinds[name] = _DTYPES[self.engine.get_tensor_dtype(name).name]
             inside = self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
             (self.inputs if inside else self.outputs).append(name)
-        aliases = {name: self.engine.get_aliased_input_tensor(name) for name in self.outputs}
-        #: outputs that TensorRT writes into the buffer of an input: the caches
-        self.in_place = {name: source for name, source in aliases.items() if source}
+        #: outputs that TensorRT writes into the buffer of an input, by that input: the caches
+        self.in_place: dict[str, str] = {}
+        # TensorRT has had such outputs since 10.15; vision plans run on older ones too.
+        if hasattr(self.engine, "get_aliased_input_tensor"):
+            aliases = {name: self.engine.get_aliased_input_tensor(name) for name in self.outputs}
+            self.in_place = {name: source for name, source in aliases.items() if source}
         self._contexts: dict[tuple[int, Hashable], Any] = {}
         self._profilers: dict[int, Any] = {}
         self._bound: set[tuple[int, Hashable]] = set()
@@ -149,7 +152,10 @@ class Plan:
                     "bundle again with a larger --max-batch or --max-text"
                 )
             self._place(context, name, tensor)
-        missing = context.infer_shapes()
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as error:
+            raise self._failed("TensorRT cannot infer shapes of {path} ({error}); please report this") from error
         if missing:
             raise self._failed(f"TensorRT has no shape for {', '.join(missing)} of {{path}} ({{error}})")
         for name in self.outputs:
