@@ -50,7 +50,7 @@ def this_gpu() -> Device | None:
 
 @dataclass(frozen=True)
 class AnyTensorRT(Target):
-    """One plan per graph, weights inside unless stripped, profiles over batch, text and cache length."""
+    """A plan for vision and one for language, weights inside unless stripped, with profiles over batch and text."""
 
     weights_inside: ClassVar[bool] = True
     dtypes: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
