@@ -110,6 +110,23 @@ def test_messages_carry_the_same_tensors_for_the_server(build_bundle: BuildBundl
     json.dumps(conversation)
 
 
+@pytest.mark.parametrize(
+    ("question", "sent"),
+    [("<image>\nwhat digit is red?", "what digit is red?"), ("  <image> what?", "what?"), (" what? ", " what? ")],
+)
+def test_messages_leave_marks_to_the_server(question: str, sent: str, build_bundle: BuildBundle) -> None:
+    runner = Runner.open(build_bundle(MICRO, 0.5, "fastervlm", self_check=False))
+    (conversation,) = messages(runner, [(noise_images(1)[0], question)])
+    assert conversation[0]["content"][-1] == {"type": "text", "text": sent}
+    assert [part["type"] for part in conversation[0]["content"]] == ["image_embeds", "text"]
+
+
+def test_messages_refuse_a_mark_behind_text(build_bundle: BuildBundle) -> None:
+    runner = Runner.open(build_bundle(MICRO, 0.5, "fastervlm", self_check=False))
+    with pytest.raises(InputError, match=r"has a <image> mark behind text; put the marks first"):
+        messages(runner, [(noise_images(1)[0], "what digit is red in <image>?")])
+
+
 def test_pruning_inside_the_decoder_has_no_embeddings(build_bundle: BuildBundle) -> None:
     runner = Runner.open(build_bundle(MICRO, 0.4, "sparsevlm", self_check=False))
     with pytest.raises(InputError, match=r"prunes inside the decoder.*build with a vision-stage method"):
@@ -204,14 +221,37 @@ def test_the_script_passes_its_flags_on(tmp_path: Path) -> None:
     for name in ("python3", "trtllm-build"):
         (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*" >> "{tmp_path}/called"\n')
         (tmp_path / name).chmod(0o755)
-    command = [shutil.which("bash") or "bash", script, "/models/llava", "/src/TensorRT-LLM"]
+    # Neither the capitals nor what else the folder is called may matter.
+    checkpoint = tmp_path / "LLaVA-not-vila"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b'{"language_model.model.layers.0.mlp.up_proj.weight": {}}')
+    command = [shutil.which("bash") or "bash", script, checkpoint, "/src/TensorRT-LLM"]
     subprocess.run(command, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
     convert, compile_ = (tmp_path / "called").read_text().splitlines()
+    # What it is told of is gone by now.
+    (told,) = re.findall(r"--model_dir (\S+)", convert)
+    assert Path(told).name == "llava"
+    assert "vila" not in told
+    assert not Path(told).parent.exists()
     assert convert.startswith("python3 /src/TensorRT-LLM/examples/models/core/llama/convert_checkpoint.py")
-    assert "--model_dir /models/llava" in convert
     assert "--max_multimodal_len 576" in compile_
     assert "--max_batch_size 4" in compile_
     assert "--max_input_len 656" in compile_
+
+
+def test_the_script_refuses_weights_that_tensorrt_llm_cannot_name(tmp_path: Path) -> None:
+    from vtexport.targets.tensorrt_llm import layout
+
+    script, checkpoint = tmp_path / "build.sh", tmp_path / "model"
+    script.write_text(layout._SCRIPT.format(**build_flags(144, 4, 512, "float16")))
+    checkpoint.mkdir()
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        (checkpoint / name).write_text('{"model.language_model.layers.0.mlp.up_proj.weight": {}}' + " " * 100_000)
+        done = subprocess.run(["bash", script, checkpoint, "/src"], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {checkpoint} was saved again by a newer transformers")
+        assert len(done.stderr.splitlines()) == 1
+        (checkpoint / name).unlink()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

@@ -79,6 +79,11 @@ class Prompter:
         """Images, or videos, per prompt."""
         return self._spec.views.images
 
+    @property
+    def mark(self) -> str:
+        """What stands for an image, or for a video, in a prompt's text."""
+        return self._family.mark
+
     def prompt(self, question: str) -> Prompt:
         """The chat prompt that asks `question` about its images.
 

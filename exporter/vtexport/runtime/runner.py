@@ -29,11 +29,15 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Embedded:
-    """A prompt after the vision stage: its text with a mark per image, its question, the images' tokens [K, C]."""
+    """A prompt after the vision stage: its text with a mark per image, its question, the images' tokens [K, C].
+
+    `mark` is what stands for an image in the text, and maybe in the question.
+    """
 
     text: str
     question: str
     images: list[Array]
+    mark: str
 
 
 class Runner:
@@ -194,7 +198,7 @@ class Runner:
             lengths = visual_lengths(self.plans[bucket], vision, requests)[row]
             visual, ends = np.asarray(vision.seen(bucket).visual[row]), np.cumsum(lengths)
             images = [visual[end - count : end] for end, count in zip(ends, lengths, strict=True)]
-            embedded.append(Embedded(requests[row].prompt.text, pairs[row][1], images))
+            embedded.append(Embedded(requests[row].prompt.text, pairs[row][1], images, self.prompter.mark))
         return embedded
 
     def buckets(self, vision: VisionOutput) -> Array:

@@ -75,7 +75,21 @@ _SCRIPT = """\
 # Usage: build.sh LLAVA_CHECKPOINT TENSORRT_LLM_REPOSITORY
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
-python3 "$2/examples/models/core/llama/convert_checkpoint.py" --model_dir "$1" --output_dir "$here/checkpoint" --dtype {precision}
+# TensorRT-LLM tells LLaVA and VILA by "llava" and "vila" in the path, in small letters: the checkpoint gets a path that
+# says which it is, whatever its own is called.
+scratch="/tmp/trtllm-$$"
+mkdir "$scratch"
+trap 'rm -rf "$scratch"' EXIT
+ln -s "$(cd "$1" && pwd)" "$scratch/llava"
+# It reads weights by the names of checkpoints as they were published; newer versions of transformers save other names.
+if {{ cat "$1"/*.index.json; head -qc 65536 "$1"/*.safetensors; }} 2> /dev/null | grep -a '"model\\.language_model\\.' > /dev/null
+then
+  echo "error: $1 was saved again by a newer transformers: its weights are called model.language_model.*, which" \\
+    "TensorRT-LLM does not read; give the checkpoint as it was published" >&2
+  exit 2
+fi
+python3 "$2/examples/models/core/llama/convert_checkpoint.py" --model_dir "$scratch/llava" --output_dir "$here/checkpoint" \\
+  --dtype {precision}
 trtllm-build --checkpoint_dir "$here/checkpoint" --output_dir "$here" --gemm_plugin {precision} --use_fused_mlp=enable \\
   --max_batch_size {batch} --max_input_len {length} --max_seq_len {length} --max_multimodal_len {multimodal}
 """

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from vtexport.arrays import Array
+from vtexport.errors import InputError
 
 
 class Embedded(Protocol):
-    """A prompt: its text with a mark for each image, its question, and each image's tokens [K, C]."""
+    """A prompt: its text with a mark for each image, its question, each image's tokens [K, C], and what a mark is."""
 
     @property
     def text(self) -> str: ...
@@ -21,6 +22,9 @@ class Embedded(Protocol):
 
     @property
     def images(self) -> Sequence[Array]: ...
+
+    @property
+    def mark(self) -> str: ...
 
 
 class Embedder(Protocol):
@@ -56,14 +60,33 @@ def messages(runner: Embedder, pairs: Sequence[tuple[Any, str]], dtype: Any = No
     Returns:
         For each pair the messages of a conversation: one part of type `image_embeds` per image, with its tensor as
         `torch.save` writes it, in base64, and then the question.
+
+    Raises:
+        InputError: as for `prompts`, or a question with an image mark behind text: the server puts images first.
     """
     conversations = []
     for prompt in runner.embed(pairs):
         parts: list[dict[str, Any]] = [
             {"type": "image_embeds", "image_embeds": {"data": _encoded(tensor)}} for tensor in _tensors(prompt, dtype)
         ]
-        conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": prompt.question}]}])
+        text = _without_marks(prompt.question, prompt.mark)
+        conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}])
     return conversations
+
+
+def _without_marks(question: str, mark: str) -> str:
+    """`question` without the image marks that it begins with; the server adds marks of its own for the images' parts."""
+    if mark not in question:
+        return question
+    text = question.lstrip()
+    while text.startswith(mark):
+        text = text.removeprefix(mark).lstrip()
+    if mark in text:
+        raise InputError(
+            f"trtllm-serve puts images before the text, and the prompt has a {mark} mark behind text; put the marks first, "
+            "or leave them out"
+        )
+    return text
 
 
 def _tensors(prompt: Embedded, dtype: Any) -> list[Any]:
