@@ -82,7 +82,7 @@ mkdir "$scratch"
 trap 'rm -rf "$scratch"' EXIT
 ln -s "$(cd "$1" && pwd)" "$scratch/llava"
 # It reads weights by the names of checkpoints as they were published; newer versions of transformers save other names.
-if {{ cat "$1"/*.index.json; head -qc 65536 "$1"/*.safetensors; }} 2> /dev/null | grep -a '"model\\.language_model\\.' > /dev/null
+if {{ cat "$1"/*.index.json; head -qc 65536 "$1"/*.safetensors; true; }} 2> /dev/null | grep -a '"model\\.language_model\\.' > /dev/null
 then
   echo "error: $1 was saved again by a newer transformers: its weights are called model.language_model.*, which" \\
     "TensorRT-LLM does not read; give the checkpoint as it was published" >&2
