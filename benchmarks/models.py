@@ -1,4 +1,4 @@
-"""A LLaVA of about half a billion random weights, large enough that matrix products dominate the time."""
+"""LLaVAs of random weights, large enough that matrix products dominate the time."""
 
 from __future__ import annotations
 
@@ -13,26 +13,23 @@ from vtexport.models.resolve import resolve_model
 
 def half_billion_llava(folder: Path) -> Path:
     """Write the checkpoint into `folder`: CLIP-B/14 at 336 pixels (576 visual tokens), a 24-layer Llama of width 1,024."""
+    tower = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    decoder = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}
+    return random_llava(folder, tower, decoder)
+
+
+def random_llava(folder: Path, tower: dict[str, int], decoder: dict[str, int], dtype: str = "float32") -> Path:
+    """Write a LLaVA of random weights into `folder`: a CLIP of 576 visual tokens and a Llama of these sizes."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            image_size=336,
-            patch_size=14,
-        ),
+        vision_config=CLIPVisionConfig(**tower, image_size=336, patch_size=14),
         text_config=LlamaConfig(
+            **decoder,
             vocab_size=32064,
-            hidden_size=1024,
-            intermediate_size=2816,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            num_key_value_heads=16,
+            num_key_value_heads=decoder["num_attention_heads"],
             max_position_embeddings=4096,
             bos_token_id=1,
             eos_token_id=2,
@@ -40,11 +37,11 @@ def half_billion_llava(folder: Path) -> Path:
         ),
         image_token_index=4,
     )
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    return processor_files(folder, config.vision_config)
+    LlavaForConditionalGeneration(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    return _processor_files(folder, config.vision_config)
 
 
-def processor_files(folder: Path, vision: Any) -> Path:
+def _processor_files(folder: Path, vision: Any) -> Path:
     """Put micro-llava's processor files into a checkpoint's folder, for images of its own tower's size."""
     micro = resolve_model("micro-llava")
     for name in PROCESSOR_FILES:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from models import processor_files
+from models import random_llava
 
 from vtexport.builder.engines import EngineSpec, Source, make_engines
 from vtexport.models import Checkpoint, read_spec
@@ -31,35 +31,9 @@ BUCKETS = (1, 2, 4)
 
 def checkpoint(folder: Path, layers: int) -> Path:
     """A LLaVA-1.5-7B of random weights in fp16, with the first `layers` layers of its decoder."""
-    import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=32064,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=layers,
-            num_attention_heads=32,
-            num_key_value_heads=32,
-            max_position_embeddings=4096,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=3,
-        ),
-        image_token_index=4,
-    )
-    LlavaForConditionalGeneration(config).half().save_pretrained(folder)
-    return processor_files(folder, config.vision_config)
+    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    decoder = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": layers, "num_attention_heads": 32}
+    return random_llava(folder, tower, decoder, "float16")
 
 
 def plan_bytes(model: Path, buckets: int, quantize: str) -> dict[str, int]:
