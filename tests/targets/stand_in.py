@@ -316,6 +316,10 @@ class Gpu:
         assert self.inside
         return torch.from_numpy(np.array(array, order="C"))
 
+    def write(self, array: np.ndarray, place: torch.Tensor) -> None:
+        assert self.inside
+        place.copy_(torch.from_numpy(np.array(array, order="C")))
+
     def fetch(self, tensor: torch.Tensor) -> np.ndarray:
         assert self.inside
         return tensor.numpy().copy()

@@ -89,27 +89,31 @@ def trace_language(
     room: int,
 ) -> TracedGraph:
     """The language graph of all `plans`; a layer's cache has `room` for text besides the most visual tokens."""
-    d = spec.decoder
+    most = map(max, zip(*(plan.per_layer for plan in plans), strict=True))
     inputs = _prompt_inputs(spec, plans[0], dtype, Extent.named("visual"))
-    inputs |= dict.fromkeys(("length", "position"), Kind(torch.int64, (d.num_layers, _BATCH)))
-    for layer, visual in enumerate(map(max, zip(*(plan.per_layer for plan in plans), strict=True))):
-        cache = Kind(DTYPES[dtype], (_BATCH, d.num_kv_heads, min(visual + room, d.max_positions), d.head_size))
-        inputs |= {f"past.{layer}.{part}": cache for part in ("key", "value")}
+    inputs |= _cache_inputs(spec, dtype, [min(visual + room, spec.decoder.max_positions) for visual in most])
     inputs |= {name: Kind(torch.int32, (Extent.named(name),)) for name in slots(plans, plans[0])}
     with _skeleton(dtype):
         module = LanguageGraph(spec, plans, debug, gives_ranking)
     return _trace("language", module, {name: inputs[name] for name in module.input_names()}, module.output_names())
 
 
+def _cache_inputs(spec: ModelSpec, dtype: str, capacities: Sequence[int]) -> dict[str, Kind]:
+    """What rows hold already: lengths, positions, and each layer's cache of its capacity, a number or an extent."""
+    d = spec.decoder
+    inputs = dict.fromkeys(("length", "position"), Kind(torch.int64, (d.num_layers, _BATCH)))
+    for layer, capacity in enumerate(capacities):
+        cache = Kind(DTYPES[dtype], (_BATCH, d.num_kv_heads, capacity, d.head_size))
+        inputs |= {f"past.{layer}.{part}": cache for part in ("key", "value")}
+    return inputs
+
+
 def trace_decode(spec: ModelSpec, dtype: str, ranked: int = 0) -> TracedGraph:
     """The decode graph; batch and every layer's cache capacity are dynamic; see `DecodeGraph` for `ranked`."""
-    d = spec.decoder
+    layers = spec.decoder.num_layers
     inputs = {"input_ids": Kind(torch.int64, (_BATCH, 1))}
-    inputs |= dict.fromkeys(("length", "position"), Kind(torch.int64, (d.num_layers, _BATCH)))
-    for layer in range(d.num_layers):
-        cache = Kind(DTYPES[dtype], (_BATCH, d.num_kv_heads, Extent.named(f"capacity_{layer}"), d.head_size))
-        inputs |= {f"past.{layer}.{part}": cache for part in ("key", "value")}
-    outputs = ["logits", *cache_names("present", d.num_layers)]
+    inputs |= _cache_inputs(spec, dtype, [Extent.named(f"capacity_{layer}") for layer in range(layers)])
+    outputs = ["logits", *cache_names("present", layers)]
     if ranked:
         inputs["image_position"] = Kind(torch.int64, (_BATCH,))
         outputs.append("ranking")

@@ -10,7 +10,7 @@ from vtexport.graph.graphs import Before, PrefillGraph, cache_names
 from vtexport.graph.tracing import Extent
 from vtexport.models.spec import ModelSpec
 from vtexport.pruning import PruningPlan
-from vtexport.pruning.decoder import Counts, slots
+from vtexport.pruning.decoder import Counts, slots, stage_layers
 
 
 class LanguageGraph(PrefillGraph):
@@ -29,10 +29,9 @@ class LanguageGraph(PrefillGraph):
     ) -> None:
         super().__init__(spec, plans[0], debug, gives_ranking)
         dynamic = {name: Extent.named(name) for name in slots(plans, plans[0])}
-        layers = sorted({layer for plan in plans for layer in plan.decoder_stages})
         self.counts = {
             layer: Counts(*(dynamic.get(f"slots.{part}.{layer}", 0) for part in ("kept", "pool", "merged")))
-            for layer in layers
+            for layer in stage_layers(plans)
         }
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:

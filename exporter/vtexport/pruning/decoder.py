@@ -191,11 +191,15 @@ def counts_after(plan: PruningPlan, layer: int) -> Counts:
     return Counts(plan.per_layer[layer]) if stage is None else _method(plan).counts(stage)
 
 
+def stage_layers(plans: Sequence[PruningPlan]) -> list[int]:
+    """The layers after which any of `plans` has a stage, ascending."""
+    return sorted({layer for plan in plans for layer in plan.decoder_stages})
+
+
 def slots(plans: Sequence[PruningPlan], plan: PruningPlan) -> dict[str, int]:
     """The lengths that `plan`, one of `plans`, gives to the inputs that set numbers of visual tokens, by name."""
-    layers = sorted({layer for one in plans for layer in one.decoder_stages})
     found = {}
-    for layer in layers:
+    for layer in stage_layers(plans):
         every = [vars(counts_after(one, layer)) for one in plans]
         for part, length in vars(counts_after(plan, layer)).items():
             if any(counts[part] for counts in every):

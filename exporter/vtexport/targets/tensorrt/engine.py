@@ -124,10 +124,10 @@ class TensorRTEngine:
     def vision(self, inputs: VisionInput) -> VisionOutput:
         feeds = self.vision_feeds(inputs)
         self.admit(len(inputs.pixel_values), 0, 0)
-        with self._gpu.working(), self._timed("vision"):
-            outputs = self.plan("vision").run(0, {name: self._gpu.put(array) for name, array in feeds.items()})
-        named = {self.vision_name(name): tensor for name, tensor in outputs.items()}
         with self._gpu.working():
+            with self._timed("vision"):
+                outputs = self.plan("vision").run(0, {name: self._gpu.put(array) for name, array in feeds.items()})
+            named = {self.vision_name(name): tensor for name, tensor in outputs.items()}
             # Visual tokens go on to prefill and stay where they are; the rest is small and for the host.
             return VisionOutput({name: self._output(name, tensor) for name, tensor in named.items()})
 
@@ -161,7 +161,7 @@ class TensorRTEngine:
         lane, plan = cache.lane, self.plan(LANGUAGE)
         with self._gpu.working():
             for name, array in {"input_ids": tokens[:, None], "length": length, "position": position}.items():
-                lane.inputs[name].copy_(self._gpu.put(np.asarray(array, dtype=np.int64)))
+                self._gpu.write(np.asarray(array, dtype=np.int64), lane.inputs[name])
             with self._timed("decode"):
                 self._step(lane, plan)
             if "ranking" in lane.outputs:

@@ -48,6 +48,10 @@ class Gpu:
         """`array` as a tensor on the GPU."""
         return torch.from_numpy(np.ascontiguousarray(array)).to("cuda")
 
+    def write(self, array: Array, place: Any) -> None:
+        """Copy `array` into the tensor `place`, with no other tensor between."""
+        place.copy_(torch.from_numpy(np.ascontiguousarray(array)))
+
     def fetch(self, tensor: Any) -> Array:
         """`tensor` as an array, once all work before has ended."""
         array: Array = tensor.cpu().numpy()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vtexport.targets.tensorrt.bindings import Bindings
     from vtexport.targets.tensorrt.builder import Settings
     from vtexport.targets.tensorrt.engine import TensorRTEngine
-    from vtexport.targets.tensorrt.profiles import Profile
+    from vtexport.targets.tensorrt.profiles import Limits, Profile
 
 #: the option `quantize` of the targets that compile the decoder
 Quantize = Annotated[
@@ -132,6 +132,13 @@ class AnyTensorRT(Target):
     def language_room(self) -> int | None:
         return None if self.vision_only else self.max_text
 
+    @property
+    def limits(self) -> Limits:
+        """What plans are built for, and requests held to."""
+        from vtexport.targets.tensorrt.profiles import Limits
+
+        return Limits(self.max_batch, self.max_text)
+
     def check(self) -> None:
         self.settings()
         if self.scheme() is not None and self.strip_weights:
@@ -142,14 +149,13 @@ class AnyTensorRT(Target):
 
         from vtexport.targets.tensorrt.builder import Build
         from vtexport.targets.tensorrt.child import compile_apart
-        from vtexport.targets.tensorrt.profiles import Limits, profiles_of
+        from vtexport.targets.tensorrt.profiles import profiles_of
 
         settings, plugins, files = self.settings(), self.plugin_library(job.folder), {}
-        limits = Limits(self.max_batch, self.max_text)
         for name, model in job.models.items():
             # The graph as it was traced, for the self-check, and what TensorRT parses.
             ir.save(model, job.folder / ENGINE_FOLDER / f"{name}.onnx")
-            parsed, profiles = self.parsed(model.clone(), profiles_of(job, name, limits), job)
+            parsed, profiles = self.parsed(model.clone(), profiles_of(job, name, self.limits), job)
             source, files[name] = job.folder / parsed_file(name), self.plan_file(name)
             ir.save(parsed, source)
             build = Build(name, profiles, settings, job.report, job.advance, job.warn)
@@ -169,7 +175,6 @@ class AnyTensorRT(Target):
     def open(self, folder: Path, compiled: Compiled, plans: Sequence[PruningPlan], threads: int) -> Engine:
         from vtexport.targets.tensorrt.engine import Opening
         from vtexport.targets.tensorrt.plan import Reading
-        from vtexport.targets.tensorrt.profiles import Limits
 
         bindings, gpu = self.bindings(), this_gpu()
         built_with, here = compiled.versions[self.name], bindings.version
@@ -191,7 +196,7 @@ class AnyTensorRT(Target):
             name: Reading(folder / parsed_file(name) if self.strip_weights else None, self.version_compatible)
             for name in files
         }
-        opening = Opening(files, readings, plans, Limits(self.max_batch, self.max_text))
+        opening = Opening(files, readings, plans, self.limits)
         return self.engine()(bindings, opening)
 
 
