@@ -21,10 +21,10 @@ inline std::vector<int32_t> order_of(const float* values, int32_t total) {
   return order;
 }
 
-// The places of ranks `first` … `first + number - 1` among `total` values, ascending.
-inline std::vector<int32_t> best(const float* values, int32_t total, int32_t first, int32_t number) {
-  const auto order = order_of(values, total);
-  std::vector<int32_t> found(order.begin() + first, order.begin() + first + number);
+// The places of the first `number` of `total` values in that order, ascending.
+inline std::vector<int32_t> best(const float* values, int32_t total, int32_t number) {
+  auto found = order_of(values, total);
+  found.resize(number);
   std::sort(found.begin(), found.end());
   return found;
 }

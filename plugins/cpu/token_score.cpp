@@ -66,7 +66,7 @@ void score_batch(const ScoreProblem& p, int32_t b, const T* query, const T* key,
       const float* sums = by_head.data() + static_cast<size_t>(h) * p.visual;
       totals[h] = std::accumulate(sums, sums + p.visual, 0.0f);
     }
-    chosen = best(totals.data(), p.heads, 0, p.best_heads);
+    chosen = best(totals.data(), p.heads, p.best_heads);
   }
   for (int32_t v = 0; v < p.visual; ++v) {
     float sum = 0;

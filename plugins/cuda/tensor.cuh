@@ -45,16 +45,6 @@ __device__ inline Tile16 load_matrices(const void* row) {
   return to;
 }
 
-// The same, each matrix transposed.
-__device__ inline Tile16 load_transposed(const void* row) {
-  Tile16 to;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to.x[0]), "=r"(to.x[1]), "=r"(to.x[2]), "=r"(to.x[3])
-               : "r"(shared_address(row))
-               : "memory");
-  return to;
-}
-
 // The 16 x 16 tile at `tile`, whose rows lie `stride` elements apart.
 template <typename T>
 __device__ inline Tile16 load_tile(const T* tile, int stride) {

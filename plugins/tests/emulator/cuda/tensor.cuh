@@ -55,7 +55,7 @@ float element(uint32_t pair, unsigned number) {
 }
 
 // The matrices whose rows the lanes point to; row i of a transposed one is column i of the other.
-inline Tile16 load(const void* row, bool transposed) {
+inline Tile16 load(const void* row) {
   auto& block = vtexport::emulator::block;
   const unsigned lane = block.thread() % kLanes, first = block.thread() - lane;
   check_aligned(row);
@@ -65,7 +65,7 @@ inline Tile16 load(const void* row, bool transposed) {
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
     uint32_t pair = 0;
     for (unsigned i = 0; i < 2; ++i) {
-      const unsigned r = transposed ? 2 * (lane % 4) + i : lane / 4, c = transposed ? lane / 4 : 2 * (lane % 4) + i;
+      const unsigned r = lane / 4, c = 2 * (lane % 4) + i;
       pair |= static_cast<uint32_t>(block.heard<const uint16_t*>(first + 8 * matrix + r)[c]) << (16 * i);
     }
     to.x[matrix] = pair;
@@ -76,8 +76,7 @@ inline Tile16 load(const void* row, bool transposed) {
 
 }  // namespace emulated
 
-inline Tile16 load_matrices(const void* row) { return emulated::load(row, false); }
-inline Tile16 load_transposed(const void* row) { return emulated::load(row, true); }
+inline Tile16 load_matrices(const void* row) { return emulated::load(row); }
 
 template <typename T>
 Tile16 load_tile(const T* tile, int stride) {
