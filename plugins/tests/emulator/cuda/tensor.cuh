@@ -1,6 +1,5 @@
-// Replaces plugins/cuda/tensor.cuh in the emulator. Fragments are laid out exactly as there: of each 8 x 8 matrix, lane
-// l holds elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4. A matrix's row that is not aligned ends the program. A copy
-// into shared memory arrives only at wait_copies, and until then there is NaN, so that a kernel which reads either the new
+// Replaces plugins/cuda/tensor.cuh in the emulator. A matrix's row that is not aligned ends the program. A copy into
+// shared memory arrives only at wait_copies, and until then there is NaN, so that a kernel which reads either the new
 // contents too early or the old ones too late gives other bits.
 #pragma once
 
@@ -8,20 +7,11 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/fragments.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/number.cuh"
 
 namespace vtexport::cuda {
-
-constexpr bool kAsyncCopies = VTEXPORT_ARCHITECTURE >= 800;
-constexpr bool kClusters = VTEXPORT_ARCHITECTURE >= 900;
-
-struct Tile16 {
-  uint32_t x[4];
-};
-struct Sum16x8 {
-  float x[4];
-};
 
 namespace emulated {
 
