@@ -51,8 +51,8 @@ class PositionEmbeddingType(_FromString):
     deferred = 10
 
     def is_rope(self) -> bool:
-        """Whether queries and keys are rotated."""
-        names = ("rope_gptj", "rope_gpt_neox", "long_rope", "yarn", "mrope")
+        """Whether queries and keys are rotated; `yarn` is left out, as it is in TensorRT-LLM."""
+        names = ("rope_gptj", "rope_gpt_neox", "long_rope", "mrope")
         return self.name in names
 
     def is_mrope(self) -> bool:
