@@ -202,7 +202,7 @@ def test_memory_that_no_one_wrote_shows(tensorrt_llm: ModuleType, folders: Folde
     server.requests[request].tokens.append(3)
     server.kv_cache_manager.add_token(request)
     server.kv_cache_manager.add_token(request)
-    logits = server._forward([], [server.requests[request]])
+    logits = server.forward([], [server.requests[request]])
     assert logits.isnan().all()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,52 @@ def model_config(folder: Path, **settings: Any) -> Any:
     return made
 
 
-def load_model(folder: Path, config: Any) -> nn.Module:
-    """Make the model and load every safetensors file of `folder` into it.
+class ConsumableWeights:
+    """Weights as TensorRT-LLM's loader hands them out in newer versions: like a dictionary, but none."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._weights[key]
+
+    def __setitem__(self, key: str, value: torch.Tensor) -> None:
+        self._weights[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._weights[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._weights
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._weights))
+
+    def keys(self) -> list[str]:
+        """All names."""
+        return list(self._weights)
+
+    def values(self) -> list[torch.Tensor]:
+        """All tensors."""
+        return list(self._weights.values())
+
+    def items(self) -> list[tuple[str, torch.Tensor]]:
+        """Names with tensors."""
+        return list(self._weights.items())
+
+    def mark_consumed(self, prefix: str) -> int:
+        """Forget those of a module, which are loaded."""
+        gone = [name for name in self._weights if name.startswith(prefix + ".")]
+        for name in gone:
+            del self._weights[name]
+        return len(gone)
+
+
+def load_model(folder: Path, config: Any, consumable: bool = True) -> nn.Module:
+    """Make the model and load every safetensors file of `folder` into it, as `ConsumableWeights` if so wanted.
 
     The constructor runs with `torch.empty` on the meta device first; if it computes with that, once more without.
     """
@@ -53,11 +98,12 @@ def load_model(folder: Path, config: Any) -> nn.Module:
     except (MetaInitException, NotImplementedError):
         model = AutoModelForCausalLM.from_config(config)
     model.to("cpu")
-    weights: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(path)
+        tensors |= load_file(path)
+    weights = ConsumableWeights(tensors) if consumable else tensors
     # TensorRT-LLM looks at the parameters' names to see whether a model takes a mapper.
-    if "weight_mapper" in inspect.signature(model.load_weights).parameters:
+    if "weight_mapper" in inspect.getfullargspec(model.load_weights).args:
         model.load_weights(weights, weight_mapper=WeightMapper())
     else:
         model.load_weights(weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class Mapping:
     """Sizes and ranks of the ways to split a model."""
@@ -24,7 +26,6 @@ class Mapping:
         attn_cp_size: int = -1,
         enable_attention_dp: bool = False,
         enable_lm_head_tp_in_adp: bool = False,
-        **kwargs: object,
     ) -> None:
         if tp_size * pp_size * cp_size != world_size:
             raise ValueError(
@@ -71,5 +72,5 @@ class Mapping:
         return self.pp_rank == self.pp_size - 1
 
     def pp_layers(self, num_layers: int) -> list[int]:
-        """The layers of this process."""
-        return list(range(num_layers))[self.pp_rank :: self.pp_size] if self.has_pp() else list(range(num_layers))
+        """The layers of this process, one after another."""
+        return torch.tensor_split(torch.arange(num_layers), self.pp_size)[self.pp_rank].tolist()

@@ -63,8 +63,9 @@ class Linear(nn.Module):
         allreduce_strategy: AllReduceStrategy = AllReduceStrategy.AUTO,
         force_dynamic_quantization: bool = False,
         use_cute_dsl_blockscaling_mm: bool = False,
+        use_cute_dsl_nvfp4_blockscaling_mm: bool = False,
+        use_cublaslt_nvfp4_blockscaling_mm: bool = False,
         disable_deep_gemm: bool = False,
-        fused_weight_shard_indices_mapping: dict | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.has_bias, self.dtype = in_features, out_features, bias, dtype
@@ -100,7 +101,7 @@ class Linear(nn.Module):
         """`input`, `[tokens, in_features]`, times the weight."""
         return F.linear(input, self.weight, self.bias)
 
-    def load_weights(self, weights: list[dict], allow_partial_loading: bool = False) -> None:
+    def load_weights(self, weights: list[dict]) -> None:
         """Load one dictionary for each of the tensors that make this layer."""
         assert self._weights_created
         assert len(weights) == _PARTS[self.weights_loading_config.weight_mode]
