@@ -25,7 +25,7 @@ from vtexport.models.names import fingerprint
 from vtexport.pruning.adaptive import AdaptiveTable, Policy
 from vtexport.pruning.calibration import Calibration
 from vtexport.runtime.runner import Runner
-from vtexport.targets.base import VisionInput
+from vtexport.targets.engine import VisionInput
 from vtexport.targets.tensorrt_llm import prompts
 
 METHODS = ("sparsevlm", "fastervlm", "fastervlm+sparsevlm")

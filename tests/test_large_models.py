@@ -20,7 +20,7 @@ from vtexport.builder.build import build, dry_run
 from vtexport.builder.options import BuildOptions
 from vtexport.errors import VerificationError
 from vtexport.runtime.runner import Runner
-from vtexport.targets.base import VisionInput
+from vtexport.targets.engine import VisionInput
 
 GIGABYTE = 1 << 30
 

@@ -15,7 +15,7 @@ from tests.reference import fastervlm, llava
 from vtexport.runtime.generate import generate
 from vtexport.runtime.request import Decoding
 from vtexport.runtime.runner import Runner
-from vtexport.targets.base import VisionInput
+from vtexport.targets.engine import VisionInput
 
 QUESTIONS = (
     "what digit is red?",

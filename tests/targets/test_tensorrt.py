@@ -231,7 +231,7 @@ def test_architectures() -> None:
 
 
 def test_stripping_needs_a_gpu() -> None:
-    if TensorRTRTXTarget.can_run().works:
+    if TensorRTRTXTarget().can_run().works:
         pytest.skip("this machine has a GPU")
     with pytest.raises(InputError, match="needs a GPU in this machine"):
         TensorRTRTXTarget(strip_weights=True).check()

@@ -111,9 +111,9 @@ def test_an_old_tensorrt_is_refused(name: str, version: str, works: bool, monkey
 def test_without_tensorrt_or_a_gpu_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(full, "this_gpu", lambda: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    assert "install it with" in TensorRTTarget.can_build().reason
+    assert "install it with" in TensorRTTarget().can_build().reason
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: object())
-    assert "builds on the GPU that will run the engines" in TensorRTTarget.can_build().reason
+    assert "builds on the GPU that will run the engines" in TensorRTTarget().can_build().reason
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -65,6 +65,7 @@ def make_engines(source: Source, engines: EngineSpec, target: Target, folder: Pa
     compiled = target.compile(
         CompileJob(
             folder=folder,
+            processor=source.processor,
             models={graph.name: graph.model for graph in graphs},
             spec=source.spec,
             plans=engines.plans,

@@ -152,6 +152,7 @@ class BuildOptions:
         available = target.can_build()
         if not available.works:
             raise TargetError(f"target {target.name} cannot build here: {available.reason}")
+        target.check_given(self.target_options)
         target.check()
         if self.dtype == "bf16" and target.scheme() is not None:
             raise InputError("--quantize rounds weights in fp16 or fp32, not bf16; give another --dtype")

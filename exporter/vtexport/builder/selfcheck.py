@@ -18,7 +18,8 @@ from vtexport.models import ModelSpec
 from vtexport.options import option_fields, option_values
 from vtexport.progress import Progress, Silent
 from vtexport.pruning import PruningPlan
-from vtexport.targets.base import ENGINE_FOLDER, Compiled, Engine, Target
+from vtexport.targets.base import ENGINE_FOLDER, Compiled, Target
+from vtexport.targets.engine import Engine
 
 if TYPE_CHECKING:
     import onnx

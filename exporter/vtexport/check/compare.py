@@ -19,7 +19,7 @@ from vtexport.pruning import PruningPlan
 from vtexport.pruning.plan import VISION
 from vtexport.runtime.generate import generate, look, visual_lengths
 from vtexport.runtime.request import Decoding, Request
-from vtexport.targets.base import Engine, VisionOutput
+from vtexport.targets.engine import Engine, VisionOutput
 from vtexport.targets.quantize import Scheme
 
 SAMPLES = 4

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 
 from vtexport.errors import ModelError
+from vtexport.graph.eager import DTYPES, of_dtype
 from vtexport.graph.functions import attach_functions
 from vtexport.graph.graphs import DecodeGraph, PrefillGraph, cache_names
 from vtexport.graph.language import LanguageGraph
@@ -19,7 +20,6 @@ from vtexport.models.spec import ModelSpec
 from vtexport.pruning import PruningPlan
 from vtexport.pruning.decoder import slots
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _IR_VERSION = 10
 _BATCH, _TEXT = Extent.named("batch"), Extent.named("text")
 
@@ -142,10 +142,5 @@ def _trace(name: str, module: torch.nn.Module, inputs: Mapping[str, Kind], outpu
 @contextlib.contextmanager
 def _skeleton(dtype: str) -> Iterator[None]:
     """Modules made inside have shapes and `dtype` but no storage."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[dtype])
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    with of_dtype(DTYPES[dtype]), torch.device("meta"):
+        yield

@@ -23,7 +23,8 @@ class TargetHealth:
 
 def examine() -> list[TargetHealth]:
     """The health of every target."""
-    return [TargetHealth(name, target.can_build(), target.can_run()) for name, target in TARGETS.items()]
+    targets = {name: target() for name, target in TARGETS.items()}
+    return [TargetHealth(name, target.can_build(), target.can_run()) for name, target in targets.items()]
 
 
 def cuda_kernels() -> Availability:

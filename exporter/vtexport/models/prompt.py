@@ -71,8 +71,13 @@ class Prompter:
                 f"{folder} has no usable image processor ({first_line(error)}); get preprocessor_config.json of the "
                 "checkpoint"
             ) from error
-        self._template = _chat_template(folder, self.tokenizer)
+        self._template = chat_template(folder, self.tokenizer)
         self._spec, self._family = spec, FAMILIES[spec.family]
+
+    @property
+    def image_processor(self) -> Any:
+        """The checkpoint's own image processor."""
+        return self._images
 
     @property
     def images(self) -> int:
@@ -234,16 +239,27 @@ def open_video(path: Path, frames: int) -> list[Any]:
     return [stills[number * len(stills) // frames] for number in range(frames)]
 
 
-def _chat_template(folder: Path, tokenizer: Any) -> str | None:
-    """The tokenizer's chat template, or the processor's, which older checkpoints keep in a file of its own."""
+def chat_template(folder: Path, tokenizer: Any = None) -> str:
+    """The tokenizer's chat template, or the processor's, which older checkpoints keep in a file of its own; "" if none.
+
+    Args:
+        folder: where the files lie.
+        tokenizer: the tokenizer, if it is open already.
+
+    Raises:
+        ModelError: a file is broken.
+    """
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     legacy = folder / "chat_template.json"
     if not tokenizer.chat_template and legacy.is_file():
         try:
             return str(json.loads(legacy.read_text(encoding="utf-8"))["chat_template"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{legacy} is not a chat template ({error}); get it again") from error
-    template: str | None = tokenizer.chat_template
-    return template
+    return str(tokenizer.chat_template or "")
 
 
 def open_image(path: Path) -> Any:

@@ -11,7 +11,7 @@ from vtexport.arrays import Array
 from vtexport.errors import InputError
 from vtexport.pruning.plan import VISION, PruningPlan
 from vtexport.runtime.request import Decoding, Request, Result, Timings
-from vtexport.targets.base import Engine, PrefillInput, PrefillOutput, VisionInput, VisionOutput
+from vtexport.targets.engine import Engine, PrefillInput, PrefillOutput, VisionInput, VisionOutput
 
 
 def look(engine: Engine, plan: PruningPlan, requests: Sequence[Request]) -> VisionOutput:

@@ -21,7 +21,8 @@ from vtexport.runtime.generate import Generation, admit, generate, look, visual_
 from vtexport.runtime.ranking import Ranker, check_needed
 from vtexport.runtime.request import Decoding, Request, Result, Timings
 from vtexport.runtime.text import TextStream
-from vtexport.targets.base import Compiled, VisionOutput
+from vtexport.targets.base import Compiled
+from vtexport.targets.engine import VisionOutput
 
 #: default maximum of tokens per answer
 MAX_NEW_TOKENS = 64

@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
-from vtexport.arrays import Array
 from vtexport.options import Option
+from vtexport.targets.engine import Engine
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from vtexport.pruning import PruningPlan
     from vtexport.targets.quantize import Scheme
 
-#: milliseconds of each graph's layers by their names, over all its calls
-LayerTimes = Mapping[str, Mapping[str, float]]
 #: the folder of a bundle that holds graphs and the weights that they point into
 ENGINE_FOLDER = "engine"
 
@@ -33,182 +31,12 @@ class Availability:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The vision graph's outputs for one plan: visual [B, K, C]; kept [B, K'] int32 or None.
-
-    An engine may leave `visual` on its device, as an object that has a shape, can be indexed, and becomes an array by
-    `np.asarray`.
-    """
-
-    visual: Array
-    kept: Array | None
-
-
-@dataclass(frozen=True)
-class VisionOutput:
-    """The vision graph's outputs by name (`vtexport.graph.vision.VisionGraph`); the first axis is the batch."""
-
-    arrays: Mapping[str, Array]
-
-    def seen(self, bucket: int = 0) -> Seen:
-        """The outputs for plan number `bucket`."""
-        suffix, shared = f".{bucket}", self.arrays.get("visual")
-        if shared is not None:
-            return Seen(shared, self.arrays.get("kept"))
-        return Seen(self.arrays["visual" + suffix], self.arrays.get("kept" + suffix))
-
-    @property
-    def score(self) -> Array | None:
-        """Scores [B, V], in a debug build with a vision-stage method that rates."""
-        return self.arrays.get("score")
-
-    @property
-    def visual_length(self) -> Array | None:
-        """Visual tokens of each image among the K, [B, n]; None unless they depend on the image's size."""
-        return self.arrays.get("visual_length")
-
-    @property
-    def spread(self) -> Array:
-        """How many patches share CLS's attention, [B] fp32; only in a build with several plans."""
-        return self.arrays["spread"]
-
-    def rows(self, rows: Array) -> VisionOutput:
-        """The outputs for the given rows of the batch."""
-        return VisionOutput({name: array[rows] for name, array in self.arrays.items()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Input:
-    """The inputs of a graph; an input that the graph does not have is None.
-
-    Attributes:
-        extras: further inputs of the plan's method (`vtexport.pruning.extra`), by name, [B, …] each.
-    """
-
-    extras: Mapping[str, Array] = field(default_factory=dict)
-
-    def feeds(self) -> dict[str, Array]:
-        """The graph's inputs by name."""
-        present = {name: array for name, array in vars(self).items() if name != "extras" and array is not None}
-        return {**present, **self.extras}
-
-
-@dataclass(frozen=True)
-class VisionInput(_Input):
-    """The inputs of the vision graph (`vtexport.graph.vision.VisionGraph`).
-
-    Attributes:
-        pixel_values: fp32 [B, 3, S, S], or [B, T, 3, S, S] with several views per prompt.
-        sequence: [B, V] int64, if the visual sequence is laid out by rows (`vtexport.models.views.Rows`).
-        row_start: [B, V] int64, if such a sequence is pruned.
-    """
-
-    pixel_values: Array
-    sequence: Array | None = None
-    row_start: Array | None = None
-
-
-@dataclass(frozen=True)
-class PrefillInput(_Input):
-    """The inputs of the prefill graph.
-
-    Attributes:
-        input_ids: [B, L] int64, the prompts without their images, padded on the right.
-        image_position: int64 [B], text tokens before the image, or [B, n] with n images per prompt.
-        text_length: [B] int64, text tokens of each prompt.
-        visual: [B, K, C], the vision graph's output.
-        visual_length: [B, n] int64, visual tokens of each image, if rows differ in that or have several images.
-    """
-
-    input_ids: Array
-    image_position: Array
-    text_length: Array
-    visual: Array
-    visual_length: Array | None = None
-
-
-@dataclass(frozen=True)
-class PrefillOutput:
-    """The outputs of the prefill graph.
-
-    Attributes:
-        logits: [B, vocabulary] fp32 of each row's last token.
-        cache: the KV cache, with room for further tokens.
-        stages: the outputs of the decoder stages, by name (`vtexport.graph.graphs.PrefillGraph`): kept.i; in a debug
-            build also score.i, cluster.i and raters; ranking if the build gives it.
-    """
-
-    logits: Array
-    cache: Cache
-    stages: Mapping[str, Array] = field(default_factory=dict)
-
-
-class Cache(Protocol):
-    """A batch's KV cache, owned by the runtime that made it."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    @property
-    def ranking(self) -> Array | None:
-        """The attention to each visual token in the last decode step, [B, V]; None unless the build gives it."""
-        ...
-
-
-class Engine(Protocol):
-    """An opened bundle: three calls, NumPy in and out."""
-
-    def load(self) -> None:
-        """Load all graphs now rather than at their first call, so that no call's time includes it."""
-        ...
-
-    def admit(self, rows: int, text: int, new_tokens: int) -> None:
-        """Refuse a batch that the engine was not built for, before anything of it runs.
-
-        Args:
-            rows: prompts.
-            text: text tokens of the longest prompt.
-            new_tokens: tokens per answer at most.
-
-        Raises:
-            InputError: the batch exceeds a limit; the message says how to build for it.
-        """
-        ...
-
-    def vision(self, inputs: VisionInput) -> VisionOutput:
-        """The vision graph."""
-        ...
-
-    def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
-        """The prefill graph of plan number `bucket`; the cache gets room for `new_tokens` more tokens."""
-        ...
-
-    def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
-        """Logits [B, vocabulary] after one more token per row.
-
-        Args:
-            cache: what `prefill` gave, updated in place.
-            tokens: [B] int64.
-            length: [N, B] int64, tokens in each layer's cache of each row before this one.
-            position: [N, B] int64, the token's position in each layer.
-        """
-        ...
-
-    def device_times(self) -> Mapping[str, float]:
-        """Milliseconds of each graph's last call on the device itself; empty where the runtime is on the CPU."""
-        ...
-
-    def layer_times(self, call: Callable[[], None]) -> LayerTimes:
-        """Run `call`, which uses this engine, under the runtime's own profiler."""
-        ...
-
-
-@dataclass(frozen=True)
 class CompileJob:
     """The input of `Target.compile`.
 
     Attributes:
         folder: the bundle under construction; graphs and weights lie in `engine/`.
+        processor: the folder of the model's processor files.
         models: the traced graphs by name, weights attached.
         spec, plans, dtype: what they were traced from.
         report: called with (line, steps) when a piece of work begins; steps None if unknown.
@@ -217,6 +45,7 @@ class CompileJob:
     """
 
     folder: Path
+    processor: Path
     models: Mapping[str, ir.Model]
     spec: ModelSpec
     plans: Sequence[PruningPlan]
@@ -246,10 +75,13 @@ class Target(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
-    #: whether its engines hold their weights, rather than point to them
-    weights_inside: ClassVar[bool] = False
     #: whether the language model is left to another program, so that there is only a vision graph
     vision_only: ClassVar[bool] = False
+
+    @property
+    def weights_inside(self) -> bool:
+        """Whether its engines hold their weights, rather than point to them."""
+        return False
 
     @property
     def largest_batch(self) -> int | None:
@@ -261,17 +93,22 @@ class Target(ABC):
         """Text places of a language graph's caches; None for a target with graphs of their own for prefill and decode."""
         return None
 
-    @classmethod
     @abstractmethod
-    def can_build(cls) -> Availability:
+    def can_build(self) -> Availability:
         """Whether this machine can compile for it."""
 
-    @classmethod
-    def can_run(cls) -> Availability:
+    def can_run(self) -> Availability:
         """Whether this machine can run what was compiled for it."""
-        return cls.can_build()
+        return self.can_build()
 
-    def check(self) -> None:  # noqa: B027 - not every target has something to refuse
+    def check_given(self, given: Collection[str]) -> None:  # noqa: B027 - not every target has something to refuse
+        """Refuse options, of those named in `given`, that have no effect with the others.
+
+        Raises:
+            InputError: an option has no effect.
+        """
+
+    def check(self) -> None:  # noqa: B027 - as above
         """Refuse options that do not work on this machine or with each other.
 
         Raises:

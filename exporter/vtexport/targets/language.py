@@ -9,7 +9,7 @@ import numpy as np
 from vtexport.arrays import Array
 from vtexport.pruning import PruningPlan
 from vtexport.pruning.decoder import slots
-from vtexport.targets.base import PrefillInput
+from vtexport.targets.engine import PrefillInput
 
 LANGUAGE = "language"
 

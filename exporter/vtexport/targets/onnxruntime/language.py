@@ -10,7 +10,8 @@ import numpy as np
 
 from vtexport.arrays import Array
 from vtexport.pruning import PruningPlan
-from vtexport.targets.base import Cache, Compiled, Engine, PrefillInput, PrefillOutput
+from vtexport.targets.base import Compiled
+from vtexport.targets.engine import Cache, Engine, PrefillInput, PrefillOutput
 from vtexport.targets.language import LANGUAGE, LanguageCalls
 from vtexport.targets.onnxruntime.session import OrtEngine
 from vtexport.targets.onnxruntime.target import OnnxRuntimeTarget

@@ -14,15 +14,8 @@ import onnxruntime as ort
 
 from vtexport.arrays import Array
 from vtexport.errors import TargetError, first_line
-from vtexport.targets.base import (
-    Cache,
-    LayerTimes,
-    PrefillInput,
-    PrefillOutput,
-    VisionInput,
-    VisionOutput,
-    prefill_name,
-)
+from vtexport.targets.base import prefill_name
+from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
 
 
 @dataclass

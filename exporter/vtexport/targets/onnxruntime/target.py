@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from vtexport.options import Meta
-from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Engine, Target
+from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Target
+from vtexport.targets.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +30,7 @@ class OnnxRuntimeTarget(Target):
         Literal["", "int8", "int4"], Meta(description="Hold the weights of the decoder's linear layers in fewer bits.")
     ] = ""
 
-    @classmethod
-    def can_build(cls) -> Availability:
+    def can_build(self) -> Availability:
         if importlib.util.find_spec("onnxruntime") is None:
             return Availability(False, "onnxruntime is not installed; install it with: pip install onnxruntime")
         from importlib.metadata import version

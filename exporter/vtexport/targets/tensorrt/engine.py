@@ -19,7 +19,7 @@ import numpy as np
 from vtexport.arrays import Array
 from vtexport.errors import InputError, TargetError
 from vtexport.pruning import PruningPlan
-from vtexport.targets.base import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
+from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
 from vtexport.targets.language import LANGUAGE, LanguageCalls
 from vtexport.targets.tensorrt.bindings import Bindings
 from vtexport.targets.tensorrt.gpu import Gpu, OnGpu

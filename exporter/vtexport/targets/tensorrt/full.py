@@ -55,9 +55,8 @@ class FullTensorRT(AnyTensorRT):
         Meta(description="File of TensorRT's measurements, read and written back.", extra={"metavar": "FILE"}),
     ] = ""
 
-    @classmethod
-    def can_build(cls) -> Availability:
-        if importlib.util.find_spec(cls.package) is None:
+    def can_build(self) -> Availability:
+        if importlib.util.find_spec(self.package) is None:
             return Availability(False, "TensorRT is not installed; install it with: pip install tensorrt-cu13")
         gpu = this_gpu()
         if gpu is None:
@@ -66,9 +65,9 @@ class FullTensorRT(AnyTensorRT):
                 "TensorRT builds on the GPU that will run the engines, and PyTorch can use none here; "
                 "build on a machine with one, or choose --target tensorrt-rtx",
             )
-        version = cls.bindings().version
-        if numbers(version)[:2] < cls.oldest:
-            least = ".".join(map(str, cls.oldest))
+        version = self.bindings().version
+        if numbers(version)[:2] < self.oldest:
+            least = ".".join(map(str, self.oldest))
             return Availability(False, f"TensorRT {version} is too old; install {least} or later")
         return Availability(True, f"TensorRT {version}")
 

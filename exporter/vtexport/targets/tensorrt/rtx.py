@@ -42,8 +42,7 @@ class TensorRTRTXTarget(AnyTensorRT):
     ] = "86,89,120"
     quantize: Quantize = ""
 
-    @classmethod
-    def can_build(cls) -> Availability:
+    def can_build(self) -> Availability:
         for module in ("tensorrt_rtx_bindings", "tensorrt_rtx_libs"):
             if importlib.util.find_spec(module) is None:
                 return Availability(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vtexport.errors import InputError, TargetError
 from vtexport.options import Meta, Option
-from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Engine, Target
+from vtexport.targets.base import ENGINE_FOLDER, Availability, Compiled, CompileJob, Target
+from vtexport.targets.engine import Engine
 from vtexport.targets.language import LANGUAGE
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ def this_gpu() -> Device | None:
 class AnyTensorRT(Target):
     """A plan for vision and one for language, weights inside unless stripped, with profiles over batch and text."""
 
-    weights_inside: ClassVar[bool] = True
     dtypes: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
     #: the module of its Python bindings
     package: ClassVar[str]
@@ -112,9 +112,8 @@ class AnyTensorRT(Target):
 
         return bindings(cls.package)
 
-    @classmethod
-    def can_run(cls) -> Availability:
-        available = cls.can_build()
+    def can_run(self) -> Availability:
+        available = self.can_build()
         if not available.works:
             return available
         gpu = this_gpu()
@@ -125,7 +124,11 @@ class AnyTensorRT(Target):
         return Availability(True, f"{available.reason} on {gpu.name}")
 
     @property
-    def largest_batch(self) -> int:
+    def weights_inside(self) -> bool:
+        return True
+
+    @property
+    def largest_batch(self) -> int | None:
         return self.max_batch
 
     @property

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vtexport.arrays import Array
-from vtexport.targets.base import CompileJob, VisionInput
+from vtexport.targets.base import CompileJob
+from vtexport.targets.engine import VisionInput
 from vtexport.targets.tensorrt.engine import TensorRTEngine
 
 if TYPE_CHECKING:
