@@ -126,7 +126,7 @@ IMPORTS = {
     "models": "arrays errors options",
     "pruning": "arrays errors models native options",
     "graph": "arrays errors models pruning",
-    "targets": "arrays errors graph native options pruning",
+    "targets": "arrays errors graph models native options pruning",
     "bundle": "errors models options pruning targets",
     "runtime": "arrays bundle errors models pruning targets",
     "check": "arrays bundle errors models pruning runtime targets",

@@ -155,7 +155,7 @@ def test_tensorrt_llms_own_input_processor_takes_them(build_bundle: BuildBundle,
 
 
 def made(**target: str | int) -> BuildOptions:
-    options = {"plugins": 0, "max_batch": 2, "max_text": 128, **target}
+    options = {"vision_runtime": "tensorrt", "plugins": 0, "max_batch": 2, "max_text": 128, **target}
     return BuildOptions(str(MICRO), 0.25, "fastervlm", "tensorrt-llm", "fp32", target_options=options)
 
 
@@ -169,7 +169,7 @@ def test_a_bundle_holds_the_vision_engine_alone(monkeypatch: pytest.MonkeyPatch,
     assert manifest.verification.same_kept
     assert manifest.verification.max_logit_error < 1e-4
     assert manifest.verification.tokens == 0
-    engines = [entry.path for entry in manifest.files if not entry.path.startswith("processor/")]
+    engines = [entry.path for entry in manifest.files if entry.path.startswith("engine/")]
     assert engines == ["engine/vision.plan"]
     opened = Runner.open(bundle.folder)
     with pytest.raises(InputError, match="holds a vision engine alone, for tensorrt-llm"):
@@ -279,18 +279,25 @@ def test_the_renamed_graph_is_the_same_graph(dtype: str, build_bundle: BuildBund
 def test_what_has_no_place_there_is_refused(vtexport, tmp_path: Path) -> None:
     for flags, message in (
         (
-            "--keep 0.4 --method sparsevlm",
-            "which TensorRT-LLM runs itself; use a vision-stage method such as fastervlm",
+            "--keep 0.4 --method sparsevlm --flow engine --no-plugins",
+            "prunes inside the decoder, which --flow engine leaves to TensorRT-LLM; use --flow pytorch",
         ),
-        ("--keep 0.4 --method fastervlm+sparsevlm", "prunes inside the decoder"),
         (
             "--keep 0.4 --method fastervlm --flow torch",
             "--flow torch is unknown to target tensorrt-llm; choose one of pytorch, engine",
         ),
-        ("--keep 0.4 --method fastervlm --flow engine --images 2", "use --flow pytorch for this build"),
-        ("--keep auto --method fastervlm --flow engine", "use --flow pytorch for this build"),
+        (
+            "--keep 0.4 --method fastervlm --flow engine --vision-runtime torch --no-plugins",
+            "--plugins is an option of TensorRT",
+        ),
+        ("--keep 0.4 --method fastervlm --flow engine --vision-runtime torch", "leave --vision-runtime torch out"),
+        ("--keep 0.4 --method fastervlm --max-batch 2", "or add --vision-runtime tensorrt"),
+        ("--keep 0.4 --method fastervlm --flow engine --no-plugins --images 2", "use --flow pytorch for this build"),
+        ("--keep auto --method fastervlm --flow engine --no-plugins", "use --flow pytorch for this build"),
+        ("--keep 0.4 --method sgl", "by another bundle's ranking, which TensorRT-LLM has no way to pass on"),
+        ("--keep auto --method sparsevlm", "chooses among prefill graphs, and TensorRT-LLM has one; give a ratio"),
     ):
-        command = ("build", "--model", "micro-llava", "--target", "tensorrt-llm", "--no-plugins", *flags.split())
+        command = ("build", "--model", "micro-llava", "--target", "tensorrt-llm", *flags.split())
         check_refused(vtexport(*command, "--out", "b"), message, tmp_path)
     command = ("build", "--model", "micro-llava", "--target", "tensorrt-llm", "--method", "fastervlm", "--keep", "0.4")
     check_refused(vtexport(*command, "--flow", "engine", "--out", "b"), "add --no-plugins", tmp_path)

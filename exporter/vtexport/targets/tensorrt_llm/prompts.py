@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vtexport.arrays import Array
-from vtexport.errors import InputError
+from vtexport.errors import InputError, VerificationError
+
+if TYPE_CHECKING:
+    from vtexport.models.prompt import Prompter
+    from vtexport.pruning import PruningPlan
 
 
 class Embedded(Protocol):
@@ -29,6 +33,9 @@ class Embedded(Protocol):
 
 class Embedder(Protocol):
     """Turns images and questions into embeddings: `vtexport.runtime.runner.Runner`."""
+
+    plans: list[PruningPlan]
+    prompter: Prompter
 
     def embed(self, pairs: Sequence[tuple[Any, str]]) -> Sequence[Embedded]: ...
 
@@ -72,6 +79,29 @@ def messages(runner: Embedder, pairs: Sequence[tuple[Any, str]], dtype: Any = No
         text = _without_marks(prompt.question, prompt.mark)
         conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}])
     return conversations
+
+
+def reached(runner: Embedder, question: str, prompt_tokens: int) -> int:
+    """How many visual tokens reached TensorRT-LLM's decoder, by the prompt tokens that it counted.
+
+    Args:
+        runner: the bundle that `prompts` or `messages` came from.
+        question: the question that was asked.
+        prompt_tokens: `usage.prompt_tokens` of a response of `trtllm-serve`, or `len(output.prompt_token_ids)` of the
+            LLM API. Both count every visual token.
+
+    Raises:
+        VerificationError: another number than any of the bundle's plans has, such as that of the image unpruned.
+    """
+    tokens = prompt_tokens - len(runner.prompter.prompt(question).token_ids)
+    planned = sorted({plan.vision_tokens for plan in runner.plans})
+    exact = runner.plans[0].newlines == 0
+    if tokens <= 0 or tokens > planned[-1] or (exact and tokens not in planned):
+        raise VerificationError(
+            f"{tokens} visual tokens reached the decoder, the bundle's plan has {' or '.join(map(str, planned))}; give "
+            "TensorRT-LLM the prompts or messages of this bundle"
+        )
+    return tokens
 
 
 def _without_marks(question: str, mark: str) -> str:

@@ -1,0 +1,106 @@
+"""What a bundle says of itself to the Python that runs TensorRT-LLM: geometry, plans and RoPE, as one JSON file.
+
+TensorRT-LLM 1.2 comes with a transformers that is older than vtexport reads config.json with, so that nothing is read
+from config.json there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vtexport.errors import BundleError, InputError
+from vtexport.models.spec import ClipSpec, DecoderSpec, ModelSpec, ViewChoice, ViewSpec, VisionSpec
+from vtexport.pruning import PruningPlan, Stage, choose
+
+#: where the file lies in a bundle
+FOLDER, FILE = "vtexport_llava", "bundle.json"
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Description:
+    """A bundle for TensorRT-LLM.
+
+    Attributes:
+        spec: the model's geometry.
+        plans: its plans; several if every image gets one of them.
+        dtype: "fp16", "bf16" or "fp32", that of the vision stage.
+        frequencies: RoPE's inverse frequencies [D / 2], as transformers computes them from config.json.
+        attention_scaling: the factor that RoPE's type puts on its cosines and sines.
+        debug: whether the vision stage gives its scores.
+    """
+
+    spec: ModelSpec
+    plans: Sequence[PruningPlan]
+    dtype: str
+    frequencies: Sequence[float]
+    attention_scaling: float
+    debug: bool = False
+
+    @property
+    def plan(self) -> PruningPlan:
+        """The plan; if there are several, the one with the most tokens."""
+        return self.plans[0]
+
+    def write(self, folder: Path) -> None:
+        """Write the file into the bundle `folder`."""
+        place = folder / FOLDER
+        place.mkdir(exist_ok=True)
+        data = {
+            "schema": _SCHEMA,
+            "spec": asdict(self.spec),
+            "plans": [_written(plan) for plan in self.plans],
+            "dtype": self.dtype,
+            "debug": self.debug,
+            "rope": {"frequencies": list(self.frequencies), "attention_scaling": self.attention_scaling},
+        }
+        (place / FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Description:
+        """Read the file of the bundle `folder`.
+
+        Raises:
+            BundleError: there is none, or it is damaged or of another version.
+        """
+        path = folder / FOLDER / FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["schema"] != _SCHEMA:
+                raise BundleError(
+                    f"{path} has schema {data['schema']}, not {_SCHEMA}; install the vtexport that made it"
+                )
+            rope, plans = data["rope"], [_read(plan) for plan in data["plans"]]
+            rotation = rope["frequencies"], rope["attention_scaling"]
+            return cls(_spec(data["spec"]), plans, data["dtype"], *rotation, data["debug"])
+        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+            raise BundleError(f"{path} is missing or damaged ({error}); build the bundle again") from error
+
+
+def _written(plan: PruningPlan) -> dict[str, Any]:
+    kept = {name: value for name, value in vars(plan).items() if name not in ("methods", "stages")}
+    return {**kept, "method": plan.method, "options": plan.options, "stages": [asdict(stage) for stage in plan.stages]}
+
+
+def _read(entry: Mapping[str, Any]) -> PruningPlan:
+    given = dict(entry)
+    methods = choose(given.pop("method"), given.pop("options"), resolved=True)
+    return PruningPlan(methods=methods, stages=tuple(Stage(**stage) for stage in given.pop("stages")), **given)
+
+
+def _spec(entry: Mapping[str, Any]) -> ModelSpec:
+    given, views = dict(entry), dict(entry["views"])
+    views["tiles"] = None if views["tiles"] is None else tuple(views["tiles"])
+    given |= {
+        "vision": VisionSpec(**entry["vision"]),
+        "decoder": DecoderSpec(**entry["decoder"]),
+        "clip": None if entry["clip"] is None else ClipSpec(**entry["clip"]),
+        "views": ViewSpec(**views),
+        "choice": ViewChoice(**entry["choice"]),
+        "eos_token_ids": tuple(entry["eos_token_ids"]),
+    }
+    return ModelSpec(**given)
