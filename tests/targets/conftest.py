@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from tests.targets.tensorrt_llm_stand_in import installed
 from vtexport.targets.tensorrt import full, target
 
 
@@ -24,3 +28,26 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
     for module in (full, target):
         monkeypatch.setattr(module, "this_gpu", lambda: target.Device("NVIDIA Test", 89))
     bindings.cache_clear()
+
+
+@pytest.fixture
+def tensorrt_llm() -> Iterator[ModuleType]:
+    """The stand-in in TensorRT-LLM's place, new for every test."""
+    with installed() as module:
+        yield module
+
+
+@pytest.fixture(scope="session")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of random decoders without images."""
+    from tests.targets.tensorrt_llm_stand_in.decoders import CONFIGS, write_decoder
+
+    return {name: write_decoder(name, tmp_path_factory.mktemp(name)) for name in CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def answers(decoders: dict[str, Path]) -> dict[str, list[list[int]]]:
+    """What transformers generates with them."""
+    from tests.targets.tensorrt_llm_stand_in.decoders import generated
+
+    return {name: generated(folder) for name, folder in decoders.items()}
