@@ -51,7 +51,7 @@ class Engine:
         longest = self.model.infer_max_seq_len()
         self.max_seq_len = min(settings.max_seq_len or longest, longest)
         self._make_cache()
-        self.inputs = Inputs(self.model, settings.max_num_tokens)
+        self.inputs = Inputs(self.model, settings.max_num_tokens, settings.max_beam_width)
         self.runner = Runner(settings.max_batch_size) if settings.cuda_graphs else None
         self.attn_metadata: Any = None
         if settings.warmup:

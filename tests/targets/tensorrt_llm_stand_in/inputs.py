@@ -12,8 +12,8 @@ from tests.targets.tensorrt_llm_stand_in.requests import LlmRequest
 class Inputs:
     """The engine's buffers. What they held before stays where nothing new is written."""
 
-    def __init__(self, model: Any, max_num_tokens: int) -> None:
-        self.model = model
+    def __init__(self, model: Any, max_num_tokens: int, max_beam_width: int) -> None:
+        self.model, self.max_beam_width = model, max_beam_width
         self.input_ids_cuda = torch.ones(max_num_tokens, dtype=torch.int)
         self.position_ids_cuda = torch.zeros(max_num_tokens, dtype=torch.int)
 
@@ -54,7 +54,7 @@ class Inputs:
         self.position_ids_cuda[:count] = torch.tensor(positions, dtype=torch.int)
         if not metadata.is_cuda_graph:
             metadata.seq_lens = torch.tensor(lengths, dtype=torch.int)
-        metadata.beam_width = 1
+        metadata.beam_width = self.max_beam_width if generations else 1
         metadata.request_ids = [request.py_request_id for request in [one for one, _ in contexts] + generations]
         metadata.prompt_lens = prompts
         metadata.num_contexts = len(contexts)
