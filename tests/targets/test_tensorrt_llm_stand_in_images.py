@@ -41,21 +41,9 @@ def expected(llava: Path) -> list[list[int]]:
     return answers
 
 
-def register(calls: list[str]) -> None:
-    """A model and an input processor for LLaVA; `calls` tells what was called."""
-    from tensorrt_llm._torch.models.modeling_auto import AutoModelForCausalLM
-    from tensorrt_llm._torch.models.modeling_multimodal_utils import (
-        find_input_mm_embeds,
-        fuse_input_embeds,
-        get_multimodal_embeddings,
-    )
-    from tensorrt_llm._torch.models.modeling_utils import filter_weights, register_auto_model
-    from tensorrt_llm.inputs import (
-        BaseMultimodalInputProcessor,
-        InputProcessor,
-        MultimodalPlaceholderMetadata,
-        register_input_processor,
-    )
+def processor_class(calls: list[str]) -> type:
+    """An input processor for LLaVA."""
+    from tensorrt_llm.inputs import BaseMultimodalInputProcessor, InputProcessor
 
     class Processor(BaseMultimodalInputProcessor, InputProcessor):
         processor = tokenizer = config = None
@@ -90,10 +78,24 @@ def register(calls: list[str]) -> None:
                 ids += [self.get_vocab_size() + 1] * len(features) if image else [token]
             return ids, {"multimodal_data": {"multimodal_embedding": features}}
 
+    return Processor
+
+
+def register(calls: list[str]) -> None:
+    """A model and an input processor for LLaVA; `calls` tells what was called."""
+    from tensorrt_llm._torch.models.modeling_auto import AutoModelForCausalLM
+    from tensorrt_llm._torch.models.modeling_multimodal_utils import (
+        find_input_mm_embeds,
+        fuse_input_embeds,
+        get_multimodal_embeddings,
+    )
+    from tensorrt_llm._torch.models.modeling_utils import filter_weights, register_auto_model
+    from tensorrt_llm.inputs import MultimodalPlaceholderMetadata, register_input_processor
+
     marks = MultimodalPlaceholderMetadata(placeholder_map={"image": "<image>"})
 
     @register_auto_model("LlavaForConditionalGeneration")
-    @register_input_processor(Processor, model_type="llava", placeholder_metadata=marks)
+    @register_input_processor(processor_class(calls), model_type="llava", placeholder_metadata=marks)
     class Llava(nn.Module):
         multimodal_data_device_paths = ("image.pixel_values", "multimodal_embedding")
 

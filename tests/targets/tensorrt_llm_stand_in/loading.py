@@ -95,7 +95,7 @@ def load_model(folder: Path, config: Any, consumable: bool = True) -> nn.Module:
             return real[tensor]
 
         model._apply(allocate)
-    except Exception:  # whatever it is, as TensorRT-LLM does
+    except Exception:  # noqa: BLE001 - whatever it is, as TensorRT-LLM does
         model = AutoModelForCausalLM.from_config(config)
     model.to("cpu")
     tensors: dict[str, torch.Tensor] = {}

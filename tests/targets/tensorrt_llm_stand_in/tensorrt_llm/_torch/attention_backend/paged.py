@@ -45,26 +45,21 @@ def paged_attention(
         host_total_kv_lens: sums of `host_kv_lens` over prompts and over the others.
         host_lengths_are_old: the call is in a CUDA graph, which keeps host tensors as they were when it was recorded.
         frequencies: radians per position if queries and keys are to be rotated.
-        num_heads: heads of queries.
-        num_kv_heads: heads of keys and values.
+        num_heads: of queries.
+        num_kv_heads: of keys, and of values.
         scale: of products.
         causal: whether a prompt's tokens see only those before them.
 
     Raises:
         ValueError: lengths contradict each other or `qkv`.
     """
-    kinds, prompts = host_request_types.tolist(), host_prompt_lens.tolist()
-    if kinds != sorted(kinds):
-        raise ValueError("prompts must come first")
-    new = [prompts[row] if kind == 0 else 1 for row, kind in enumerate(kinds)]
-    if sum(new) != qkv.shape[0]:
-        raise ValueError(f"the metadata's lengths are {new}, {sum(new)} in all, but there are {qkv.shape[0]} tokens")
+    kinds = host_request_types.tolist()
+    new = _new_tokens(kinds, host_prompt_lens.tolist(), qkv.shape[0])
     lengths = kv_lens.tolist()
     if not host_lengths_are_old:
         _agree(new, kinds, lengths, prompt_lens.tolist(), host_kv_lens.tolist(), host_total_kv_lens.tolist())
-    size = pool.shape[-1]
-    q, k, v = qkv.split([num_heads * size, num_kv_heads * size, num_kv_heads * size], dim=-1)
-    q, k, v = (part.unflatten(-1, (-1, size)) for part in (q, k, v))
+    heads = qkv.unflatten(-1, (-1, pool.shape[-1]))
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     outputs, begin = [], 0
     for row, (count, length) in enumerate(zip(new, lengths, strict=True)):
         positions = torch.arange(length - count, length)
@@ -77,6 +72,16 @@ def paged_attention(
         outputs.append(_attend(query, keys, values, positions, scale, causal))
         begin += count
     return torch.cat(outputs).flatten(1)
+
+
+def _new_tokens(kinds: list[int], prompts: list[int], rows: int) -> list[int]:
+    """How many tokens each sequence adds, which is a prompt's length or one."""
+    if kinds != sorted(kinds):
+        raise ValueError("prompts must come first")
+    new = [prompts[row] if kind == 0 else 1 for row, kind in enumerate(kinds)]
+    if sum(new) != rows:
+        raise ValueError(f"the metadata's lengths are {new}, {sum(new)} in all, but there are {rows} tokens")
+    return new
 
 
 def _agree(

@@ -59,22 +59,7 @@ class Attention(nn.Module):
         self.max_position_embeddings, self.pos_embd_params = max_position_embeddings, pos_embd_params
         self.q_size, self.kv_size = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         self.attn_backend, self.quant_config = config.attn_backend, config.get_quant_config()
-        common: dict[str, Any] = {"dtype": dtype, "skip_create_weights_in_init": config.skip_create_weights_in_init}
-        self.qkv_proj = Linear(
-            hidden_size,
-            self.q_size + 2 * self.kv_size,
-            bias=bias,
-            tensor_parallel_mode=TensorParallelMode.COLUMN,
-            weights_loading_config=WeightsLoadingConfig(weight_mode=WeightMode.FUSED_QKV_LINEAR),
-            **common,
-        )
-        self.o_proj = Linear(
-            self.q_size,
-            hidden_size,
-            bias=bias if dense_bias is None else dense_bias,
-            tensor_parallel_mode=TensorParallelMode.ROW,
-            **common,
-        )
+        self._make_products(config, bias, bias if dense_bias is None else dense_bias, dtype)
         fusable = get_attention_backend(self.attn_backend).support_fused_rope()
         self.rope_fusion = fusable if rope_fusion is None else rope_fusion and fusable
         self.rotary_emb = None
@@ -94,6 +79,24 @@ class Attention(nn.Module):
             attention_chunk_size=attention_chunk_size,
         )
         self.support_fused_qkv = self.attn.support_fused_qkv()
+
+    def _make_products(self, config: ModelConfig, bias: bool, dense_bias: bool, dtype: torch.dtype) -> None:
+        common: dict[str, Any] = {"dtype": dtype, "skip_create_weights_in_init": config.skip_create_weights_in_init}
+        self.qkv_proj = Linear(
+            self.hidden_size,
+            self.q_size + 2 * self.kv_size,
+            bias=bias,
+            tensor_parallel_mode=TensorParallelMode.COLUMN,
+            weights_loading_config=WeightsLoadingConfig(weight_mode=WeightMode.FUSED_QKV_LINEAR),
+            **common,
+        )
+        self.o_proj = Linear(
+            self.q_size,
+            self.hidden_size,
+            bias=dense_bias,
+            tensor_parallel_mode=TensorParallelMode.ROW,
+            **common,
+        )
 
     def _register(self, config: ModelConfig) -> None:
         """Under torch.compile, layers are found by name: one with a number that is taken gets a suffix."""
