@@ -86,10 +86,12 @@ _STRING_CONTENT = """\
 
 _OPTIONS = """\
 # Options of TensorRT-LLM that this bundle needs: prompts about two images may have the same token ids, by which blocks
-# of the KV cache would be taken for equal, and a stage of pruning sees a prompt whole.
+# of the KV cache would be taken for equal; and a stage of pruning sees a prompt whole, and once.
 kv_cache_config:
   enable_block_reuse: false
 enable_chunked_prefill: false
+scheduler_config:
+  capacity_scheduler_policy: GUARANTEED_NO_EVICT
 """
 
 _SERVE = f"""\

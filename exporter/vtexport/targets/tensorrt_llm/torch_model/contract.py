@@ -11,7 +11,7 @@ from typing import Any
 from vtexport.errors import TargetError
 
 #: the first version with all of it, and the versions whose sources were read
-OLDEST, READ = (1, 2), "1.2.0 to 1.3.0rc29"
+OLDEST, READ = (1, 2), "the 1.2 line"
 
 _TORCH = "tensorrt_llm._torch"
 #: module -> name in it -> parameters that we pass by name, or that we override by position
@@ -35,7 +35,7 @@ CONTRACT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     f"{_TORCH}.models.modeling_auto": {"AutoModelForCausalLM.from_config": ("config",)},
     f"{_TORCH}.models.modeling_multimodal_utils": {
-        "fuse_input_embeds": ("embedding_layer", "input_ids", "mm_embeds"),
+        "fuse_input_embeds": ("embedding_layer", "input_ids", "mm_embeds", "mm_token_ids"),
     },
     f"{_TORCH}.models.modeling_utils": {
         "DecoderModel": ("model_config",),
@@ -61,6 +61,7 @@ CONTRACT: dict[str, dict[str, tuple[str, ...]]] = {
     f"{_TORCH}.modules.logits_processor": {
         "LogitsProcessor.forward": ("self", "hidden_states", "lm_head", "attn_metadata", "return_context_logits"),
     },
+    f"{_TORCH}.utils": {"is_torch_compiling": ()},
     "tensorrt_llm.functional": {"PositionEmbeddingType.rope_gpt_neox": ()},
     "tensorrt_llm.inputs": {
         "BaseMultimodalInputProcessor": ("model_path", "config", "tokenizer", "trust_remote_code"),

@@ -18,9 +18,9 @@ from vtexport.models.names import PREFIXES
 from vtexport.targets.tensorrt_llm.torch_model.decoder import StagedForCausalLM
 from vtexport.targets.tensorrt_llm.torch_model.description import Description
 from vtexport.targets.tensorrt_llm.torch_model.packing import Row
-from vtexport.targets.tensorrt_llm.torch_model.processor import LAYOUT, placeholder
+from vtexport.targets.tensorrt_llm.torch_model.processor import LAYOUT
 from vtexport.targets.tensorrt_llm.torch_model.pruning import Rope
-from vtexport.targets.tensorrt_llm.torch_model.refusals import refuse_model
+from vtexport.targets.tensorrt_llm.torch_model.refusals import refuse_compilation, refuse_model
 from vtexport.targets.tensorrt_llm.torch_model.report import Report
 from vtexport.targets.tensorrt_llm.torch_model.stages import Images, Schedule
 
@@ -64,6 +64,11 @@ class VtexportLlava(nn.Module):
         return ["image.pixel_values", "image.sequence", "image.row_start", "multimodal_embedding"]
 
     @property
+    def mm_token_ids(self) -> Tensor:
+        """The ids of visual tokens, by which TensorRT-LLM finds their places."""
+        return torch.tensor([self.description.spec.image_token_id], dtype=torch.int32)
+
+    @property
     def vocab_size_padded(self) -> int:
         """The rows of the head."""
         return int(self.llm.vocab_size_padded)
@@ -97,7 +102,7 @@ class VtexportLlava(nn.Module):
 
         Args:
             attn_metadata: TensorRT-LLM's, a `StagedMetadata` if the plan has decoder stages.
-            input_ids: [T]; visual tokens have the id `placeholder`.
+            input_ids: [T]; visual tokens have the id of the image mark.
             position_ids: [1, T].
             inputs_embeds: not given.
             return_context_logits: refused with decoder stages, behind which prompts have fewer rows.
@@ -112,7 +117,8 @@ class VtexportLlava(nn.Module):
         params = [param for param in params if LAYOUT in param.multimodal_data]
         rows = self._rows(params, attn_metadata, input_ids) if contexts else []
         embeds = [self._embedded(param, row.images) for param, row in zip(params, rows, strict=True)]
-        input_ids, inputs_embeds = fuse_input_embeds(self.llm.model.embed_tokens, input_ids, embeds, **kwargs)
+        table, marks = self.llm.model.embed_tokens, {"mm_token_ids": self.mm_token_ids}
+        input_ids, inputs_embeds = fuse_input_embeds(table, input_ids, embeds, **marks, **kwargs)
         if not staged:
             self.report.add(rows, lambda _: attn_metadata.seq_lens.tolist())
             return self.llm.forward(attn_metadata, input_ids, position_ids, inputs_embeds, return_context_logits)
@@ -121,6 +127,7 @@ class VtexportLlava(nn.Module):
                 "gather_context_logits cannot go with pruning inside the decoder, behind which prompts have fewer tokens; "
                 "turn it off"
             )
+        refuse_compilation()
         if contexts:
             attn_metadata.begin(rows)
         logits = self.llm.forward(attn_metadata, input_ids, position_ids, inputs_embeds, contexts=rows)
@@ -134,7 +141,7 @@ class VtexportLlava(nn.Module):
         if len(images) < len(lengths):
             # Prompts without data of their own are among them: only their tokens tell which.
             assert input_ids is not None, "TensorRT-LLM gives token ids"
-            image, start = placeholder(self.description.spec), 0
+            image, start = self.description.spec.image_token_id, 0
             shown: list[Images | None] = []
             ids, left = input_ids[: sum(lengths)].tolist(), iter(images)
             for length in lengths:
@@ -152,7 +159,8 @@ class VtexportLlava(nn.Module):
             if one.length != length:
                 raise InputError(
                     f"a prompt of {one.text} text and {one.visual} visual tokens came with {length} tokens; turn "
-                    "enable_chunked_prefill and truncation of prompts off"
+                    "enable_chunked_prefill and truncate_prompt_tokens off, and leave capacity_scheduler_policy at "
+                    "GUARANTEED_NO_EVICT"
                 )
             rows.append(Row(number, int(attn_metadata.request_ids[number]), one))
         return rows
@@ -182,11 +190,11 @@ def language_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ModelError: there are none.
     """
-    found = {}
+    found, names = {}, [name for name, _ in weights.items()]
     for ours, theirs in (("model.", PREFIXES["decoder."]), ("lm_head.", PREFIXES["head."])):
         # The longest first: one of the names begins with another.
         for prefix in sorted(theirs, key=len, reverse=True):
-            for name in weights:
+            for name in names:
                 if name.startswith(prefix) and name not in found:
                     found[name] = ours + name.removeprefix(prefix)
     if not found:

@@ -11,18 +11,12 @@ from tensorrt_llm.inputs import BaseMultimodalInputProcessor, InputProcessor
 
 from vtexport.errors import InputError
 from vtexport.models.prompt import Prompter
-from vtexport.models.spec import ModelSpec
 from vtexport.models.views import Views
 from vtexport.targets.tensorrt_llm.torch_model.description import Description
 from vtexport.targets.tensorrt_llm.torch_model.stages import Images
 
 #: the name under which a request's data say where its images stand (`Images`)
 LAYOUT = "vtexport"
-
-
-def placeholder(spec: ModelSpec) -> int:
-    """The id of every visual token; outside the vocabulary, by which TensorRT-LLM recognises them."""
-    return spec.decoder.vocab_size + 1
 
 
 class VtexportInputProcessor(BaseMultimodalInputProcessor, InputProcessor):  # type: ignore[misc]  # no types of theirs
@@ -71,7 +65,7 @@ class VtexportInputProcessor(BaseMultimodalInputProcessor, InputProcessor):  # t
 
     def get_mm_token_ids(self) -> torch.Tensor:
         """The ids of visual tokens."""
-        return torch.tensor([placeholder(self.description.spec)])
+        return torch.tensor([self._mark])
 
     def __call__(self, inputs: Mapping[str, Any], sampling_params: Any) -> tuple[list[int], dict[str, Any] | None]:
         """Token ids and data of a prompt, with the images in `multi_modal_data`.
@@ -79,7 +73,7 @@ class VtexportInputProcessor(BaseMultimodalInputProcessor, InputProcessor):  # t
         Raises:
             InputError: another number of images than the bundle was built for, or than the prompt has marks.
         """
-        images = (inputs.get("multi_modal_data") or {}).get(self._modality) or []
+        images = [_pictures(one) for one in (inputs.get("multi_modal_data") or {}).get(self._modality) or []]
         ids = self._tokenized(inputs)
         if not images:
             if self._mark in ids:
@@ -174,12 +168,18 @@ class VtexportInputProcessor(BaseMultimodalInputProcessor, InputProcessor):  # t
         for token in ids:
             if token == self._mark:
                 places.append(text)
-                expanded += [placeholder(self.description.spec)] * next(left)
+                # The mark's own id: one outside the vocabulary could reach the embedding in a batch's padding.
+                expanded += [self._mark] * next(left)
             else:
                 expanded.append(token)
                 text += 1
         layout = vars(Images(tuple(places), tuple(counts), text))
         return expanded, {"multimodal_data": {**data, LAYOUT: {name: _plain(value) for name, value in layout.items()}}}
+
+
+def _pictures(given: Any) -> Any:
+    """An image, or the frames of a video, which versions of TensorRT-LLM wrap differently."""
+    return list(given.frames) if hasattr(given, "frames") else given
 
 
 def _plain(value: Any) -> Any:

@@ -38,6 +38,21 @@ def refuse_features(metadata: Any) -> None:
         )
 
 
+def refuse_compilation() -> None:
+    """Refuse a step of a model that torch.compile has taken, in which attention takes the engine's own metadata.
+
+    Raises:
+        InputError: torch.compile is on.
+    """
+    from tensorrt_llm._torch.utils import is_torch_compiling
+
+    if is_torch_compiling():
+        raise InputError(
+            "torch_compile_config cannot go with pruning inside the decoder: compiled layers all take one metadata; leave "
+            "it out"
+        )
+
+
 def refuse_model(config: Any) -> None:
     """Refuse a `ModelConfig` of TensorRT-LLM that pruning inside the decoder cannot do.
 
