@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ import torch
 
 from tests.checkpoints import MICRO, family_checkpoint, random_checkpoint
 from tests.conftest import BuildBundle, greedy, noise_images
-from tests.targets.tensorrt_llm_stand_in import installed
+from tests.targets.tensorrt_llm_stand_in import SITE, installed
 from tests.targets.tensorrt_llm_stand_in.server import Server
 from vtexport.errors import InputError, TargetError, VerificationError
 from vtexport.models.spec import ViewChoice
@@ -362,6 +364,48 @@ def test_another_checkpoint_is_refused(geometries: dict[str, Path], build_bundle
         pytest.raises(InputError, match="hidden_size is 64, the bundle was built for 128; serve the"),
     ):
         Server(geometries["grouped"])
+
+
+def test_another_rope_is_refused(geometries: dict[str, Path], build_bundle: BuildBundle, tmp_path: Path) -> None:
+    """As when transformers 4 reads a base that transformers 5 wrote under another name: answers would only get worse."""
+    bundle = build_bundle(geometries["grouped"], 0.25, "fastervlm", target="tensorrt-llm", self_check=False)
+    other = shutil.copytree(geometries["grouped"], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["rope_parameters"]["rope_theta"] = 50000.0
+    (other / "config.json").write_text(json.dumps(config))
+    with (
+        registered(bundle),
+        pytest.raises(InputError, match="RoPE has base 50000, the bundle was built for 10000; serve"),
+    ):
+        Server(other)
+
+
+#: what vtexport depends on and TensorRT-LLM 1.2 does not bring
+ABSENT = ("cloup", "ml_dtypes", "onnx_ir", "onnxruntime", "onnxscript", "rich", "tomli_w")
+IN_ITS_PYTHON = """
+import sys
+for name in {absent}:
+    sys.modules[name] = None
+sys.path[:0] = [{site!r}, {bundle!r}, {tests!r}]
+import vtexport_llava
+from tests.targets.tensorrt_llm_stand_in.server import Server
+from PIL import Image
+server = Server({folder!r})
+image = Image.new("RGB", (80, 60), (200, 30, 30))
+number = server.submit({{"prompt": "USER: <image> what? ASSISTANT:", "multi_modal_data": {{"image": [image]}}}}, 3)
+server.run()
+print(len(server.output(number)))
+"""
+
+
+def test_it_runs_with_what_tensorrt_llm_brings(build_bundle: BuildBundle) -> None:
+    """And msgspec; vtexport is installed there without its dependencies."""
+    bundle = build_bundle(MICRO, 0.44, "sparsevlm", target="tensorrt-llm", self_check=False)
+    code = IN_ITS_PYTHON.format(
+        absent=ABSENT, site=str(SITE), bundle=str(bundle), tests=str(Path(__file__).parents[2]), folder=str(MICRO)
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "3\n", done.stderr
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A stand-in for TensorRT-LLM's PyTorch backend that behaves as version 1.2 does, on a CPU.
 
-`tensorrt_llm/` is the package as a model sees it: names and parameters are TensorRT-LLM's (`signatures.json`), the code is
+`site/tensorrt_llm/` is the package as a model sees it: names and parameters are TensorRT-LLM's (`signatures.json`), the code is
 ours. `server.py` runs models in the way of TensorRT-LLM's engine, and `graphs.py` records what a CUDA graph would.
 
 Names that end in `_cuda` are tensors on the CPU. Blocks of the cache are NaN until they are written, buffers of metadata
@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-HERE = Path(__file__).parent
+#: what goes on the path; the modules beside it would hide others of their names
+SITE = Path(__file__).parent / "site"
 
 
 def _of(name: str, *packages: str) -> bool:
@@ -35,14 +36,14 @@ def installed(*importers: str) -> Iterator[ModuleType]:
     importers = importers or ("vtexport.targets.tensorrt_llm.torch_model",)
     kept = {name: module for name, module in sys.modules.items() if _of(name, "tensorrt_llm")}
     _forget("tensorrt_llm", *importers)
-    sys.path.insert(0, str(HERE))
+    sys.path.insert(0, str(SITE))
     try:
         import tensorrt_llm
         import tensorrt_llm._torch.models
 
         yield tensorrt_llm
     finally:
-        sys.path.remove(str(HERE))
+        sys.path.remove(str(SITE))
         _forget("tensorrt_llm", *importers)
         sys.modules.update(kept)
 

@@ -7,11 +7,10 @@ import enum
 import importlib
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
-from tests.targets.tensorrt_llm_stand_in import HERE
-
-RECORDED: dict[str, Any] = json.loads((HERE / "signatures.json").read_text(encoding="utf-8"))
+RECORDED: dict[str, Any] = json.loads(Path(__file__).with_name("signatures.json").read_text(encoding="utf-8"))
 KINDS = ("fields", "parameters", "members", "abstract", "keys")
 
 

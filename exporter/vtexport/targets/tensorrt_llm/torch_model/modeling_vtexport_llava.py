@@ -236,4 +236,27 @@ def _text_config(config: Any, description: Description) -> Any:
     if getattr(text, "torch_dtype", None) is None:
         text.torch_dtype = getattr(config, "torch_dtype", None)
     text.tie_word_embeddings = decoder.tied_embeddings
+    _complete_rope(text, description)
     return text
+
+
+def _complete_rope(text: Any, description: Description) -> None:
+    """Tell a transformers older than 5 about RoPE what a checkpoint saved by a newer one says elsewhere.
+
+    Raises:
+        InputError: its base is another than the bundle's.
+    """
+    said = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if "rope_theta" in said:
+        text.rope_theta = said["rope_theta"]
+    if said.get("rope_type", said.get("type", "default")) != "default":
+        text.rope_scaling = said
+        return
+    # The second frequency is the base to the power of -2 / D.
+    size = description.spec.decoder.head_size
+    base, read = description.frequencies[1] ** (-size / 2), getattr(text, "rope_theta", 10000.0)
+    if abs(base / read - 1) > 1e-3:
+        raise InputError(
+            f"the checkpoint's RoPE has base {read:g}, the bundle was built for {base:g}; serve the checkpoint that it was "
+            "built from"
+        )
