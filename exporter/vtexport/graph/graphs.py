@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -91,32 +91,17 @@ class PrefillGraph(_DecoderGraph):
 
     def run(self, given: Mapping[str, Tensor], before: Before | None = None) -> tuple[Tensor, ...]:
         """The graph's outputs; `before` is what the rows hold already."""
-        input_ids, image_position = given["input_ids"], given["image_position"]
-        text = self.decoder.embed_tokens(input_ids)
-        visual = given["visual"].to(text.dtype)
-        at = image_position if image_position.ndim == 2 else image_position[:, None]
-        counts = given.get("visual_length")
-        layout = Layout(at, given["text_length"], input_ids.shape[1], visual.shape[1], counts)
-        hidden = layout.bare().with_visual(text, visual, layout)
-        rows = DecoderState(hidden, layout.places(), layout)
-        raters = None if self.method is None else self.method.rating_rows(visual, text, layout)
+        rows, raters = self.entering(given)
+        layout = rows.layout
         caches, seen = [], []
         total = None
-        for number, layer in enumerate(self.decoder.blocks()):
-            attention = layer.self_attn
-            x = layer.input_layernorm(rows.hidden)
-            positions = rows.positions if before is None else rows.positions + before.position[number][:, None]
-            query, key = (part(x, positions, self.rope) for part in (attention.query, attention.key))
-            mixed, *cache = attention.extend(
-                query, key, attention.v_proj(x), None if before is None else before.of(number)
-            )
+        for number in range(self.plan.num_layers):
+            query, key, mixed, *cache = self.attended(number, rows, before)
             caches += cache
             if self.gives_ranking:
                 paid = self.paid(number, query, cache[0], layout, before)
                 total = paid if total is None else total + paid
-            x = rows.hidden + mixed
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-            rows = DecoderState(x, rows.positions, rows.layout)
+            rows = self.after(number, rows, mixed)
             if number in self.counts:
                 assert self.method is not None, "a plan with decoder stages has a decoder-stage method"
                 rate = partial(self._score, number, query, key, rows, raters, given)
@@ -129,6 +114,31 @@ class PrefillGraph(_DecoderGraph):
         seen.append(total)
         last = rows.layout.rows_of(rows.hidden, rows.layout.last_place()[:, None])
         return self.logits(last[:, 0]), *caches, *(tensor for tensor in seen if tensor is not None)
+
+    def entering(self, given: Mapping[str, Tensor]) -> tuple[DecoderState, Tensor | None]:
+        """The decoder's input rows, and which text tokens rate ([B, L] bool, or None), from the graph's inputs."""
+        text = self.decoder.embed_tokens(given["input_ids"])
+        visual = given["visual"].to(text.dtype)
+        position, width = given["image_position"], given["input_ids"].shape[1]
+        at = position if position.ndim == 2 else position[:, None]
+        layout = Layout(at, given["text_length"], width, visual.shape[1], given.get("visual_length"))
+        hidden = layout.bare().with_visual(text, visual, layout)
+        rows = DecoderState(hidden, layout.places(), layout)
+        return rows, None if self.method is None else self.method.rating_rows(visual, text, layout)
+
+    def attended(self, number: int, rows: DecoderState, before: Before | None = None) -> tuple[Tensor, ...]:
+        """Attention of layer `number` on `rows`: queries and keys after RoPE, its output [B, S, C], two cache entries."""
+        layer = self.decoder.block(number)
+        attention, x = layer.self_attn, layer.input_layernorm(rows.hidden)
+        positions = rows.positions if before is None else rows.positions + before.position[number][:, None]
+        query, key = (part(x, positions, self.rope) for part in (attention.query, attention.key))
+        value = attention.v_proj(x)
+        return query, key, *attention.extend(query, key, value, None if before is None else before.of(number))
+
+    def after(self, number: int, rows: DecoderState, mixed: Tensor) -> DecoderState:
+        """The rows behind layer `number`, whose attention gave `mixed`."""
+        layer, x = self.decoder.block(number), rows.hidden + mixed
+        return replace(rows, hidden=x + layer.mlp(layer.post_attention_layernorm(x)))
 
     def _score(
         self,
@@ -156,7 +166,7 @@ class PrefillGraph(_DecoderGraph):
             layout: where text and image stand.
             before: what the rows held already.
         """
-        attention, ranked = list(self.decoder.blocks())[number].self_attn, self.plan.vision_tokens
+        attention, ranked = self.decoder.block(number).self_attn, self.plan.vision_tokens
         places, start = layout.text_places(), layout.image_position[:, 0]
         queries = layout.rows_of(query, places).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
         in_cache = places if before is None else places + before.length[number][:, None]
@@ -169,17 +179,23 @@ class PrefillGraph(_DecoderGraph):
     ) -> Attention:
         """The attention that rates at the stage after layer `number`, from that layer's rotated queries and keys."""
         assert self.method is not None
-        layout, blocks = rows.layout, list(self.decoder.blocks())
-        computed, places = rows_that_rate(layout, raters)
-        module = blocks[number].self_attn
-        if self.method.attention_of == "own":
-            query = layout.rows_of(query, computed)
-        else:
-            following = blocks[number + 1]
-            module, x = following.self_attn, following.input_layernorm(rows.hidden)
-            positions = rows.positions.gather(1, computed)
-            query = module.query(layout.rows_of(x, computed), positions, self.rope)
-            key = module.key(x, rows.positions, self.rope)
+        if self.method.attention_of == "next":
+            return self.attention_of(number + 1, rows, raters)
+        computed, _ = rows_that_rate(rows.layout, raters)
+        return self._rating(number, rows.layout.rows_of(query, computed), key, rows, raters)
+
+    def attention_of(self, number: int, rows: DecoderState, raters: Tensor | None) -> Attention:
+        """The attention of layer `number`, which `rows` enter, from its norm, queries and keys alone."""
+        layer = self.decoder.block(number)
+        computed, _ = rows_that_rate(rows.layout, raters)
+        attention, x = layer.self_attn, layer.input_layernorm(rows.hidden)
+        positions = rows.positions.gather(1, computed)
+        query = attention.query(rows.layout.rows_of(x, computed), positions, self.rope)
+        return self._rating(number, query, attention.key(x, rows.positions, self.rope), rows, raters)
+
+    def _rating(self, number: int, query: Tensor, key: Tensor, rows: DecoderState, raters: Tensor | None) -> Attention:
+        """The attention of layer `number` from the rotated queries of the rows that rate, and all rotated keys."""
+        module, (_, places) = self.decoder.block(number).self_attn, rows_that_rate(rows.layout, raters)
         return Attention(
             query, key, module.num_heads, module.kv_heads, module.scale, places, rows.positions, self.rope.cos
         )

@@ -285,3 +285,9 @@ class Decoder(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             yield layer
+
+    def block(self, number: int) -> DecoderLayer:
+        """Layer `number`, typed as `blocks` has them."""
+        layer = self.layers[number]
+        assert isinstance(layer, DecoderLayer)
+        return layer
