@@ -9,6 +9,7 @@ from vtexport.pruning.method import Method, MethodChoice
 from vtexport.pruning.plan import PruningPlan, Stage
 from vtexport.pruning.planning import adaptive_plans, dense_plan, make_plan
 from vtexport.pruning.registry import DEFAULT_METHOD, METHODS, choose, parts_of
+from vtexport.pruning.selection import selection_plan
 from vtexport.pruning.vision import VisionMethod
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "dense_plan",
     "make_plan",
     "parts_of",
+    "selection_plan",
 ]

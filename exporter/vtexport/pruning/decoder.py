@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from vtexport.options import Meta
 from vtexport.pruning.layout import Layout
@@ -149,6 +149,10 @@ class DecoderMethod(Method):
             InputError: an option that this budget does not allow, or a keep ratio out of reach.
         """
         raise NotImplementedError
+
+    def choosing(self, layer: int) -> Self:
+        """The method with one stage, after `layer`, that merges nothing (`vtexport.pruning.selection`)."""
+        return replace(self, layers=str(layer))
 
     def check_prompt(self, reach: int) -> None:
         """Refuse a prompt whose last text token stands `reach` positions behind the image's first token.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from vtexport.errors import InputError
 from vtexport.options import Meta, flag_of
@@ -64,6 +64,9 @@ class TextGuided(DecoderMethod):
             stages = solve(budget, layers, self.rule, self.recycling, self.name)
         return Scheduled(replace(self, layers=layers_of(stages)), stages)
 
+    def choosing(self, layer: int) -> Self:
+        return replace(super().choosing(layer), schedule="")
+
     @property
     def recycling(self) -> Recycling | None:
         """How dropped tokens are merged; None if they are not."""
@@ -102,6 +105,9 @@ class SparseVLM(TextGuided):
         for name in ("recycle_pool", "recycle_clusters", "merge"):
             if not self.recycle and name in given:
                 raise InputError(f"{flag_of(name)} has no effect with --no-recycle; leave it out")
+
+    def choosing(self, layer: int) -> Self:
+        return replace(super().choosing(layer), recycle=False)
 
     @property
     def recycling(self) -> Recycling | None:
