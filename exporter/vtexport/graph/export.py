@@ -14,6 +14,7 @@ from vtexport.graph.eager import DTYPES, of_dtype
 from vtexport.graph.functions import attach_functions
 from vtexport.graph.graphs import DecodeGraph, PrefillGraph, cache_names
 from vtexport.graph.language import LanguageGraph
+from vtexport.graph.select import SelectGraph
 from vtexport.graph.tracing import Extent, Kind, Recorder
 from vtexport.graph.vision import VisionGraph
 from vtexport.models.spec import ModelSpec
@@ -59,6 +60,14 @@ def trace_prefill(
     with _skeleton(dtype):
         module = PrefillGraph(spec, plan, debug, gives_ranking)
     return _trace(name, module, {name: inputs[name] for name in module.input_names()}, module.output_names())
+
+
+def trace_select(spec: ModelSpec, plan: PruningPlan, dtype: str) -> TracedGraph:
+    """The graph that chooses visual tokens by a plan of `selection_plan`; extents as in the prefill graph."""
+    inputs = _prompt_inputs(spec, plan, dtype, plan.vision_tokens)
+    with _skeleton(dtype):
+        module = SelectGraph(spec, plan)
+    return _trace("select", module, {name: inputs[name] for name in module.input_names()}, module.output_names())
 
 
 def _prompt_inputs(spec: ModelSpec, plan: PruningPlan, dtype: str, visual: int) -> dict[str, Kind]:
