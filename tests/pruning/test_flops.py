@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.checkpoints import MICRO
 from tests.reference import llava
 from vtexport.models import read_spec
-from vtexport.pruning import Geometry, make_plan
-from vtexport.pruning.flops import plan_flops
+from vtexport.pruning import Geometry, dense_plan, make_plan, selection_plan
+from vtexport.pruning.flops import plan_flops, selection_flops
 
 
 def micro_plan(method: str, keep: float):
@@ -67,3 +67,19 @@ def test_each_layer_is_paid_for_the_tokens_that_enter_it() -> None:
     expected = sum((layers[n].prefill - head) / 12 for n in plan.per_layer) + head
     extra = plan_flops(spec, plan, text).prefill - expected
     assert 0 < extra < 0.01 * expected
+
+
+def test_choosing_costs_the_layers_before_the_one_that_rates_and_that_ones_queries_and_keys() -> None:
+    spec, plan = micro_plan("fastv", 0.25)
+    d, text, costs = spec.decoder, 13, []
+    for layer in (0, 3):
+        made = make_plan("fastv", Geometry(144, d.num_layers), keep=0.5, options={"layers": str(layer)})
+        costs.append(selection_flops(spec, selection_plan(made), text))
+    head = 2 * d.hidden_size * d.vocab_size
+    whole = (plan_flops(spec, dense_plan(plan), text).prefill - head) / d.num_layers
+    assert costs[1] - costs[0] == 3 * whole
+    # One row's queries and all rows' keys, then that row against all keys.
+    rows = 144 + text
+    wide, narrow = d.num_heads * d.head_size, d.num_kv_heads * d.head_size
+    assert costs[0] == 2 * d.hidden_size * (wide + rows * narrow) + 2 * rows * wide
+    assert selection_flops(spec, selection_plan(plan), text) == costs[0] + whole

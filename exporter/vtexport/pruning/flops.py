@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from vtexport.models.spec import DecoderSpec, ModelSpec
 from vtexport.pruning.plan import PruningPlan
+from vtexport.pruning.selection import rating_layer
 
 #: text tokens that are assumed where there is no prompt
 NOMINAL_TEXT_TOKENS = 64
@@ -41,6 +42,19 @@ def plan_flops(spec: ModelSpec, plan: PruningPlan, text_tokens: int = NOMINAL_TE
     head = 2 * spec.decoder.hidden_size * spec.decoder.vocab_size
     rating = _rating(spec.decoder, plan, text_tokens)
     return Flops(_vision(spec, plan), float(sum(layers) + rating + head), float(sum(step) + head))
+
+
+def selection_flops(spec: ModelSpec, plan: PruningPlan, text_tokens: int = NOMINAL_TEXT_TOKENS) -> float:
+    """FLOPs of choosing visual tokens by a plan of `selection_plan`, without the decoder that then sees them.
+
+    The layers before the one that rates, the scoring, and of that one the queries of the rating rows and all keys.
+    """
+    d, method = spec.decoder, plan.methods.decoder
+    assert method is not None, "a plan that chooses has a decoder-stage method"
+    keys = plan.vision_tokens + text_tokens
+    raters = text_tokens if method.raters == "text" else 1
+    projected = 2 * d.hidden_size * d.head_size * (raters * d.num_heads + keys * d.num_kv_heads)
+    return float(rating_layer(plan) * _layer(d, keys, keys) + projected + _rating(d, plan, text_tokens))
 
 
 def _rating(d: DecoderSpec, plan: PruningPlan, text_tokens: int) -> int:
