@@ -188,6 +188,46 @@ def quantized_size(results: Results) -> str:
     )
 
 
+def _selection_points(results: Results) -> dict[tuple[str, float, str], Point]:
+    """The points of `benchmarks/selection.py` by method, keep ratio and the layer that was asked for."""
+    points = results["selection"]["result"]["points"]
+    return {(point["method"], point["keep"], dict(point["options"]).get("layers", "")): point for point in points}
+
+
+def selection(results: Results) -> str:
+    """Exact pruning, a dense decoder elsewhere that gets what the method chose, and what a vision-stage method keeps."""
+    points = _selection_points(results)
+    dense = points["dense", 1.0, ""]
+    rows = [["dense", count(dense["tokens"]), percent(dense["accuracy"]), "", "", whole_percent(1.0), "", ""]]
+    for name, keep, layer in points:
+        if not name.startswith("select ") or layer:
+            continue
+        method = name.removeprefix("select ")
+        sides = [points[side, keep, ""] for side in (method, name, "fastervlm")]
+        shown = [
+            [percent(side["accuracy"]), whole_percent(side["flops"])] if "flops" in side else ["", ""] for side in sides
+        ]
+        accuracies, flops = zip(*shown, strict=True)
+        rows.append([f"`{method}`, keep {keep:g}", count(sides[1]["tokens"]), *accuracies, *flops])
+    sides_named = ["exact", "select", "`fastervlm`"]
+    return table(["", "tokens", *sides_named, *(f"FLOPs: {side}" for side in sides_named)], rows)
+
+
+def selection_layers(results: Results) -> str:
+    """What a dense decoder elsewhere answers by the layer after which its tokens were chosen."""
+    tried: dict[tuple[str, float], dict[str, Point]] = {}
+    for (name, keep, layer), point in _selection_points(results).items():
+        if layer:
+            tried.setdefault((name, keep), {})[layer] = point
+    layers = list(next(iter(tried.values())))
+    rows = [
+        [f"`{name.removeprefix('select ')}`, keep {keep:g}"]
+        + [f"{percent(row[layer]['accuracy'])} ({whole_percent(row[layer]['flops'])})" for layer in layers]
+        for (name, keep), row in tried.items()
+    ]
+    return table(["select after layer", *layers], rows)
+
+
 def latency(results: Results) -> str:
     """Median milliseconds of every side."""
     measured = results["latency_cpu"]["result"]
@@ -316,6 +356,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "adaptive": adaptive,
     "quantized": quantized,
     "quantized-size": quantized_size,
+    "selection": selection,
+    "selection-layers": selection_layers,
     "latency": latency,
     "latency-ratios": latency_ratios,
     "latency-gains": latency_gains,

@@ -138,6 +138,9 @@ def test_measurements_agree_wherever_they_were_recorded_twice() -> None:
     main = tables.accuracy_points(results)
     plain = [point for point in results["sparsevlm_options"]["result"]["points"] if not point["options"]]
     plain += [point for point in results["quantized"]["result"]["points"] if point["weights"] == "fp32"]
+    plain += [
+        point for point in results["selection"]["result"]["points"] if "accuracy" in point and not point["options"]
+    ]
     known = [
         (point, main[point["method"], point["keep"]]) for point in plain if (point["method"], point["keep"]) in main
     ]
