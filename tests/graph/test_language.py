@@ -64,7 +64,7 @@ def job_of(plans: list[PruningPlan]) -> CompileJob:
 
     def unheard(*_: object) -> None: ...
 
-    return CompileJob(Path(), {LANGUAGE: model}, spec, plans, "fp16", unheard, unheard, unheard)
+    return CompileJob(Path(), {LANGUAGE: model}, spec, plans, "fp16", Path(), unheard, unheard, unheard)
 
 
 def test_its_weights_exist_once_and_its_caches_are_as_large_as_the_largest_plan_needs() -> None:

@@ -23,13 +23,14 @@ from tests.checkpoints import MICRO, family_checkpoint
 from tests.conftest import BuildBundle, check_refused, noise_images
 from vtexport.builder.build import build
 from vtexport.builder.options import BuildOptions
-from vtexport.errors import InputError
+from vtexport.errors import InputError, VerificationError
 from vtexport.measure.profile import Settings, profile
 from vtexport.models import Prompter, read_spec
 from vtexport.models.spec import ViewChoice
+from vtexport.runtime.generate import look, prefill_input
 from vtexport.runtime.runner import Runner
 from vtexport.targets.onnxruntime.session import OrtEngine
-from vtexport.targets.tensorrt_llm import messages, prompts
+from vtexport.targets.tensorrt_llm import messages, prompts, reached
 from vtexport.targets.tensorrt_llm.layout import build_flags, renamed
 
 QUESTIONS = ("what digit is red?", "where is the 3?")
@@ -125,6 +126,54 @@ def test_messages_refuse_a_mark_behind_text(build_bundle: BuildBundle) -> None:
     runner = Runner.open(build_bundle(MICRO, 0.5, "fastervlm", self_check=False))
     with pytest.raises(InputError, match=r"has a <image> mark behind text; put the marks first"):
         messages(runner, [(noise_images(1)[0], "what digit is red in <image>?")])
+
+
+@pytest.mark.parametrize(
+    ("method", "views", "keep"),
+    [
+        ("sparsevlm", ViewChoice(grid="2x2"), 0.4),
+        ("fastervlm+fastv", ViewChoice(grid="2x1", images=2, arrangement="views"), 0.3),
+    ],
+)
+def test_first_layers_choose_tokens_for_a_model_elsewhere(
+    method: str, views: ViewChoice, keep: float, build_bundle: BuildBundle, tmp_path: Path
+) -> None:
+    """The build has compared the choice with the reference; here, embeddings go out as they came from the vision stage."""
+    folder = family_checkpoint(tmp_path, "llava_next-vicuna")
+    bundle = build_bundle(folder, keep, method, views=views, target="tensorrt-llm", target_options={"flow": "select"})
+    runner = Runner.open(bundle)
+    assert runner.bundle.manifest.verification is not None
+    assert runner.bundle.manifest.verification.same_kept
+    (stage,) = runner.plan.decoder_stages.values()
+    size = (80, 160) if views.grid == "2x1" else (150, 120)
+    images = noise_images(2 * (views.images or 1), size, seed=4)
+    grouped = images if views.images is None else [images[:2], images[2:]]
+    pairs = list(zip(grouped, QUESTIONS, strict=True))
+    requests = [runner.request(*pair) for pair in pairs]
+    vision = look(runner.engine, runner.plan, requests)
+    kept = runner.engine.select(prefill_input(runner.plan, requests, vision)).kept
+    for row, (given, (_, question)) in enumerate(zip(prompts(runner, pairs), pairs, strict=True)):
+        tensors = given["multi_modal_embeddings"]["image"]
+        assert len(tensors) == (views.images or 1)
+        sent = torch.cat(tensors).numpy()
+        assert len(sent) == stage.kept
+        assert kept[row].tolist() == sorted(set(kept[row].tolist()))
+        np.testing.assert_array_equal(sent, vision.seen().visual[row][kept[row]])
+        text = len(runner.prompter.prompt(question).token_ids)
+        assert reached(runner, question, text + stage.kept) == stage.kept
+    with pytest.raises(InputError, match="holds a vision engine alone, for tensorrt-llm"):
+        runner.ask(pairs)
+
+
+def test_a_dense_run_elsewhere_shows(build_bundle: BuildBundle) -> None:
+    runner = Runner.open(build_bundle(MICRO, 0.5, "fastervlm", self_check=False))
+    text = len(runner.prompter.prompt(QUESTIONS[0]).token_ids)
+    assert reached(runner, QUESTIONS[0], text + 72) == 72
+    for tokens in (144, 71, 0, -3):
+        with pytest.raises(
+            VerificationError, match=f"^{tokens} visual tokens reached the decoder, the bundle's plan has 72;"
+        ):
+            reached(runner, QUESTIONS[0], text + tokens)
 
 
 def test_pruning_inside_the_decoder_has_no_embeddings(build_bundle: BuildBundle) -> None:
@@ -284,7 +333,7 @@ def test_what_has_no_place_there_is_refused(vtexport, tmp_path: Path) -> None:
         ),
         (
             "--keep 0.4 --method fastervlm --flow torch",
-            "--flow torch is unknown to target tensorrt-llm; choose one of pytorch, engine",
+            "--flow torch is unknown to target tensorrt-llm; choose one of pytorch, select, engine",
         ),
         (
             "--keep 0.4 --method fastervlm --flow engine --vision-runtime torch --no-plugins",
@@ -294,6 +343,16 @@ def test_what_has_no_place_there_is_refused(vtexport, tmp_path: Path) -> None:
         ("--keep 0.4 --method fastervlm --max-batch 2", "or add --vision-runtime tensorrt"),
         ("--keep 0.4 --method fastervlm --flow engine --no-plugins --images 2", "use --flow pytorch for this build"),
         ("--keep auto --method fastervlm --flow engine --no-plugins", "use --flow pytorch for this build"),
+        (
+            "--keep 0.4 --method sparsevlm --flow select",
+            "TensorRT-LLM has no llava model of its own to choose tokens for",
+        ),
+        ("--keep 0.4 --method fastervlm --flow select", "chooses no visual token in the decoder"),
+        ("--keep auto --method sparsevlm --flow select", "which has one number of tokens; give a ratio"),
+        (
+            "--keep 0.4 --flow select --vision-runtime tensorrt",
+            "runs through PyTorch; leave --vision-runtime tensorrt out",
+        ),
         ("--keep 0.4 --method sgl", "by another bundle's ranking, which TensorRT-LLM has no way to pass on"),
         ("--keep auto --method sparsevlm", "chooses among prefill graphs, and TensorRT-LLM has one; give a ratio"),
     ):

@@ -135,6 +135,7 @@ def _engine_spec(options: BuildOptions, model: _Model) -> EngineSpec:
         )
     else:
         plans, policy = [plan(options.keep)], None
+    plans = list(options.chosen_target.planned(plans))
     options.chosen_target.check_plans(model.spec, plans)
     return EngineSpec(plans, dtype, policy, options.debug, options.give_ranking)
 

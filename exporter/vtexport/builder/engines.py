@@ -65,11 +65,11 @@ def make_engines(source: Source, engines: EngineSpec, target: Target, folder: Pa
     compiled = target.compile(
         CompileJob(
             folder=folder,
-            processor=source.processor,
             models={graph.name: graph.model for graph in graphs},
             spec=source.spec,
             plans=engines.plans,
             dtype=engines.dtype,
+            processor=source.processor,
             report=progress.stage,
             advance=progress.advance,
             warn=progress.warn,
@@ -79,12 +79,14 @@ def make_engines(source: Source, engines: EngineSpec, target: Target, folder: Pa
 
 
 def _trace(spec: ModelSpec, engines: EngineSpec, target: Target, progress: Progress) -> list[TracedGraph]:
-    from vtexport.graph.export import trace_decode, trace_language, trace_prefill, trace_vision
+    from vtexport.graph.export import trace_decode, trace_language, trace_prefill, trace_select, trace_vision
 
     plans, dtype, outputs = engines.plans, engines.dtype, (engines.debug, engines.give_ranking)
     parts = [partial(trace_vision, spec, plans, dtype, engines.debug)]
     if target.language_room is not None:
         parts.append(partial(trace_language, spec, plans, dtype, *outputs, room=target.language_room))
+    elif target.selects:
+        parts.append(partial(trace_select, spec, plans[0], dtype))
     elif not target.vision_only:
         names = prefill_names(len(plans))
         parts += [

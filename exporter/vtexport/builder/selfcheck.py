@@ -56,6 +56,7 @@ def check_engines(
         engines.dtype,
         progress.advance,
         vision_only=target.vision_only,
+        selects=target.selects,
         batch=min(SAMPLES, target.largest_batch or SAMPLES),
     )
 

@@ -177,8 +177,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def has_language_model(self) -> bool:
-        """Whether the bundle answers by itself, and is no vision engine alone."""
-        return set(self.graphs) != {"vision"}
+        """Whether the bundle answers by itself, and does not only make visual tokens."""
+        return not set(self.graphs) <= {"vision", "select"}
 
     def policy(self) -> Policy | None:
         """The policy that chooses among several plans; None if there is only one."""

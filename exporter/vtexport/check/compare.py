@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -17,9 +18,10 @@ from vtexport.models import ModelSpec, Prompter
 from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan
 from vtexport.pruning.plan import VISION
-from vtexport.runtime.generate import generate, look, visual_lengths
+from vtexport.pruning.selection import selecting_stage
+from vtexport.runtime.generate import generate, look, prefill_input, visual_lengths
 from vtexport.runtime.request import Decoding, Request
-from vtexport.targets.engine import Engine, VisionOutput
+from vtexport.targets.engine import Engine, Selector, VisionOutput
 from vtexport.targets.quantize import Scheme
 
 SAMPLES = 4
@@ -113,6 +115,7 @@ def compare_engine(
     advance: Callable[[], None],
     *,
     vision_only: bool = False,
+    selects: bool = False,
     batch: int = SAMPLES,
 ) -> VerificationEntry:
     """Compare `engine`, on ragged batches of the samples, with the reference, row by row, under every plan.
@@ -129,6 +132,7 @@ def compare_engine(
         dtype: "fp32", "fp16" or "bf16".
         advance: called once per sample and plan.
         vision_only: there is only a vision graph; its visual tokens are then compared as logits are.
+        selects: behind the vision graph, there is one that chooses visual tokens; its choice is compared.
         batch: prompts per batch at most.
 
     Raises:
@@ -137,7 +141,7 @@ def compare_engine(
     spec = model.spec
     requests = sample_requests(model, plans[0])
     reference = ReferenceModel(model.folder, spec, model.clip, _rounding(model.scheme, dtype))
-    check, results = _check_vision if vision_only else _check_plan, []
+    check, results = _check_choice if selects else _check_vision if vision_only else _check_plan, []
     for first in range(0, len(requests), batch):
         together = requests[first : first + batch]
         seen = look(engine, plans[0], together)
@@ -192,6 +196,25 @@ def _check_vision(
                 np.asarray(engine_vision.visual[row, :number]), wanted[:number], samples.dtype, "visual tokens", result
             )
         advance()
+    return result
+
+
+def _check_choice(
+    engine: Engine, bucket: int, plan: PruningPlan, samples: _Samples, advance: Callable[[], None]
+) -> _Found:
+    """Compare the vision stage, and the tokens that the decoder's first layers choose, with the reference."""
+    result, chooser = _check_vision(engine, bucket, plan, samples, advance), cast(Selector, engine)
+    requests, where = samples.requests, selecting_stage(plan).where
+    chosen = chooser.select(prefill_input(plan, requests, samples.vision, bucket))
+    lengths = visual_lengths(plan, samples.vision, requests)
+    for row, request in enumerate(requests):
+        visual = np.asarray(samples.vision.seen(bucket).visual[row : row + 1], dtype=np.float32)
+        length = tuple(map(int, lengths[row]))
+        expected = samples.reference.answer(request.prompt, visual, (), plan, extras=request.extras, length=length)
+        kept = chosen.kept[row][chosen.kept[row] >= 0]
+        if not np.array_equal(kept, expected.kept[where]):
+            result.same_kept = False
+            _check_swaps(kept, expected.kept[where], expected.score[where], samples.dtype)
     return result
 
 

@@ -53,6 +53,26 @@ def visual_lengths(plan: PruningPlan, vision: VisionOutput, requests: Sequence[R
     return lengths
 
 
+def prefill_input(
+    plan: PruningPlan, requests: Sequence[Request], vision: VisionOutput, bucket: int = 0
+) -> PrefillInput:
+    """The prompts of `requests` with their visual tokens, for the graph of `plan`, number `bucket`."""
+    lengths = np.array([len(request.prompt.token_ids) for request in requests], dtype=np.int64)
+    input_ids = np.zeros((len(requests), int(lengths.max())), dtype=np.int64)
+    for row, request in enumerate(requests):
+        input_ids[row, : lengths[row]] = request.prompt.token_ids
+    at = np.array([request.prompt.image_positions for request in requests], dtype=np.int64)
+    several = at.shape[1] > 1
+    return PrefillInput(
+        input_ids,
+        at if several else at[:, 0],
+        lengths,
+        vision.seen(bucket).visual,
+        visual_lengths(plan, vision, requests) if several or plan.newlines else None,
+        extras=_extras(plan, "prefill", requests),
+    )
+
+
 class Generation:
     """The generation of one batch: creating it runs vision and prefill, each step of its iteration a decode step.
 
@@ -88,28 +108,13 @@ class Generation:
         self._filled = visual_lengths(plan, self._seen, requests)
         _check_positions(self._lengths + self._filled.sum(axis=1), decoding)
         _check_prompts(plan, requests)
-        inputs = self._prefill_input(requests, bucket)
+        inputs = prefill_input(plan, requests, self._seen, bucket)
         start = time.perf_counter()
         prefilled = engine.prefill(inputs, decoding.max_new_tokens, bucket)
         self._prefill_ms = 1000 * (time.perf_counter() - start)
         self._logits, self._cache = prefilled.logits, prefilled.cache
         self._step_ms: list[float] = []
         self.results = [_result(row, self._seen, prefilled, bucket) for row in range(len(requests))]
-
-    def _prefill_input(self, requests: Sequence[Request], bucket: int) -> PrefillInput:
-        input_ids = np.zeros((len(requests), int(self._lengths.max())), dtype=np.int64)
-        for row, request in enumerate(requests):
-            input_ids[row, : self._lengths[row]] = request.prompt.token_ids
-        at = np.array([request.prompt.image_positions for request in requests], dtype=np.int64)
-        several = at.shape[1] > 1
-        return PrefillInput(
-            input_ids,
-            at if several else at[:, 0],
-            self._lengths,
-            self._seen.seen(bucket).visual,
-            self._filled if several or self._plan.newlines else None,
-            extras=_extras(self._plan, "prefill", requests),
-        )
 
     def __iter__(self) -> Iterator[Mapping[int, int]]:
         """Yield, at every step, the next token of each row that still runs, by row."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,12 +17,12 @@ from vtexport.models.prompt import Prompter
 from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan
 from vtexport.runtime.answer import Answer, stage_reports
-from vtexport.runtime.generate import Generation, admit, generate, look, visual_lengths
+from vtexport.runtime.generate import Generation, admit, generate, look, prefill_input, visual_lengths
 from vtexport.runtime.ranking import Ranker, check_needed
 from vtexport.runtime.request import Decoding, Request, Result, Timings
 from vtexport.runtime.text import TextStream
 from vtexport.targets.base import Compiled
-from vtexport.targets.engine import VisionOutput
+from vtexport.targets.engine import Selector, VisionOutput
 
 #: default maximum of tokens per answer
 MAX_NEW_TOKENS = 64
@@ -187,19 +187,36 @@ class Runner:
         Raises:
             InputError: the bundle prunes inside the decoder.
         """
-        if self.plan.decoder_stages:
+        selects = "select" in self.bundle.manifest.graphs
+        if self.plan.decoder_stages and not selects:
             raise InputError(
                 f"{self.bundle.folder} prunes inside the decoder (method {self.plan.method}), so its visual tokens "
                 "alone do not carry the pruning; build with a vision-stage method such as fastervlm"
             )
         requests = [self.request(image, question) for image, question in pairs]
         vision = look(self.engine, self.plan, requests)
+        if selects:
+            return self._selected(requests, pairs, vision)
         embedded = []
         for row, bucket in enumerate(map(int, self.buckets(vision))):
             lengths = visual_lengths(self.plans[bucket], vision, requests)[row]
             visual, ends = np.asarray(vision.seen(bucket).visual[row]), np.cumsum(lengths)
             images = [visual[end - count : end] for end, count in zip(ends, lengths, strict=True)]
             embedded.append(Embedded(requests[row].prompt.text, pairs[row][1], images, self.prompter.mark))
+        return embedded
+
+    def _selected(
+        self, requests: Sequence[Request], pairs: Sequence[tuple[Any, str]], vision: VisionOutput
+    ) -> list[Embedded]:
+        """As `embed`, of the tokens that the decoder's first layers choose."""
+        chosen = cast(Selector, self.engine).select(prefill_input(self.plan, requests, vision))
+        embedded = []
+        for row, request in enumerate(requests):
+            tokens = chosen.chosen[row]
+            counts = [len(tokens)] if chosen.length is None else chosen.length[row].tolist()
+            ends = np.cumsum(counts)
+            images = [tokens[end - count : end] for end, count in zip(ends, counts, strict=True)]
+            embedded.append(Embedded(request.prompt.text, pairs[row][1], images, self.prompter.mark))
         return embedded
 
     def buckets(self, vision: VisionOutput) -> Array:

@@ -36,20 +36,20 @@ class CompileJob:
 
     Attributes:
         folder: the bundle under construction; graphs and weights lie in `engine/`.
-        processor: the folder of the model's processor files.
         models: the traced graphs by name, weights attached.
         spec, plans, dtype: what they were traced from.
+        processor: the folder of the model's processor files.
         report: called with (line, steps) when a piece of work begins; steps None if unknown.
         advance: called with the number of steps done.
         warn: called with a runtime's own warnings and errors.
     """
 
     folder: Path
-    processor: Path
     models: Mapping[str, ir.Model]
     spec: ModelSpec
     plans: Sequence[PruningPlan]
     dtype: str
+    processor: Path
     report: Callable[[str, int | None], None]
     advance: Callable[[int], None]
     warn: Callable[[str], None]
@@ -84,6 +84,11 @@ class Target(ABC):
         return False
 
     @property
+    def selects(self) -> bool:
+        """Whether the decoder's first layers choose visual tokens for that program (`vtexport.graph.select`)."""
+        return False
+
+    @property
     def largest_batch(self) -> int | None:
         """Prompts per batch at most; None if any number will do."""
         return None
@@ -114,6 +119,14 @@ class Target(ABC):
         Raises:
             InputError: an option does not work; the message says what to do about it.
         """
+
+    def planned(self, plans: Sequence[PruningPlan]) -> Sequence[PruningPlan]:
+        """The plans that a bundle for this target follows, made of those that were asked for.
+
+        Raises:
+            InputError: there is no such plan.
+        """
+        return plans
 
     def check_plans(self, spec: ModelSpec, plans: Sequence[PruningPlan]) -> None:  # noqa: B027 - as above
         """Refuse plans that the target does not support.

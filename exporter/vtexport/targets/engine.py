@@ -123,6 +123,29 @@ class PrefillOutput:
     stages: Mapping[str, Array] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Selected:
+    """The outputs of the graph that chooses visual tokens (`vtexport.graph.select.SelectGraph`).
+
+    Attributes:
+        chosen: [B, K, C], the embeddings of the chosen tokens.
+        kept: [B, K] int32, their indices among the tokens that entered; -1 behind those of a row that has fewer.
+        length: [B, n] int64, chosen tokens of each image, if rows differ in that or have several images.
+    """
+
+    chosen: Array
+    kept: Array
+    length: Array | None
+
+
+class Selector(Protocol):
+    """An engine whose bundle has that graph."""
+
+    def select(self, inputs: PrefillInput) -> Selected:
+        """Choose visual tokens for a language model elsewhere."""
+        ...
+
+
 class Cache(Protocol):
     """A batch's KV cache, owned by the runtime that made it."""
 

@@ -45,11 +45,31 @@ def check_deployed(spec: ModelSpec, plans: Sequence[PruningPlan]) -> None:
         )
 
 
-def write_deployment(job: CompileJob) -> None:
-    """Write these files into the bundle under construction."""
+def check_selected(spec: ModelSpec, plans: Sequence[PruningPlan]) -> None:
+    """Refuse what TensorRT-LLM's own models cannot be given embeddings for.
+
+    Raises:
+        InputError: it has no model of the family, or the method needs what it does not hand on.
+    """
+    if spec.family != "llava_next":
+        raise InputError(
+            f"TensorRT-LLM has no {spec.family} model of its own to choose tokens for, only llava_next; use --flow pytorch, "
+            "which registers one"
+        )
+    if plans[0].methods.decoder is not None and plans[0].methods.decoder.extras:
+        raise InputError(f"method {plans[0].method} needs another bundle's ranking; use sparsevlm or fastv")
+
+
+def write_description(job: CompileJob) -> None:
+    """Write what the bundle under construction says of itself."""
     frequencies, scaling = rope_frequencies(job.spec)
     debug = "score" in [value.name for value in job.models["vision"].graph.outputs]
     Description(job.spec, job.plans, job.dtype, frequencies.tolist(), scaling, debug).write(job.folder)
+
+
+def write_deployment(job: CompileJob) -> None:
+    """Write that, and the files that register and serve the model."""
+    write_description(job)
     folder, place = job.folder, job.folder / FOLDER
     (place / "__init__.py").write_text(_MODULE, encoding="utf-8")
     (place / TEMPLATE).write_text(_STRING_CONTENT + chat_template(job.processor), encoding="utf-8")

@@ -44,7 +44,7 @@ def prompts(runner: Embedder, pairs: Sequence[tuple[Any, str]], dtype: Any = Non
     """Inputs for `tensorrt_llm.LLM.generate`.
 
     Args:
-        runner: an opened bundle without pruning inside the decoder.
+        runner: an opened bundle without pruning inside the decoder, or one of `--flow select`.
         pairs: images (see `vtexport.models.prompt.Prompter.views`) and questions.
         dtype: a torch dtype, that of the language model; None for the engine's.
 
@@ -94,7 +94,7 @@ def reached(runner: Embedder, question: str, prompt_tokens: int) -> int:
         VerificationError: another number than any of the bundle's plans has, such as that of the image unpruned.
     """
     tokens = prompt_tokens - len(runner.prompter.prompt(question).token_ids)
-    planned = sorted({plan.vision_tokens for plan in runner.plans})
+    planned = sorted({_sent(plan) for plan in runner.plans})
     exact = runner.plans[0].newlines == 0
     if tokens <= 0 or tokens > planned[-1] or (exact and tokens not in planned):
         raise VerificationError(
@@ -102,6 +102,13 @@ def reached(runner: Embedder, question: str, prompt_tokens: int) -> int:
             "TensorRT-LLM the prompts or messages of this bundle"
         )
     return tokens
+
+
+def _sent(plan: PruningPlan) -> int:
+    """Visual tokens of a prompt that a bundle of `plan` makes; a bundle that prunes in the decoder only chooses."""
+    from vtexport.pruning.selection import selecting_stage
+
+    return selecting_stage(plan).kept if plan.decoder_stages else plan.vision_tokens
 
 
 def _without_marks(question: str, mark: str) -> str:

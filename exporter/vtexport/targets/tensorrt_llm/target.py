@@ -28,7 +28,9 @@ class TensorRTLLMTarget(FullTensorRT):
 
     Flow `pytorch` is for its PyTorch backend: the bundle registers a LLaVA of vtexport's there, which prunes in the
     vision stage and inside the decoder (`torch_model`), and makes visual tokens for it or for TensorRT-LLM's own models
-    (`prompts`). Flow `engine` is the layout that its engine flow (up to 1.2) opens by itself: `vision/model.engine` and
+    (`prompts`). Flow `select` approximates a decoder-stage method for a TensorRT-LLM that loads no model of ours: the
+    first decoder layers run here and only choose visual tokens, whose embeddings TensorRT-LLM's own model gets. Flow
+    `engine` is the layout that its engine flow (up to 1.2) opens by itself: `vision/model.engine` and
     `vision/config.json`, with a script that builds the matching language model.
     """
 
@@ -38,8 +40,11 @@ class TensorRTLLMTarget(FullTensorRT):
     dtypes: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
 
     flow: Annotated[
-        Literal["pytorch", "engine"],
-        Meta(description="For TensorRT-LLM's PyTorch backend, or in the layout of its engine flow (up to 1.2)."),
+        Literal["pytorch", "select", "engine"],
+        Meta(
+            description="pytorch registers a LLaVA that prunes with TensorRT-LLM's PyTorch backend; select only chooses "
+            "tokens for its own models, which costs accuracy; engine is the layout of its engine flow (up to 1.2)."
+        ),
     ] = "pytorch"
     vision_runtime: Annotated[
         Literal["auto", "torch", "tensorrt"],
@@ -51,12 +56,16 @@ class TensorRTLLMTarget(FullTensorRT):
 
     @property
     def on_torch(self) -> bool:
-        """Whether PyTorch runs the vision stage."""
+        """Whether PyTorch runs what the bundle computes."""
         return self.vision_runtime == "torch" or (self.vision_runtime == "auto" and self.flow != "engine")
 
     @property
     def weights_inside(self) -> bool:
         return not self.on_torch
+
+    @property
+    def selects(self) -> bool:
+        return self.flow == "select"
 
     @property
     def largest_batch(self) -> int | None:
@@ -79,6 +88,8 @@ class TensorRTLLMTarget(FullTensorRT):
                 )
 
     def check(self) -> None:
+        if self.flow == "select" and not self.on_torch:
+            raise InputError("--flow select runs through PyTorch; leave --vision-runtime tensorrt out")
         if self.flow == "engine" and self.on_torch:
             raise InputError("--flow engine needs a TensorRT plan; leave --vision-runtime torch out")
         if self.flow == "engine" and self.plugins:
@@ -88,11 +99,20 @@ class TensorRTLLMTarget(FullTensorRT):
         if not self.on_torch:
             super().check()
 
-    def check_plans(self, spec: ModelSpec, plans: Sequence[PruningPlan]) -> None:
-        from vtexport.targets.tensorrt_llm.deployment import check_deployed
+    def planned(self, plans: Sequence[PruningPlan]) -> Sequence[PruningPlan]:
+        if self.flow != "select":
+            return plans
+        from vtexport.pruning.selection import selection_plan
 
-        if self.flow == "pytorch":
-            check_deployed(spec, plans)
+        if len(plans) > 1:
+            raise InputError("--keep auto cannot go with --flow select, which has one number of tokens; give a ratio")
+        return [selection_plan(plans[0])]
+
+    def check_plans(self, spec: ModelSpec, plans: Sequence[PruningPlan]) -> None:
+        from vtexport.targets.tensorrt_llm.deployment import check_deployed, check_selected
+
+        if self.flow != "engine":
+            (check_deployed if self.flow == "pytorch" else check_selected)(spec, plans)
             return
         if plans[0].decoder_stages:
             raise InputError(
@@ -115,9 +135,9 @@ class TensorRTLLMTarget(FullTensorRT):
             compiled = super().compile(job)
             layout.write_layout(job, self.max_batch, self.max_text)
             return compiled
-        from vtexport.targets.tensorrt_llm.deployment import write_deployment
+        from vtexport.targets.tensorrt_llm.deployment import write_deployment, write_description
 
-        write_deployment(job)
+        (write_deployment if self.flow == "pytorch" else write_description)(job)
         return self._kept(job) if self.on_torch else super().compile(job)
 
     def _kept(self, job: CompileJob) -> Compiled:
@@ -138,9 +158,9 @@ class TensorRTLLMTarget(FullTensorRT):
     def open(self, folder: Path, compiled: Compiled, plans: Sequence[PruningPlan], threads: int) -> Engine:
         if not self.on_torch:
             return super().open(folder, compiled, plans, threads)
-        from vtexport.targets.tensorrt_llm.torch_vision import TorchVision
+        from vtexport.targets.tensorrt_llm.torch_engine import TorchEngine
 
-        return TorchVision(folder, threads)
+        return TorchEngine(folder, list(compiled.files), threads)
 
     def plan_file(self, name: str) -> str:
         if self.flow == "pytorch":
