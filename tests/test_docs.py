@@ -36,7 +36,16 @@ PAGES = [
 #: folders of the repository, by which a path in the text is known
 FOLDERS = ("exporter", "tests", "plugins", "benchmarks", "engines", "docs")
 #: flags of other programs that pages name
-FOREIGN_FLAGS = {"--backend-config", "--geometry", "--json", "--check", "--max_multimodal_len", "--no-deps", "--target"}
+FOREIGN_FLAGS = {
+    "--backend-config",
+    "--geometry",
+    "--json",
+    "--check",
+    "--max_multimodal_len",
+    "--max_num_tokens",
+    "--no-deps",
+    "--target",
+}
 
 by_name = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
