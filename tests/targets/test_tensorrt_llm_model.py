@@ -319,6 +319,19 @@ def test_features_that_cannot_go_with_it_are_refused_by_name(
         Server(folder, **settings)
 
 
+def test_blocks_are_not_reused_where_the_vision_stage_alone_prunes(
+    geometries: dict[str, Path], build_bundle: BuildBundle
+) -> None:
+    """Two images with the same question have equal token ids: the second would be answered by the first one's blocks."""
+    folder = geometries["grouped"]
+    bundle = build_bundle(folder, 0.25, "fastervlm", target="tensorrt-llm", self_check=False)
+    with (
+        registered(bundle),
+        pytest.raises(InputError, match=r"^kv_cache_config\.enable_block_reuse cannot go with visual tokens"),
+    ):
+        Server(folder, enable_block_reuse=True)
+
+
 def test_compiled_layers_are_refused(geometries: dict[str, Path], build_bundle: BuildBundle) -> None:
     both = Both(build_bundle, geometries["grouped"], "sparsevlm", method_options=CASES["sparsevlm"])
     with registered(both.bundle), pytest.raises(InputError, match=r"^torch_compile_config cannot go with"):

@@ -20,7 +20,7 @@ from vtexport.targets.tensorrt_llm.torch_model.description import Description
 from vtexport.targets.tensorrt_llm.torch_model.packing import Row
 from vtexport.targets.tensorrt_llm.torch_model.processor import LAYOUT
 from vtexport.targets.tensorrt_llm.torch_model.pruning import Rope
-from vtexport.targets.tensorrt_llm.torch_model.refusals import refuse_compilation, refuse_model
+from vtexport.targets.tensorrt_llm.torch_model.refusals import refuse_compilation, refuse_model, refuse_reuse
 from vtexport.targets.tensorrt_llm.torch_model.report import Report
 from vtexport.targets.tensorrt_llm.torch_model.stages import Images, Schedule
 
@@ -109,8 +109,10 @@ class VtexportLlava(nn.Module):
             **kwargs: `multimodal_params` of the contexts; and what `fuse_input_embeds` takes.
 
         Raises:
-            InputError: a prompt's visual tokens are not those of the plan.
+            InputError: a prompt's visual tokens are not those of the plan, or blocks would be reused.
         """
+        # The first step, with which TensorRT-LLM warms up, so stops a server from starting.
+        refuse_reuse(attn_metadata)
         contexts, staged = attn_metadata.num_contexts, bool(self.schedule.stages)
         params = kwargs.get("multimodal_params", []) if contexts else []
         # Contexts come first, and generations have no images any more.

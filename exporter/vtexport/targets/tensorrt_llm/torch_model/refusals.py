@@ -38,6 +38,20 @@ def refuse_features(metadata: Any) -> None:
         )
 
 
+def refuse_reuse(metadata: Any) -> None:
+    """Refuse attention metadata made for the reuse of blocks, which is wrong wherever there are visual tokens.
+
+    Raises:
+        InputError: it is on.
+    """
+    features = metadata.runtime_features
+    if features is not None and getattr(features, "cache_reuse", False):
+        raise InputError(
+            "kv_cache_config.enable_block_reuse cannot go with visual tokens: prompts about other images have equal token "
+            "ids, by which blocks are taken for equal; turn it off"
+        )
+
+
 def refuse_compilation() -> None:
     """Refuse a step of a model that torch.compile has taken, in which attention takes the engine's own metadata.
 
