@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-#: what a request may say of those that TensorRT-LLM knows; it refuses any other
+#: what a request may say, of what TensorRT-LLM knows; it refuses any other, `max_completion_tokens` too
 FIELDS = {
-    *("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "n", "stop"),
+    *("model", "messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "n", "stop"),
     *("stream", "stream_options", "ignore_eos", "min_tokens", "truncate_prompt_tokens"),
 }
 

@@ -95,7 +95,7 @@ class Engine:
         )
         sys.stderr.write(f"prompt: {text!r}\n")
         end = None if body.get("ignore_eos") else self.tokenizer.eos_token_id
-        tokens = body.get("max_tokens") or body.get("max_completion_tokens") or 16
+        tokens = body.get("max_tokens") or 16
         with self.changed:
             self.error = None
             try:
