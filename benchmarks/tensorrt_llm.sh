@@ -33,8 +33,8 @@ vtexport="$(command -v "${VTEXPORT:-vtexport}")" || stop_early "no command vtexp
 trtllm_python="$(command -v "$trtllm_python")" || stop_early "no $trtllm_python; set TRTLLM_PYTHON"
 checkpoint="$(cd "$checkpoint" && pwd)"
 # The Python of the vtexport command: what its first line names, or the one beside it.
-python="$(sed -n '1s/^#! *//p' "$vtexport")"
-"$python" -c "import vtexport" 2> /dev/null || python="$(dirname "$vtexport")/python3"
+python="$(sed -n '1s/^#! *\(.*python[0-9.]*\)$/\1/p' "$vtexport")"
+"${python:-false}" -c "import vtexport" 2> /dev/null || python="$(dirname "$vtexport")/python3"
 "$python" -c "import vtexport" 2> /dev/null || stop_early "$vtexport has no Python beside it; give the one of its environment"
 
 logs="$(mktemp -d "${TMPDIR:-/tmp}/vtexport-tensorrt-llm-XXXXXX")"
