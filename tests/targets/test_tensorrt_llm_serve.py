@@ -264,7 +264,7 @@ def run_script(programs: Path, bundles: Path, **more: str) -> tuple[int, list[st
     told = {"VTEXPORT": str(Path(sys.executable).parent / "vtexport"), "BUNDLES": str(bundles), "TMPDIR": str(logs)}
     told |= {"PORT": str(free_port(5)), "START_SECONDS": "300", "QUESTIONS": "4", "ROUNDS": "0"}
     done = subprocess.run(
-        [SCRIPT], capture_output=True, text=True, check=False, env=with_path(programs, **told, **more)
+        [SCRIPT], capture_output=True, text=True, check=False, env=with_path(programs, **{**told, **more})
     )
     # Nothing but the logs is left.
     (left,) = logs.iterdir()
