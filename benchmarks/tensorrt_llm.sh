@@ -39,6 +39,8 @@ python="$(sed -n '1s/^#! *\(.*python[0-9.]*\)$/\1/p' "$vtexport")"
 
 logs="$(mktemp -d "${TMPDIR:-/tmp}/vtexport-tensorrt-llm-XXXXXX")"
 work="$(mktemp -d)"
+# What servers leave in the folder for temporary files goes with the rest.
+export TMPDIR="$work"
 bundles="${BUNDLES:-$work/bundles}"
 server=""
 
