@@ -62,7 +62,8 @@ class StagedAttention(Attention):  # type: ignore[misc]  # no types without tens
         """As the base class; q alone may hold queries, keys and values side by side, [T, (H + 2 G) * D]."""
         if self.listens:
             query, key, _ = self.split_qkv(q, k, v)
-            self.heard = query, key
+            # RoPE outside of the kernel writes over its arguments.
+            self.heard = (query, key) if self.rope_fusion else (query.clone(), key.clone())
         return super().apply_rope(q, k, v, position_ids)
 
     def taken(self) -> tuple[Tensor, Tensor]:

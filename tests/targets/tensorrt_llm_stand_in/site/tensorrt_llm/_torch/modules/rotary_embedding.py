@@ -18,7 +18,9 @@ class RotaryEmbedding(nn.Module):
         self.head_dim, self.frequencies = head_dim, rope_params.frequencies()
 
     def forward(self, position_ids: torch.Tensor, targets: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Rotate every one of `targets`, `[tokens, heads * head_dim]`."""
+        """Rotate every one of `targets`, `[tokens, heads * head_dim]`, in place, as FlashInfer's kernel does."""
         positions = position_ids.reshape(-1)
-        heads = [target.unflatten(-1, (-1, self.head_dim)) for target in targets]
-        return [rotate(target, positions, self.frequencies).flatten(1) for target in heads]
+        for target in targets:
+            heads = target.unflatten(-1, (-1, self.head_dim))
+            target.copy_(rotate(heads, positions, self.frequencies).flatten(1))
+        return targets
