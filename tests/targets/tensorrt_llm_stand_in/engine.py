@@ -75,11 +75,17 @@ class Engine:
         )
 
     def _warm_up(self) -> None:
-        """A prompt of dummy tokens, then every size of recorded pass, the longest sequence first; none is real."""
+        """A long prompt that measures memory, one of dummy tokens, then every size of recorded pass, the longest first."""
         manager = self.kv_cache_manager
-        (prompt,) = dummy_requests(manager, [0], [min(5, self.settings.max_num_tokens)], generation=False)
-        self.forward([(prompt, prompt.prompt_len)], [])
-        manager.free_resources(prompt)
+        longest = min(self.max_seq_len - 1, self.settings.max_num_tokens, len(manager.free) * manager.tokens_per_block)
+        vocabulary = self.model.model_config.pretrained_config.vocab_size
+        for count in (longest, min(5, self.settings.max_num_tokens)):
+            (prompt,) = dummy_requests(manager, [0], [count], generation=False)
+            if count == longest:
+                # TensorRT-LLM draws them at random, so that any may be among them.
+                prompt.tokens = [number % vocabulary for number in range(count)]
+            self.forward([(prompt, prompt.prompt_len)], [])
+            manager.free_resources(prompt)
         for size in reversed(self.runner.sizes if self.runner else []):
             longest = min(self.max_seq_len - 1, (len(manager.free) - size) * manager.tokens_per_block)
             ids = [size - 1, *range(size - 1)]

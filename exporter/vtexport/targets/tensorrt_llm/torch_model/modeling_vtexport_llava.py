@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -118,20 +119,23 @@ class VtexportLlava(nn.Module):
         # Contexts come first, and generations have no images any more.
         params = [param for param in params if LAYOUT in param.multimodal_data]
         rows = self._rows(params, attn_metadata, input_ids) if contexts else []
+        if staged:
+            if return_context_logits:
+                raise InputError(
+                    "gather_context_logits cannot go with pruning inside the decoder, behind which prompts have fewer "
+                    "tokens; turn it off"
+                )
+            refuse_compilation()
+            if contexts:
+                # Before the vision stage: the lengths are copied to the GPU from buffers that TensorRT-LLM fills again
+                # for the next step, which it prepares while this one runs.
+                attn_metadata.begin(rows)
         embeds = [self._embedded(param, row.images) for param, row in zip(params, rows, strict=True)]
         table, marks = self.llm.model.embed_tokens, {"mm_token_ids": self.mm_token_ids}
         input_ids, inputs_embeds = fuse_input_embeds(table, input_ids, embeds, **marks, **kwargs)
         if not staged:
             self.report.add(rows, lambda _: attn_metadata.seq_lens.tolist())
             return self.llm.forward(attn_metadata, input_ids, position_ids, inputs_embeds, return_context_logits)
-        if return_context_logits:
-            raise InputError(
-                "gather_context_logits cannot go with pruning inside the decoder, behind which prompts have fewer tokens; "
-                "turn it off"
-            )
-        refuse_compilation()
-        if contexts:
-            attn_metadata.begin(rows)
         logits = self.llm.forward(attn_metadata, input_ids, position_ids, inputs_embeds, contexts=rows)
         self.report.add(rows, attn_metadata.rows)
         return logits
@@ -143,11 +147,11 @@ class VtexportLlava(nn.Module):
         if len(images) < len(lengths):
             # Prompts without data of their own are among them: only their tokens tell which.
             assert input_ids is not None, "TensorRT-LLM gives token ids"
-            image, start = self.description.spec.image_token_id, 0
             shown: list[Images | None] = []
-            ids, left = input_ids[: sum(lengths)].tolist(), iter(images)
+            start, ids, left = 0, input_ids[: sum(lengths)].tolist(), iter(images)
             for length in lengths:
-                shown.append(next(left, _LOST) if image in ids[start : start + length] else None)
+                has_places = self._has_places(ids[start : start + length], alone=bool(params))
+                shown.append(next(left, _LOST) if has_places else None)
                 start += length
             images = shown
         rows = []
@@ -166,6 +170,19 @@ class VtexportLlava(nn.Module):
                 )
             rows.append(Row(number, int(attn_metadata.request_ids[number]), one))
         return rows
+
+    def _has_places(self, ids: Sequence[int], alone: bool) -> bool:
+        """Whether the prompt `ids` has the places of an image.
+
+        Args:
+            ids: its tokens.
+            alone: whether a mark that stands alone is one. It is none in steps without any image: TensorRT-LLM measures
+                memory with prompts of random tokens, which may have marks.
+        """
+        mark = self.description.spec.image_token_id
+        if alone:
+            return mark in ids
+        return any(first == second == mark for first, second in pairwise(ids))
 
     def _embedded(self, param: Any, images: Images) -> Tensor:
         """The visual tokens [K, C] of one request."""
