@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -330,6 +331,13 @@ def test_blocks_are_not_reused_where_the_vision_stage_alone_prunes(
         pytest.raises(InputError, match=r"^kv_cache_config\.enable_block_reuse cannot go with visual tokens"),
     ):
         Server(folder, enable_block_reuse=True)
+
+
+def test_adapters_are_refused() -> None:
+    from vtexport.targets.tensorrt_llm.torch_model.refusals import refuse_model
+
+    with pytest.raises(InputError, match=r"^lora_config cannot go with pruning inside the decoder"):
+        refuse_model(SimpleNamespace(mapping=SimpleNamespace(), lora_config=object()))
 
 
 def test_compiled_layers_are_refused(geometries: dict[str, Path], build_bundle: BuildBundle) -> None:

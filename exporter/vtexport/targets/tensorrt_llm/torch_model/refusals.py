@@ -89,6 +89,11 @@ def refuse_model(config: Any) -> None:
             "speculative_config cannot go with pruning inside the decoder: draft tokens have no lengths per stage; "
             "leave it out"
         )
+    if getattr(config, "lora_config", None) is not None:
+        raise InputError(
+            "lora_config cannot go with pruning inside the decoder, whose layers apply no adapters; merge the adapter into "
+            "the checkpoint, and build the bundle from that"
+        )
     backend = getattr(config, "attn_backend", "TRTLLM")
     if backend != "TRTLLM":
         raise InputError(
