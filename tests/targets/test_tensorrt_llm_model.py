@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import MICRO, family_checkpoint, random_checkpoint
+from tests.checkpoints import MICRO, family_checkpoint, random_checkpoint, random_clip
 from tests.conftest import BuildBundle, greedy, noise_images
 from tests.targets.tensorrt_llm_stand_in import SITE, installed
 from tests.targets.tensorrt_llm_stand_in.server import Server
@@ -236,6 +236,25 @@ def test_embeddings_are_taken_as_images_are(build_bundle: BuildBundle) -> None:
             server.submit({**given[0], "multi_modal_embeddings": {"image": [torch.zeros(36, 7)]}}, 8)
         with pytest.raises(InputError, match="2 embeddings came, the bundle was built for 1 per prompt"):
             server.submit({**given[0], "multi_modal_embeddings": {"image": [few, few]}}, 8)
+
+
+def test_a_method_that_reads_the_question_is_served_with_embeddings(
+    geometries: dict[str, Path], build_bundle: BuildBundle, tmp_path: Path
+) -> None:
+    """Its vision stage has weights that the LLaVA checkpoint has not, and is not made there."""
+    clip = {"clip": str(random_clip(tmp_path / "clip", 5, 48))}
+    both = Both(build_bundle, geometries["grouped"], "cdpruner", method_options=clip)
+    (image,) = noise_images(1)
+    pair = image, QUESTIONS[0]
+    (given,), (expected,) = prompts(Runner.open(both.bundle), [pair]), both.runner.ask([pair], 8)
+    with registered(both.bundle):
+        server = Server(both.folder)
+        number = server.submit(given, 8)
+        server.run()
+        assert expected.token_ids
+        assert server.output(number)[: len(expected.token_ids)] == list(expected.token_ids)
+        with pytest.raises(InputError, match="method cdpruner reads the question"):
+            server.submit({"prompt": given["prompt"], "multi_modal_data": {"image": [image]}}, 8)
 
 
 # --- what must not go unnoticed -------------------------------------------------------------------------------------

@@ -46,6 +46,11 @@ class Description:
         """The plan; if there are several, the one with the most tokens."""
         return self.plans[0]
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether TensorRT-LLM may be given images; otherwise only embeddings, made by `prompts` of this target."""
+        return len(self.plans) == 1 and not self.plan.methods.vision.extras
+
     def write(self, folder: Path) -> None:
         """Write the file into the bundle `folder`."""
         place = folder / FOLDER

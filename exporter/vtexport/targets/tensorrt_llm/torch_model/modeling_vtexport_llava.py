@@ -46,8 +46,10 @@ class VtexportLlava(nn.Module):
         spec, plan = self.description.spec, self.description.plan
         llm_config = copy.deepcopy(model_config)
         llm_config.pretrained_config = _text_config(model_config.pretrained_config, self.description)
-        with of_dtype(DTYPES[self.description.dtype]):
-            self.vision = VisionGraph(spec, [plan])
+        self.vision: VisionGraph | None = None
+        if self.description.takes_images:
+            with of_dtype(DTYPES[self.description.dtype]):
+                self.vision = VisionGraph(spec, [plan])
         rope = Rope(self.description.frequencies, self.description.attention_scaling)
         if plan.decoder_stages:
             refuse_model(model_config)
@@ -85,6 +87,8 @@ class VtexportLlava(nn.Module):
             ModelError: a tensor is missing, or of another shape than the bundle was built for.
         """
         self.llm.load_weights(language_weights(weights))
+        if self.vision is None:
+            return
         spec, plan = self.description.spec, self.description.plan
         constants = plan.methods.vision.constants(plan, spec.vision.grid)
         fill(self.vision, weights, {f"pruning.0.{name}": array for name, array in constants.items()})
@@ -189,6 +193,7 @@ class VtexportLlava(nn.Module):
         data = param.multimodal_data
         visual = data.get("multimodal_embedding")
         if visual is None:
+            assert self.vision is not None, "the input processor refuses images where only embeddings are taken"
             given = data["image"]
             several = self.description.spec.views.total > 1
             pixels = given["pixel_values"] if several else given["pixel_values"][0]
