@@ -38,9 +38,12 @@ FOLDERS = ("exporter", "tests", "plugins", "benchmarks", "engines", "docs")
 #: flags of other programs that pages name
 FOREIGN_FLAGS = {
     "--backend-config",
+    "--check",
+    "--config",
+    "--extra_llm_api_options",
     "--geometry",
     "--json",
-    "--check",
+    "--kv_cache_free_gpu_memory_fraction",
     "--max_multimodal_len",
     "--max_num_tokens",
     "--no-deps",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtexport.errors import VerificationError
 from vtexport.pruning.decoder import DecoderState
 from vtexport.pruning.layout import Layout
 from vtexport.targets.tensorrt_llm.torch_model.stages import Images
@@ -77,6 +78,9 @@ class Packed:
             state: the batch after the stage.
             lengths: tokens of every row of the step after the stage.
 
+        Raises:
+            VerificationError: a context would go on with more tokens than the stage left it.
+
         Returns:
             the contexts; and an index [T'] into the packed rows before the stage followed by those of `state`, flat.
         """
@@ -84,6 +88,10 @@ class Packed:
         batch_row = {row.number: number for number, row in enumerate(self.rows)}
         sources: list[int] = []
         for number, (before, now) in enumerate(zip(self.lengths, lengths, strict=True)):
+            if number in batch_row and now > width:
+                raise VerificationError(
+                    f"a stage left at most {width} tokens of a prompt, attention behind it expects {now}; please report this"
+                )
             first = total + batch_row[number] * width if number in batch_row else start
             sources += range(first, first + now)
             start += before
