@@ -93,9 +93,12 @@ class PrefillGraph(_DecoderGraph):
         """The graph's outputs; `before` is what the rows hold already."""
         rows, raters = self.entering(given)
         layout = rows.layout
-        caches, seen = [], []
+        caches: list[Tensor] = []
+        seen: list[Tensor | None] = []
         total = None
-        for number in range(self.plan.num_layers):
+        # A ranking needs the last layer's queries too, and rows behind caches are only ever appended together.
+        whole = self.plan.num_layers if self.gives_ranking or before is not None else self.plan.num_layers - 1
+        for number in range(whole):
             query, key, mixed, *cache = self.attended(number, rows, before)
             caches += cache
             if self.gives_ranking:
@@ -112,7 +115,11 @@ class PrefillGraph(_DecoderGraph):
         if self.debug and raters is not None:
             seen.append(raters)
         seen.append(total)
-        last = rows.layout.rows_of(rows.hidden, rows.layout.last_place()[:, None])
+        if whole < self.plan.num_layers:
+            last, *cache = self.ending(rows)
+            caches += cache
+        else:
+            last = rows.layout.rows_of(rows.hidden, rows.layout.last_place()[:, None])
         return self.logits(last[:, 0]), *caches, *(tensor for tensor in seen if tensor is not None)
 
     def entering(self, given: Mapping[str, Tensor]) -> tuple[DecoderState, Tensor | None]:
@@ -134,6 +141,23 @@ class PrefillGraph(_DecoderGraph):
         query, key = (part(x, positions, self.rope) for part in (attention.query, attention.key))
         value = attention.v_proj(x)
         return query, key, *attention.extend(query, key, value, None if before is None else before.of(number))
+
+    def ending(self, rows: DecoderState) -> tuple[Tensor, Tensor, Tensor]:
+        """The last layer, for each prompt's last token alone: its output [B, 1, C], and the cache entries of all tokens.
+
+        Logits are made of that token only, so that of all others the layer's keys and values are enough.
+        """
+        number, layout = self.plan.num_layers - 1, rows.layout
+        layer, place = self.decoder.block(number), layout.last_place()[:, None]
+        attention, x = layer.self_attn, layer.input_layernorm(rows.hidden)
+        query = attention.query(layout.rows_of(x, place), rows.positions.gather(1, place), self.rope)
+        key, value = attention.key(x, rows.positions, self.rope), attention.v_proj(x)
+        new_key, new_value = (layout.rows_of(part, place) for part in (key, value))
+        held = [part.unflatten(2, (attention.kv_heads, -1)).transpose(1, 2) for part in (key, value)]
+        # As a decode step behind a cache that holds the token already.
+        mixed, keys, values = attention.extend(query, new_key, new_value, (held[0], held[1], place[:, 0]))
+        alone = replace(rows, hidden=layout.rows_of(rows.hidden, place))
+        return self.after(number, alone, mixed).hidden, keys, values
 
     def after(self, number: int, rows: DecoderState, mixed: Tensor) -> DecoderState:
         """The rows behind layer `number`, whose attention gave `mixed`."""
