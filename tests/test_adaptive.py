@@ -221,3 +221,12 @@ def test_what_calibrate_refuses(vtexport, tiny_checkpoint: Path, tmp_path: Path)
 def test_an_unknown_word_as_keep_is_refused_in_python_too(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--keep 'most' cannot be read; give a number or auto"):
         build(BuildOptions(str(MICRO), "most"), tmp_path / "out")
+
+
+def test_an_image_that_is_remembered_gets_the_same_plan(adaptive_bundle: Path) -> None:
+    """The spread that chooses is kept with the tower's output."""
+    runner, plain = Runner.open(adaptive_bundle), Runner.open(adaptive_bundle, vision_cache=0)
+    pairs = [(image, QUESTIONS[0]) for image in noise_images(3)]
+    for _ in range(2):
+        for mine, wanted in zip(runner.ask(pairs, 4), plain.ask(pairs, 4), strict=True):
+            assert (mine.token_ids, mine.keep, mine.spread) == (wanted.token_ids, wanted.keep, wanted.spread)

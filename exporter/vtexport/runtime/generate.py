@@ -29,9 +29,18 @@ def look(engine: Engine, plan: PruningPlan, requests: Sequence[Request]) -> Visi
     )
 
 
+def vision_extras(plan: PruningPlan) -> list[str]:
+    """The names of the inputs that the methods of `plan` need in the vision graph besides images."""
+    return _extra_names(plan, "vision")
+
+
+def _extra_names(plan: PruningPlan, graph: str) -> list[str]:
+    return [extra.name for part in plan.methods.parts for extra in part.extras if extra.graph == graph]
+
+
 def _extras(plan: PruningPlan, graph: str, requests: Sequence[Request]) -> dict[str, Array]:
     """The inputs of `graph` that the methods of `plan` need besides images and prompts, stacked over the batch."""
-    names = [extra.name for part in plan.methods.parts for extra in part.extras if extra.graph == graph]
+    names = _extra_names(plan, graph)
     return {name: np.stack([request.extras[name] for request in requests]) for name in names}
 
 

@@ -17,10 +17,11 @@ from vtexport.models.prompt import Prompter
 from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan
 from vtexport.runtime.answer import Answer, stage_reports
-from vtexport.runtime.generate import Generation, admit, generate, look, prefill_input, visual_lengths
+from vtexport.runtime.generate import Generation, admit, generate, prefill_input, visual_lengths
 from vtexport.runtime.ranking import Ranker, check_needed
 from vtexport.runtime.request import Decoding, Request, Result, Timings
 from vtexport.runtime.text import TextStream
+from vtexport.runtime.vision_cache import DEFAULT_BYTES, VisionCache
 from vtexport.targets.base import Compiled
 from vtexport.targets.engine import Selector, VisionOutput
 
@@ -44,13 +45,17 @@ class Embedded:
 class Runner:
     """An opened bundle, ready to answer; see `Runner.open`."""
 
-    def __init__(self, bundle: Bundle, threads: int = 0, ranking_from: Bundle | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int = 0, ranking_from: Bundle | None = None, vision_cache: int = DEFAULT_BYTES
+    ) -> None:
         """Open `bundle` on its target.
 
         Args:
             bundle: the bundle.
             threads: threads of the runtime; 0 leaves the number to it.
             ranking_from: the bundle that ranks visual tokens, for a method such as sgl.
+            vision_cache: bytes of the vision stage's outputs to keep of recent images, so that another question about
+                one skips the vision tower; 0 for none.
 
         Raises:
             TargetError: the target cannot run here.
@@ -66,6 +71,7 @@ class Runner:
         self.policy = manifest.policy()
         compiled = Compiled(manifest.target.graphs, manifest.target.versions, manifest.target.facts)
         self.engine = target.open(bundle.folder, compiled, self.plans, threads)
+        self._vision = VisionCache(vision_cache)
         self.spec = bundle.spec()
         self.prompter = Prompter(bundle.processor_folder, self.spec)
         extras = [extra for part in self.plan.methods.parts for extra in part.extras]
@@ -79,20 +85,28 @@ class Runner:
             self._ranker = Ranker(Runner(ranking_from, threads), self.plan, bundle.folder)
 
     @classmethod
-    def open(cls, folder: Path | str, threads: int = 0, ranking_from: Path | str | None = None) -> Runner:
+    def open(
+        cls,
+        folder: Path | str,
+        threads: int = 0,
+        ranking_from: Path | str | None = None,
+        vision_cache: int = DEFAULT_BYTES,
+    ) -> Runner:
         """Open the bundle in `folder`.
 
         Args:
             folder: a bundle.
             threads: threads of the runtime; 0 leaves the number to it.
             ranking_from: a bundle that ranks visual tokens, for a method such as sgl.
+            vision_cache: bytes of the vision stage's outputs to keep of recent images; 0 for none.
 
         Raises:
             BundleError: no bundle, or a damaged one.
             TargetError: its target cannot run here.
             InputError: a ranking has no effect, or is of another length.
         """
-        return cls(Bundle.open(folder), threads, None if ranking_from is None else Bundle.open(ranking_from))
+        ranking = None if ranking_from is None else Bundle.open(ranking_from)
+        return cls(Bundle.open(folder), threads, ranking, vision_cache)
 
     @property
     def plan(self) -> PruningPlan:
@@ -172,7 +186,7 @@ class Runner:
             requests = self._completed(requests, [(image, question)], max_new_tokens)
         decoding, text = self.decoding(max_new_tokens), TextStream(self.prompter)
         admit(self.engine, requests, decoding)
-        vision = look(self.engine, self.plan, requests)
+        vision = self._vision.look(self.engine, self.plan, requests)
         bucket = int(self.buckets(vision)[0])
         generation = Generation(self.engine, self.plans[bucket], requests, decoding, bucket=bucket, vision=vision)
         for tokens in generation:
@@ -194,7 +208,7 @@ class Runner:
                 "alone do not carry the pruning; build with a vision-stage method such as fastervlm"
             )
         requests = [self.request(image, question) for image, question in pairs]
-        vision = look(self.engine, self.plan, requests)
+        vision = self._vision.look(self.engine, self.plan, requests)
         if selects:
             return self._selected(requests, pairs, vision)
         embedded = []
@@ -243,13 +257,13 @@ class Runner:
         Returns:
             results in the order of `requests`, and the timings of the batch that each was in.
         """
-        if self.policy is None:
-            results, timings = generate(self.engine, self.plan, requests, decoding, on_token=on_token)
-            return results, [timings] * len(results)
         admit(self.engine, requests, decoding)
         start = time.perf_counter()
-        vision = look(self.engine, self.plan, requests)
+        vision = self._vision.look(self.engine, self.plan, requests)
         looked = 1000 * (time.perf_counter() - start)
+        if self.policy is None:
+            results, timings = generate(self.engine, self.plan, requests, decoding, on_token=on_token, vision=vision)
+            return results, [replace(timings, vision=looked)] * len(results)
         chosen, answered = self.buckets(vision), {}
         for bucket in map(int, np.unique(chosen)):
             rows = [int(row) for row in np.flatnonzero(chosen == bucket)]
