@@ -8,12 +8,14 @@ from vtexport.errors import InputError
 from vtexport.options import parse_options
 from vtexport.targets.base import Target
 from vtexport.targets.onnxruntime.target import OnnxRuntimeTarget
+from vtexport.targets.openvino.target import OpenVinoTarget
 from vtexport.targets.tensorrt.full import TensorRTTarget
 from vtexport.targets.tensorrt.rtx import TensorRTRTXTarget
 from vtexport.targets.tensorrt_llm.target import TensorRTLLMTarget
 
 TARGETS: dict[str, type[Target]] = {
-    target.name: target for target in (OnnxRuntimeTarget, TensorRTRTXTarget, TensorRTTarget, TensorRTLLMTarget)
+    target.name: target
+    for target in (OnnxRuntimeTarget, OpenVinoTarget, TensorRTRTXTarget, TensorRTTarget, TensorRTLLMTarget)
 }
 DEFAULT_TARGET = OnnxRuntimeTarget.name
 

@@ -1,0 +1,136 @@
+"""Runs a bundle's graphs on OpenVINO: NumPy in, NumPy out, a batch's KV cache in an inference request's state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from vtexport.arrays import Array
+from vtexport.errors import TargetError, first_line
+from vtexport.pruning import PruningPlan
+from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
+from vtexport.targets.language import LANGUAGE, LanguageCalls
+from vtexport.targets.openvino.lowering import BEAM, PROMPT
+from vtexport.targets.openvino.reading import read_model
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What an engine is opened with.
+
+    Attributes:
+        files: the bundle's files by graph.
+        plans: the plans that share the language graph.
+        device: a device of OpenVINO's.
+        config: OpenVINO's settings for it.
+    """
+
+    files: Mapping[str, Path]
+    plans: Sequence[PruningPlan]
+    device: str
+    config: Mapping[str, Any]
+
+
+@dataclass
+class StateCache:
+    """A batch's KV cache: the state of an inference request of its own.
+
+    Attributes:
+        request: the request.
+        given: the inputs of its prompts.
+        prompt: [N, B] int64, tokens of each row's prompt in each layer; None before the first step.
+        ranking: see `vtexport.targets.engine.Cache`.
+    """
+
+    request: Any
+    given: Mapping[str, Array]
+    prompt: Array | None = None
+    ranking: Array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(state.state.byte_size) for state in self.request.query_state())
+
+
+class OpenVinoEngine:
+    """The models of a bundle; each is read and compiled when it is first used."""
+
+    def __init__(self, opening: Opening) -> None:
+        self._opening = opening
+        self._calls = LanguageCalls(opening.plans)
+        self._models: dict[str, Any] = {}
+        self._times: dict[str, dict[str, float]] | None = None
+
+    def load(self) -> None:
+        for name in self._opening.files:
+            self.model(name)
+
+    def model(self, name: str) -> Any:
+        """The compiled model of graph `name`."""
+        if name not in self._models:
+            path, config = self._opening.files[name], dict(self._opening.config)
+            if self._times is not None:
+                config["PERF_COUNT"] = True
+            try:
+                self._models[name] = ov.Core().compile_model(read_model(path), self._opening.device, config)
+            except RuntimeError as error:
+                raise TargetError(
+                    f"OpenVINO cannot load {path} ({first_line(error)}); build the bundle again"
+                ) from error
+        return self._models[name]
+
+    def admit(self, rows: int, text: int, new_tokens: int) -> None:
+        """Every extent but the model's own is open here."""
+
+    def device_times(self) -> dict[str, float]:
+        return {}
+
+    def layer_times(self, call: Callable[[], None]) -> LayerTimes:
+        plain, self._models, self._times = self._models, {}, {}
+        try:
+            call()
+            return self._times
+        finally:
+            self._models, self._times = plain, None
+
+    def vision(self, inputs: VisionInput) -> VisionOutput:
+        return VisionOutput(self._run("vision", self.model("vision").create_infer_request(), inputs.feeds()))
+
+    def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
+        given = self._calls.prefill(inputs, bucket)
+        cache = StateCache(self.model(LANGUAGE).create_infer_request(), given)
+        # Nothing is cached yet, so there is no padding to hide, wherever it may begin.
+        outputs = self._run(LANGUAGE, cache.request, {**given, **_behind(given["length"])})
+        if "ranking" in outputs:
+            cache.ranking = np.zeros_like(outputs["ranking"])
+        return PrefillOutput(outputs.pop("logits"), cache, self._calls.stages(outputs, bucket))
+
+    def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
+        assert isinstance(cache, StateCache)
+        if cache.prompt is None:
+            cache.prompt = np.array(length, dtype=np.int64)
+        given = self._calls.decode(cache.given, tokens, length, position)
+        outputs = self._run(LANGUAGE, cache.request, {**given, **_behind(cache.prompt)})
+        cache.ranking = outputs.get("ranking")
+        return outputs["logits"]
+
+    def _run(self, name: str, request: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a request of graph `name`, and return copies of its outputs by name."""
+        results = request.infer({key: np.ascontiguousarray(array) for key, array in feeds.items()})
+        if self._times is not None:
+            times = self._times.setdefault(name, {})
+            for layer in request.get_profiling_info():
+                label = f"{layer.node_name} ({layer.node_type})"
+                times[label] = times.get(label, 0.0) + layer.real_time.total_seconds() * 1000
+        return {port.get_any_name(): np.array(array) for port, array in results.items()}
+
+
+def _behind(prompt: Array) -> dict[str, Array]:
+    """The inputs that tell what stands in the caches, which have `prompt` tokens [N, B] before any padding."""
+    beams: Array = np.arange(prompt.shape[1], dtype=np.int32)
+    return {PROMPT: prompt, BEAM: beams}

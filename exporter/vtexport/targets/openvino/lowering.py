@@ -1,0 +1,56 @@
+"""ONNX graphs in the form that OpenVINO's reader gets: pruning ops inlined, caches out of the graph's inputs.
+
+Caches become OpenVINO's own state (`vtexport.targets.openvino.attention`), so the inputs `past.*` and the outputs
+`present.*` go. Two inputs come in: `beam_idx` [B] int32, 0 … B - 1, by which a plugin recognises such a state; and
+`prompt` [N, B] int64, the tokens of each row's prompt in each layer, behind which the padding begins; zeros as long as
+there is no cache.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from vtexport.graph.domains import NN
+
+#: the domain of nodes that only `vtexport.targets.openvino.reading` knows
+OWN = "vtexport.openvino"
+BEAM, PROMPT = "beam_idx", "prompt"
+
+
+def lower(model: ir.Model) -> None:
+    """Inline what is not `vtexport.nn`, and put `StatefulAttention` in the place of every `CachedAttention`."""
+    InlinePass(criteria=lambda function: function.domain != NN)(model)
+    # Bodies would go before the conversions of `reading`.
+    model.functions.clear()
+    graph = model.graph
+    found = [node for node in graph if node.op_type == "CachedAttention"]
+    if not found:
+        return
+    beam = ir.Value(name=BEAM, shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT32))
+    prompt = ir.Value(name=PROMPT, shape=ir.Shape([len(found), "batch"]), type=ir.TensorType(ir.DataType.INT64))
+    graph.outputs[:] = [value for value in graph.outputs if not str(value.name).startswith("present.")]
+    for layer, node in enumerate(found):
+        query, key, value, _, _, length = node.inputs
+        assert query is not None, "attention has a query"
+        assert query.shape is not None, "traced graphs have shapes"
+        own = [
+            ir.AttrInt64("layer", layer),
+            # Layers of equal extent, which are those between two stages, share a mask.
+            ir.AttrString("rows", str(query.shape[1])),
+            ir.AttrInt64("ranks", int(bool(node.outputs[1].uses()))),
+        ]
+        new = ir.Node(
+            OWN,
+            "StatefulAttention",
+            [query, key, value, length, beam, prompt],
+            [*node.attributes.values(), *own],
+            num_outputs=2,
+        )
+        for old, made in zip(node.outputs, new.outputs, strict=False):
+            made.name, made.shape, made.type = old.name, old.shape, old.type
+            ir.convenience.replace_all_uses_with(old, made)
+        graph.insert_before(node, new)
+        graph.remove(node, safe=True)
+    graph.inputs[:] = [*(value for value in graph.inputs if not str(value.name).startswith("past.")), beam, prompt]
+    graph.opset_imports[OWN] = 1
