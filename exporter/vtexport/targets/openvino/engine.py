@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vtexport.pruning import PruningPlan
 from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
 from vtexport.targets.language import LANGUAGE, LanguageCalls
 from vtexport.targets.openvino.lowering import BEAM, PROMPT
+from vtexport.targets.openvino.memory import Released
 from vtexport.targets.openvino.reading import read_model
 
 
@@ -34,6 +36,31 @@ class Opening:
     plans: Sequence[PruningPlan]
     device: str
     config: Mapping[str, Any]
+
+
+@dataclass
+class Model:
+    """A graph that was opened.
+
+    Attributes:
+        compiled: OpenVINO's compiled model.
+        outputs: the names of the graph's outputs, which a compiled model mixes with others.
+        runs: how often it ran.
+        last: the request that it ran last.
+    """
+
+    compiled: Any
+    outputs: Sequence[str]
+    runs: int = 0
+    last: Any = None
+
+    def layer_times(self) -> dict[str, float]:
+        """Milliseconds of each layer over all runs; OpenVINO gives their mean."""
+        times: dict[str, float] = {}
+        for layer in self.last.get_profiling_info() if self.runs else []:
+            label = f"{layer.node_name} ({layer.node_type})"
+            times[label] = times.get(label, 0.0) + 1000 * self.runs * layer.real_time.total_seconds()
+        return times
 
 
 @dataclass
@@ -63,21 +90,30 @@ class OpenVinoEngine:
     def __init__(self, opening: Opening) -> None:
         self._opening = opening
         self._calls = LanguageCalls(opening.plans)
-        self._models: dict[str, Any] = {}
-        self._times: dict[str, dict[str, float]] | None = None
+        self._models: dict[str, Model] = {}
+        self._profiling = False
+
+    @property
+    def _folder(self) -> Path:
+        """Where the weights lie."""
+        return self._opening.files["vision"].parent
 
     def load(self) -> None:
         for name in self._opening.files:
             self.model(name)
 
-    def model(self, name: str) -> Any:
-        """The compiled model of graph `name`."""
+    def model(self, name: str) -> Model:
+        """The model of graph `name`."""
         if name not in self._models:
             path, config = self._opening.files[name], dict(self._opening.config)
-            if self._times is not None:
+            if self._profiling:
                 config["PERF_COUNT"] = True
             try:
-                self._models[name] = ov.Core().compile_model(read_model(path), self._opening.device, config)
+                model = read_model(path)
+                names = [port.get_any_name() for port in model.outputs]
+                with Released(self._folder):
+                    compiled = ov.Core().compile_model(model, self._opening.device, config)
+                self._models[name] = Model(compiled, names)
             except RuntimeError as error:
                 raise TargetError(
                     f"OpenVINO cannot load {path} ({first_line(error)}); build the bundle again"
@@ -91,19 +127,19 @@ class OpenVinoEngine:
         return {}
 
     def layer_times(self, call: Callable[[], None]) -> LayerTimes:
-        plain, self._models, self._times = self._models, {}, {}
+        plain, self._models, self._profiling = self._models, {}, True
         try:
             call()
-            return self._times
+            return {name: model.layer_times() for name, model in self._models.items()}
         finally:
-            self._models, self._times = plain, None
+            self._models, self._profiling = plain, False
 
     def vision(self, inputs: VisionInput) -> VisionOutput:
-        return VisionOutput(self._run("vision", self.model("vision").create_infer_request(), inputs.feeds()))
+        return VisionOutput(self._run("vision", self.model("vision").compiled.create_infer_request(), inputs.feeds()))
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
         given = self._calls.prefill(inputs, bucket)
-        cache = StateCache(self.model(LANGUAGE).create_infer_request(), given)
+        cache = StateCache(self.model(LANGUAGE).compiled.create_infer_request(), given)
         # Nothing is cached yet, so there is no padding to hide, wherever it may begin.
         outputs = self._run(LANGUAGE, cache.request, {**given, **_behind(given["length"])})
         if "ranking" in outputs:
@@ -121,13 +157,12 @@ class OpenVinoEngine:
 
     def _run(self, name: str, request: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run a request of graph `name`, and return copies of its outputs by name."""
-        results = request.infer({key: np.ascontiguousarray(array) for key, array in feeds.items()})
-        if self._times is not None:
-            times = self._times.setdefault(name, {})
-            for layer in request.get_profiling_info():
-                label = f"{layer.node_name} ({layer.node_type})"
-                times[label] = times.get(label, 0.0) + layer.real_time.total_seconds() * 1000
-        return {port.get_any_name(): np.array(array) for port, array in results.items()}
+        model, given = self.model(name), {key: np.ascontiguousarray(array) for key, array in feeds.items()}
+        # Part of the weights is packed when they are first used.
+        with nullcontext() if model.runs else Released(self._folder):
+            results = request.infer(given)
+        model.runs, model.last = model.runs + 1, request
+        return {key: np.array(array) for key, array in zip(model.outputs, results.values(), strict=True)}
 
 
 def _behind(prompt: Array) -> dict[str, Array]:
