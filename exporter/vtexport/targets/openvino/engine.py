@@ -46,7 +46,7 @@ class Model:
         compiled: OpenVINO's compiled model.
         outputs: the names of the graph's outputs, which a compiled model mixes with others.
         runs: how often it ran.
-        last: the request that it ran last.
+        last: the request that it ran last, if layers are timed.
     """
 
     compiled: Any
@@ -57,7 +57,7 @@ class Model:
     def layer_times(self) -> dict[str, float]:
         """Milliseconds of each layer over all runs; OpenVINO gives their mean."""
         times: dict[str, float] = {}
-        for layer in self.last.get_profiling_info() if self.runs else []:
+        for layer in [] if self.last is None else self.last.get_profiling_info():
             label = f"{layer.node_name} ({layer.node_type})"
             times[label] = times.get(label, 0.0) + 1000 * self.runs * layer.real_time.total_seconds()
         return times
@@ -135,7 +135,11 @@ class OpenVinoEngine:
             self._models, self._profiling = plain, False
 
     def vision(self, inputs: VisionInput) -> VisionOutput:
-        return VisionOutput(self._run("vision", self.model("vision").compiled.create_infer_request(), inputs.feeds()))
+        compiled = self.model("vision").compiled
+        outputs = self._run("vision", compiled.create_infer_request(), inputs.feeds())
+        # Prefill comes next, and needs room for itself.
+        compiled.release_memory()
+        return VisionOutput(outputs)
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
         given = self._calls.prefill(inputs, bucket)
@@ -161,7 +165,9 @@ class OpenVinoEngine:
         # Part of the weights is packed when they are first used.
         with nullcontext() if model.runs else Released(self._folder):
             results = request.infer(given)
-        model.runs, model.last = model.runs + 1, request
+        model.runs += 1
+        if self._profiling:
+            model.last = request
         return {key: np.array(array) for key, array in zip(model.outputs, results.values(), strict=True)}
 
 

@@ -108,3 +108,20 @@ def attention(query: Any, key: Any, value: Any, scale: float, mask: Any = None, 
         scaled = query if abs(factor - 1) < 1e-6 else ops.multiply(query, number(factor, query))
         return ops.scaled_dot_product_attention(scaled, key, value, causal=causal)
     return ops.scaled_dot_product_attention(query, key, value, mask, number(scale, query), causal=causal)
+
+
+def compressed_product(x: Any, levels: Any, zero_points: Any, scales: Any, bits: int, rows: int, columns: int) -> Any:
+    """X [..., K] times a weight [N, K] of `vtexport.targets.openvino.quantize`, in the pattern that plugins keep packed."""
+    kind = port(x).get_element_type()
+    number_of = int(port(levels).get_partial_shape()[1].get_length())
+    if bits == 4:
+        levels = _nibbles(levels, [rows, number_of, columns // number_of])
+    centred = ops.subtract(ops.convert(levels, kind), ops.convert(zero_points, kind))
+    weight = ops.reshape(ops.multiply(centred, scales), constant([rows, columns]), False)
+    return ops.matmul(x, weight, False, True)
+
+
+def _nibbles(packed: Any, shape: list[int]) -> Any:
+    """The same bytes as a constant of 4-bit numbers."""
+    data = packed.get_node().data
+    return ops.constant(ov.Tensor(data, ov.Shape(shape), ov.Type.u4), shared_memory=True)

@@ -12,7 +12,7 @@ from openvino.frontend.onnx import ConversionExtension
 from vtexport.graph.domains import NN
 from vtexport.targets.openvino.attention import Caches
 from vtexport.targets.openvino.lowering import OWN
-from vtexport.targets.openvino.parts import Heads, attention, rms_norm, rotary, shared
+from vtexport.targets.openvino.parts import Heads, attention, compressed_product, rms_norm, rotary, shared
 
 
 class _Conversion:
@@ -30,6 +30,7 @@ class _Conversion:
             (NN, "FullAttention"): self._full,
             (NN, "CausalAttention"): self._causal,
             (OWN, "StatefulAttention"): self.caches.attend,
+            (OWN, "CompressedProduct"): self._product,
         }
         return [ConversionExtension(name, domain, converter) for (domain, name), converter in converters.items()]
 
@@ -45,6 +46,11 @@ class _Conversion:
         count = context.get_attribute("num_heads")
         parts = (self.heads.split(context.get_input(number), count) for number in range(3))
         return [self.heads.merge(attention(*parts, context.get_attribute("scale"))).output(0)]
+
+    def _product(self, context: Any) -> list[Any]:
+        x, levels, zero_points, scales = (context.get_input(number) for number in range(4))
+        sizes = (context.get_attribute(name) for name in ("bits", "rows", "columns"))
+        return [compressed_product(x, levels, zero_points, scales, *sizes).output(0)]
 
     def _causal(self, context: Any) -> list[Any]:
         count, groups = context.get_attribute("num_heads"), context.get_attribute("kv_heads")

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from vtexport.errors import InputError, TargetError
 from vtexport.options import Meta
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vtexport.pruning import PruningPlan
+    from vtexport.targets.quantize import Scheme
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class OpenVinoTarget(Target):
         str,
         Meta(description="OpenVINO's device: CPU, GPU, NPU, or one of several as GPU.1.", extra={"metavar": "NAME"}),
     ] = "CPU"
+    quantize: Annotated[
+        Literal["", "int8", "int4"], Meta(description="Hold the weights of the decoder's linear layers in fewer bits.")
+    ] = ""
 
     @property
     def language_room(self) -> int | None:
@@ -64,6 +68,11 @@ class OpenVinoTarget(Target):
         if not has_device(self.device):
             known = ", ".join(devices()) or "none"
             raise InputError(f"--device {self.device}: OpenVINO has no such device here; choose from {known}")
+
+    def scheme(self) -> Scheme | None:
+        from vtexport.targets.openvino.quantize import SCHEMES
+
+        return SCHEMES.get(self.quantize)
 
     def compile(self, job: CompileJob) -> Compiled:
         from importlib.metadata import version
