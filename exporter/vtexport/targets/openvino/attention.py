@@ -58,10 +58,10 @@ class Caches:
             begins = ops.unsqueeze(ops.gather(prompt, constant(layer), constant(0)), constant(1))
             self._seen[rows] = _seen(extent(pasts[0], 2), extent(query, 1), length, begins)
         seen = self._seen[rows]
-        wide = [shared(part, groups, num_heads) for part in kept]
-        mixed = attention(self._heads.split(query, num_heads), *wide, scale, seen.mask)
-        keys = _without_padding(kept[0], seen) if context.get_attribute("ranks") else kept[0]
-        return [self._heads.merge(mixed).output(0), keys.output(0)]
+        keys, values = (shared(part, groups, num_heads) for part in kept)
+        mixed = attention(self._heads.split(query, num_heads), keys, values, scale, seen.mask)
+        ranked = _without_padding(kept[0], seen) if context.get_attribute("ranks") else kept[0]
+        return [self._heads.merge(mixed).output(0), ranked.output(0)]
 
 
 def _past(name: str, rows: Any, groups: int, beam: Any) -> Any:

@@ -114,7 +114,7 @@ class OpenVinoEngine:
                 with Released(self._folder):
                     compiled = ov.Core().compile_model(model, self._opening.device, config)
                 self._models[name] = Model(compiled, names)
-            except RuntimeError as error:
+            except Exception as error:  # OpenVINO raises its own exception types, none of them public
                 raise TargetError(
                     f"OpenVINO cannot load {path} ({first_line(error)}); build the bundle again"
                 ) from error

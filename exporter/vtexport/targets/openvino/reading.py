@@ -44,8 +44,8 @@ class _Conversion:
 
     def _full(self, context: Any) -> list[Any]:
         count = context.get_attribute("num_heads")
-        parts = (self.heads.split(context.get_input(number), count) for number in range(3))
-        return [self.heads.merge(attention(*parts, context.get_attribute("scale"))).output(0)]
+        query, key, value = (self.heads.split(context.get_input(number), count) for number in range(3))
+        return [self.heads.merge(attention(query, key, value, context.get_attribute("scale"))).output(0)]
 
     def _product(self, context: Any) -> list[Any]:
         x, levels, zero_points, scales = (context.get_input(number) for number in range(4))
@@ -56,8 +56,8 @@ class _Conversion:
         count, groups = context.get_attribute("num_heads"), context.get_attribute("kv_heads")
         query = self.heads.split(context.get_input(0), count)
         key, value = (self.heads.split(context.get_input(number), groups) for number in (1, 2))
-        wide = (shared(part, groups, count) for part in (key, value))
-        mixed = attention(query, *wide, context.get_attribute("scale"), causal=True)
+        keys, values = (shared(part, groups, count) for part in (key, value))
+        mixed = attention(query, keys, values, context.get_attribute("scale"), causal=True)
         return [self.heads.merge(mixed).output(0), *(part.output(0) for part in (key, value))]
 
 
