@@ -197,7 +197,7 @@ def test_list_and_doctor(vtexport) -> None:
         "dense", "sparsevlm", "sparsevlm-plus", "fastv", "pyramiddrop", "exit", "sgl",
         "fastervlm", "vtc-cls", "vispruner", "visionzip", "divprune", "cdpruner", "random", "pool",
     }  # fmt: skip
-    assert set(listed["targets"]) == {"onnxruntime", "tensorrt-rtx", "tensorrt", "tensorrt-llm"}
+    assert set(listed["targets"]) == {"onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "tensorrt-llm"}
     assert "micro-llava" in listed["models"]
     plain = vtexport("list").out
     assert all(name in plain for names in listed.values() for name in names)

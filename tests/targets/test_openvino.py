@@ -161,7 +161,7 @@ def test_two_batches_at_once_keep_their_caches_apart(bundle: Path) -> None:
 
 
 #: of the language graph's cases, those that run every time
-OFTEN = ("a ranking taken", "three buckets")
+OFTEN = ("a ranking taken", "three buckets", "buckets that prune after different layers")
 
 
 @pytest.mark.parametrize(

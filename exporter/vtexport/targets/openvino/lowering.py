@@ -24,6 +24,8 @@ def lower(model: ir.Model) -> None:
     # Bodies would go before the conversions of `reading`.
     model.functions.clear()
     graph = model.graph
+    for node in [node for node in graph if node.op_type == "TopK"]:
+        _allow_none(graph, node)
     found = [node for node in graph if node.op_type == "CachedAttention"]
     if not found:
         return
@@ -54,3 +56,32 @@ def lower(model: ir.Model) -> None:
         graph.remove(node, safe=True)
     graph.inputs[:] = [*(value for value in graph.inputs if not str(value.name).startswith("past.")), beam, prompt]
     graph.opset_imports[OWN] = 1
+
+
+def _allow_none(graph: ir.Graph, node: ir.Node) -> None:
+    """Let TopK give none of several values, which OpenVINO's does not: a stage without tokens in one of the buckets.
+
+    One value is asked for instead, if there is any, and cut off again.
+    """
+    values, number = node.inputs
+    assert values is not None, "TopK has values"
+    assert number is not None, "and a number of them"
+    axis = node.attributes.get_int("axis")
+    zero, one, axes = (ir.Value(name=f"{node.name}/{name}") for name in ("zero", "one", "axes"))
+    for value, content in ((zero, 0), (one, 1), (axes, axis)):
+        value.const_value = ir.tensor([content], dtype=ir.DataType.INT64)
+    constants = [
+        ir.Node("", "Constant", [], [ir.AttrTensor("value", value.const_value)], outputs=[value])  # type: ignore[arg-type]
+        for value in (zero, one, axes)
+    ]
+    there = ir.Node("", "Shape", [values], [ir.AttrInt64("start", axis), ir.AttrInt64("end", axis + 1)])
+    some = ir.Node("", "Max", [number, one])
+    asked = ir.Node("", "Min", [some.outputs[0], there.outputs[0]])
+    graph.insert_before(node, [*constants, there, some, asked])
+    node.replace_input_with(1, asked.outputs[0])
+    for old in node.outputs:
+        uses = list(old.uses())
+        cut = ir.Node("", "Slice", [old, zero, number, axes])
+        graph.insert_after(node, cut)
+        for user, place in uses:
+            user.replace_input_with(place, cut.outputs[0])
