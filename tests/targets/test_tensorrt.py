@@ -142,6 +142,7 @@ def test_attention_is_fused_at_the_heads_of_real_models(name: str, tmp_path: Pat
     }
 
 
+@pytest.mark.long
 def test_keep_auto_builds(tmp_path: Path) -> None:
     options = BuildOptions("micro-llava", "auto", target="tensorrt-rtx", buckets=(0.5, 0.25), target_accuracy=0.9)
     bundle = build(replace(options, self_check=False, target_options={"sm": "89"}), tmp_path / "bundle")
