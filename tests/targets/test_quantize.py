@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +19,9 @@ from tests.conftest import BuildBundle, check_refused
 from vtexport.builder.build import build_dense_twin
 from vtexport.bundle.folder import Bundle
 from vtexport.micro import heldout
+from vtexport.models import read_spec
 from vtexport.runtime.runner import Runner
+from vtexport.targets.onnxruntime import speed
 from vtexport.targets.onnxruntime.quantize import BLOCK, SCHEMES, NBits
 from vtexport.targets.quantize import Scheme
 from vtexport.targets.tensorrt import quantize as tensorrt
@@ -133,6 +137,38 @@ def test_the_dense_twin_has_the_same_weights(build_bundle: BuildBundle, tmp_path
     model = ir.load(twin.folder / "engine/prefill.onnx")
     assert any(node.op_type == "MatMulNBits" for node in model.graph)
     assert Runner.open(twin.folder).ask([(heldout_image(), "what digit is red?")], 4)[0].text
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_build_says_where_quantised_weights_are_slower(
+    dtype: str, vtexport: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = speed.measure
+    measured: list[speed.Timed] = []
+
+    def slow(*of: Any) -> speed.Timed:
+        found = measure(*of)
+        measured.append(replace(found, quantised={stage: 3 * time for stage, time in found.plain.items()}))
+        return measured[-1]
+
+    monkeypatch.setattr(speed, "measure", slow)
+    options = ("--method", "fastervlm", "--quantize", "int4", "--dtype", dtype)
+    built = vtexport("build", "--model", MICRO, "--keep", "0.25", *options, "--out", tmp_path / "bundle")
+    assert built.code == 0, built.err
+    said = " ".join(built.err.split())
+    assert "takes 3.0 times as long per token and 3.0 times as long for prompts as with" in said
+    assert f"{dtype} weights" in said
+    decoder = read_spec(MICRO).decoder
+    assert [(one.rows, one.columns) for one in measured] == [(decoder.intermediate_size, decoder.hidden_size)]
+    assert all(time > 0 for one in measured for time in one.plain.values())
+
+
+def test_no_warning_where_they_are_not() -> None:
+    found = speed.Timed(8, 8, {"per token": 1.0, "for prompts": 9.0}, {"per token": 0.3, "for prompts": 9.5})
+    assert found.warning("int4", "fp32") is None
+    said = replace(found, quantised={"per token": 0.3, "for prompts": 18.0}).warning("int4", "fp32")
+    assert said is not None
+    assert "takes 2.0 times as long for prompts as" in said
 
 
 def heldout_image() -> Image.Image:

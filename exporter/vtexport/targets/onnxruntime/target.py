@@ -54,7 +54,23 @@ class OnnxRuntimeTarget(Target):
             LowerToContrib()(model)
             files[name] = f"{ENGINE_FOLDER}/{name}.onnx"
             ir.save(model, job.folder / files[name])
+        self._warn_if_slow(job)
         return Compiled(files, {"onnxruntime": onnxruntime.__version__})
+
+    def _warn_if_slow(self, job: CompileJob) -> None:
+        scheme = self.scheme()
+        if scheme is None:
+            return
+        import onnx_ir as ir
+
+        from vtexport.targets.onnxruntime import speed
+
+        job.report("time quantised weights", None)
+        size = job.spec.decoder
+        dtype = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}[job.dtype]
+        text = speed.measure(scheme, size.intermediate_size, size.hidden_size, dtype).warning(self.quantize, job.dtype)
+        if text is not None:
+            job.warn(text)
 
     def open(self, folder: Path, compiled: Compiled, plans: Sequence[PruningPlan], threads: int) -> Engine:
         from vtexport.targets.onnxruntime.session import OrtEngine
