@@ -188,6 +188,30 @@ def quantized_size(results: Results) -> str:
     )
 
 
+def quantized_speed(results: Results) -> str:
+    """Time and memory of quantised weights on the CPU, dense and pruned."""
+    by_side: dict[tuple[str, str], dict[str, Point]] = {}
+    for point in results["weights_cpu"]["result"]["points"]:
+        plan = "dense" if point["method"] == "dense" else f"`{point['method']}`, keep {point['keep']:g}"
+        by_side.setdefault((point["target"], point["weights"]), {})[plan] = point
+    plans = list(next(iter(by_side.values())))
+    header = [
+        "target",
+        "weights",
+        *(f"{plan}: {what}" for plan in plans for what in ("first token", "per token", "peak")),
+    ]
+    rows = [
+        [f"`{target}`", weights, *(cell for plan in plans for cell in _speed_cells(row[plan]))]
+        for (target, weights), row in by_side.items()
+    ]
+    return table(header, rows)
+
+
+def _speed_cells(point: Point) -> list[str]:
+    times = [f"{milliseconds(point[stage])} ms" for stage in ("first_token", "per_token")]
+    return [*times, f"{point['peak_mib'] / 1024:.1f} GiB"]
+
+
 def _selection_points(results: Results) -> dict[tuple[str, float, str], Point]:
     """The points of `benchmarks/selection.py` by method, keep ratio and the layer that was asked for."""
     points = results["selection"]["result"]["points"]
@@ -356,6 +380,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "adaptive": adaptive,
     "quantized": quantized,
     "quantized-size": quantized_size,
+    "quantized-speed": quantized_speed,
     "selection": selection,
     "selection-layers": selection_layers,
     "latency": latency,
