@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import noise_images
 from vtexport.runtime.runner import Runner
@@ -79,3 +80,21 @@ def test_what_is_kept_is_not_what_the_engine_hands_out(micro_bundle: Path) -> No
     expected = first.seen().visual.copy()
     first.seen().visual[:] = np.nan
     np.testing.assert_array_equal(runner._vision.look(runner.engine, runner.plan, [request]).seen().visual, expected)
+
+
+def test_outputs_on_a_device_are_left_there(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner.open(micro_bundle)
+    run = runner.engine.vision
+
+    def on_a_device(inputs: VisionInput) -> VisionOutput:
+        arrays: dict[str, Any] = {name: torch.from_numpy(array) for name, array in run(inputs).arrays.items()}
+        return VisionOutput(arrays)
+
+    monkeypatch.setattr(runner.engine, "vision", on_a_device)
+    seen = counted(runner, monkeypatch)
+    request = runner.request(noise_images(1)[0], QUESTIONS[0])
+    for _ in range(2):
+        found = runner._vision.look(runner.engine, runner.plan, [request, request])
+        assert all(isinstance(array, torch.Tensor) and len(array) == 2 for array in found.arrays.values())
+    # The first call learns that they stay there; no later one looks twice.
+    assert seen == [1, 2, 2]

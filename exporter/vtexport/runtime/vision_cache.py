@@ -39,7 +39,8 @@ class VisionCache:
         if missing:
             seen = look(engine, plan, list(missing.values()))
             if not all(isinstance(array, np.ndarray) for array in seen.arrays.values()):
-                # On a device, where a copy would cost what it saves.
+                # On a device, where a copy would cost what it saves. Later calls need not hash in vain, or look twice.
+                self._limit = 0
                 return seen if len(missing) == len(requests) else look(engine, plan, requests)
             for row, key in enumerate(missing):
                 known[key] = {name: array[row].copy() for name, array in seen.arrays.items()}
