@@ -25,7 +25,7 @@ class _Seen:
         begins: where the padding in the cache begins, [B, 1].
         padding: its length, [B, 1].
         place: the number of each place, [N].
-        mask: [B, 1, S, N] bool.
+        mask: [B, 1, S, N] fp32, added to the products of queries and keys: 0 for what is seen.
     """
 
     begins: Any
@@ -88,7 +88,12 @@ def _seen(before: Any, new: Any, length: Any, begins: Any) -> _Seen:
     padding = ops.unsqueeze(ops.subtract(before, length), one)
     token = ops.logical_or(ops.less(place, begins), ops.greater_equal(place, ops.add(begins, padding)))
     causal = ops.less_equal(place, ops.unsqueeze(own, one))
-    return _Seen(begins, padding, place, ops.logical_and(ops.unsqueeze(token, constant([1, 2])), causal))
+    seen = ops.logical_and(ops.unsqueeze(token, constant([1, 2])), causal)
+    # A bool mask would be turned into this by every layer anew, number by number on one core: twice the time of the
+    # attention itself.
+    nothing, least = (ops.constant(np.array(value, np.float32)) for value in (0, np.finfo(np.float32).min))
+    mask = ops.select(seen, nothing, least)
+    return _Seen(begins, padding, place, mask)
 
 
 def _without_padding(keys: Any, seen: _Seen) -> Any:
