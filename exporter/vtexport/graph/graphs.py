@@ -96,8 +96,8 @@ class PrefillGraph(_DecoderGraph):
         caches: list[Tensor] = []
         seen: list[Tensor | None] = []
         total = None
-        # A ranking needs the last layer's queries too, and rows behind caches are only ever appended together.
-        whole = self.plan.num_layers if self.gives_ranking or before is not None else self.plan.num_layers - 1
+        # A ranking needs the last layer's queries too.
+        whole = self.plan.num_layers if self.gives_ranking else self.plan.num_layers - 1
         for number in range(whole):
             query, key, mixed, *cache = self.attended(number, rows, before)
             caches += cache
@@ -116,7 +116,7 @@ class PrefillGraph(_DecoderGraph):
             seen.append(raters)
         seen.append(total)
         if whole < self.plan.num_layers:
-            last, *cache = self.ending(rows)
+            last, *cache = self.ending(rows, before)
             caches += cache
         else:
             last = rows.layout.rows_of(rows.hidden, rows.layout.last_place()[:, None])
@@ -135,29 +135,32 @@ class PrefillGraph(_DecoderGraph):
 
     def attended(self, number: int, rows: DecoderState, before: Before | None = None) -> tuple[Tensor, ...]:
         """Attention of layer `number` on `rows`: queries and keys after RoPE, its output [B, S, C], two cache entries."""
-        layer = self.decoder.block(number)
+        layer, positions = self.decoder.block(number), self._positions(number, rows, before)
         attention, x = layer.self_attn, layer.input_layernorm(rows.hidden)
-        positions = rows.positions if before is None else rows.positions + before.position[number][:, None]
         query, key = (part(x, positions, self.rope) for part in (attention.query, attention.key))
         value = attention.v_proj(x)
         return query, key, *attention.extend(query, key, value, None if before is None else before.of(number))
 
-    def ending(self, rows: DecoderState) -> tuple[Tensor, Tensor, Tensor]:
+    def ending(self, rows: DecoderState, before: Before | None) -> tuple[Tensor, ...]:
         """The last layer, for each prompt's last token alone: its output [B, 1, C], and the cache entries of all tokens.
 
         Logits are made of that token only, so that of all others the layer's keys and values are enough.
         """
-        number, layout = self.plan.num_layers - 1, rows.layout
-        layer, place = self.decoder.block(number), layout.last_place()[:, None]
+        number, place = self.plan.num_layers - 1, rows.layout.last_place()[:, None]
+        layer, positions = self.decoder.block(number), self._positions(number, rows, before)
         attention, x = layer.self_attn, layer.input_layernorm(rows.hidden)
-        query = attention.query(layout.rows_of(x, place), rows.positions.gather(1, place), self.rope)
-        key, value = attention.key(x, rows.positions, self.rope), attention.v_proj(x)
-        new_key, new_value = (layout.rows_of(part, place) for part in (key, value))
-        held = [part.unflatten(2, (attention.kv_heads, -1)).transpose(1, 2) for part in (key, value)]
-        # As a decode step behind a cache that holds the token already.
-        mixed, keys, values = attention.extend(query, new_key, new_value, (held[0], held[1], place[:, 0]))
-        alone = replace(rows, hidden=layout.rows_of(rows.hidden, place))
-        return self.after(number, alone, mixed).hidden, keys, values
+        query = attention.query(rows.layout.rows_of(x, place), positions.gather(1, place), self.rope)
+        key, value = attention.key(x, positions, self.rope), attention.v_proj(x)
+        # Repeated at every place, the query sees at its own place what it should. So attention has the form that it has
+        # in all other layers, and costs little beside the products that are saved.
+        everywhere = query.expand(-1, key.shape[1], -1)
+        mixed, *cache = attention.attend(everywhere, key, value, None if before is None else before.of(number))
+        alone = replace(rows, hidden=rows.layout.rows_of(rows.hidden, place))
+        return self.after(number, alone, attention.o_proj(rows.layout.rows_of(mixed, place))).hidden, *cache
+
+    def _positions(self, number: int, rows: DecoderState, before: Before | None) -> Tensor:
+        """The positions of `rows` in layer `number`, [B, S] int64."""
+        return rows.positions if before is None else rows.positions + before.position[number][:, None]
 
     def after(self, number: int, rows: DecoderState, mixed: Tensor) -> DecoderState:
         """The rows behind layer `number`, whose attention gave `mixed`."""

@@ -233,15 +233,20 @@ class DecoderAttention(nn.Module):
         """Rotated keys [B, S, G * D]."""
         return nn_ops.rotary(self.k_proj(x), positions, rope.cos, rope.sin, self.kv_heads)
 
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, before: tuple[Tensor, Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What new rows take from the values they see [B, S, H * D], and their cache entries; see `extend`."""
+        heads = (self.num_heads, self.kv_heads, self.scale)
+        if before is None:
+            return nn_ops.causal_attention(query, key, value, *heads)
+        return nn_ops.cached_attention(query, key, value, *before, *heads)
+
     def extend(
         self, query: Tensor, key: Tensor, value: Tensor, before: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The output of new rows, and their cache entries; with caches and lengths `before`, those caches with them."""
-        heads = (self.num_heads, self.kv_heads, self.scale)
-        if before is None:
-            mixed, keys, values = nn_ops.causal_attention(query, key, value, *heads)
-        else:
-            mixed, keys, values = nn_ops.cached_attention(query, key, value, *before, *heads)
+        mixed, keys, values = self.attend(query, key, value, before)
         return self.o_proj(mixed), keys, values
 
     def decode(
