@@ -25,7 +25,7 @@ class _Seen:
         begins: where the padding in the cache begins, [B, 1].
         padding: its length, [B, 1].
         place: the number of each place, [N].
-        mask: [B, 1, S, N] fp32, added to the products of queries and keys: 0 for what is seen.
+        mask: [B, 1, S, N], added to the products of queries and keys: 0 for what is seen, else minus infinity.
     """
 
     begins: Any
@@ -56,7 +56,7 @@ class Caches:
             self.sinks.append(ops.assign(kept[-1], name))
         if rows not in self._seen:
             begins = ops.unsqueeze(ops.gather(prompt, constant(layer), constant(0)), constant(1))
-            self._seen[rows] = _seen(extent(pasts[0], 2), extent(query, 1), length, begins)
+            self._seen[rows] = _seen(extent(pasts[0], 2), extent(query, 1), length, begins, query)
         seen = self._seen[rows]
         keys, values = (shared(part, groups, num_heads) for part in kept)
         mixed = attention(self._heads.split(query, num_heads), keys, values, scale, seen.mask)
@@ -72,7 +72,7 @@ def _past(name: str, rows: Any, groups: int, beam: Any) -> Any:
     return ops.read_value(nothing, name, kind, ov.PartialShape([-1, groups, -1, size]))
 
 
-def _seen(before: Any, new: Any, length: Any, begins: Any) -> _Seen:
+def _seen(before: Any, new: Any, length: Any, begins: Any, like: Any) -> _Seen:
     """What rows see; the same for all layers between two stages.
 
     Args:
@@ -80,6 +80,7 @@ def _seen(before: Any, new: Any, length: Any, begins: Any) -> _Seen:
         new: rows that join it, [1].
         length: tokens in the cache, [B].
         begins: tokens of the prompt in it, [B, 1].
+        like: queries, whose dtype the mask gets.
     """
     zero, one = constant(0), constant(1)
     total = ops.squeeze(ops.add(before, new), zero)
@@ -91,8 +92,8 @@ def _seen(before: Any, new: Any, length: Any, begins: Any) -> _Seen:
     seen = ops.logical_and(ops.unsqueeze(token, constant([1, 2])), causal)
     # A bool mask would be turned into this by every layer anew, number by number on one core: twice the time of the
     # attention itself.
-    nothing, least = (ops.constant(np.array(value, np.float32)) for value in (0, np.finfo(np.float32).min))
-    mask = ops.select(seen, nothing, least)
+    nothing, least = (ops.constant(np.array(value, np.float32)) for value in (0, -np.inf))
+    mask = ops.convert_like(ops.select(seen, nothing, least), like)
     return _Seen(begins, padding, place, mask)
 
 

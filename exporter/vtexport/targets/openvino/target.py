@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -35,11 +34,6 @@ class OpenVinoTarget(Target):
     quantize: Annotated[
         Literal["", "int8", "int4"], Meta(description="Hold the weights of the decoder's linear layers in fewer bits.")
     ] = ""
-
-    @property
-    def language_room(self) -> int | None:
-        # Caches grow, so only the model's own positions are a limit.
-        return sys.maxsize
 
     def can_build(self) -> Availability:
         if importlib.util.find_spec("openvino") is None:
