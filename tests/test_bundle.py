@@ -43,8 +43,8 @@ def test_a_copy_elsewhere_runs(bundle_copy: Path, photo: Path) -> None:
 
 def test_a_bundle_of_before_answers_as_it_did() -> None:
     """Built by an earlier vtexport of the same schema version, which also gave these answers."""
-    known = json.loads((DATA / "bundle-schema-5-answers.json").read_text())
-    opened = Bundle.open(DATA / "bundle-schema-5")
+    known = json.loads((DATA / "bundle-schema-6-answers.json").read_text())
+    opened = Bundle.open(DATA / "bundle-schema-6")
     opened.verify(lambda _bytes: None)
     images = noise_images(known["images"]["count"], seed=known["images"]["seed"])
     answers = Runner(opened).ask(list(zip(images, known["prompts"], strict=True)), known["max_new_tokens"])
@@ -60,9 +60,11 @@ def test_the_manifest_is_the_plan_and_lists_every_file(micro_bundle: Path) -> No
     assert (plan.method, plan.vision_tokens, plan.num_visual_tokens) == ("fastervlm", 36, 144)
     listed = {entry.path for entry in opened.manifest.files} | {MANIFEST}
     assert listed == {p.relative_to(micro_bundle).as_posix() for p in micro_bundle.rglob("*") if p.is_file()}
-    prefill = opened.manifest.graphs["prefill"]
-    assert [port.name for port in prefill.inputs] == ["input_ids", "image_position", "text_length", "visual"]
-    assert prefill.inputs[3].shape == ["batch", 36, 128]
+    language = opened.manifest.graphs["language"]
+    named = {port.name: port.shape for port in language.inputs}
+    assert list(named)[:4] == ["input_ids", "image_position", "text_length", "visual"]
+    assert named["visual"] == ["batch", "visual", 128]
+    assert named["past.11.value"] == ["batch", 2, "capacity_11", 32]
     verification = opened.manifest.verification
     assert verification is not None
     assert verification.same_kept
@@ -73,7 +75,7 @@ def test_the_manifest_is_the_plan_and_lists_every_file(micro_bundle: Path) -> No
 
 def test_another_schema_version_is_refused(bundle_copy: Path) -> None:
     edit(bundle_copy, schema_version=99)
-    with pytest.raises(BundleError, match="schema version 99, this vtexport reads version 5"):
+    with pytest.raises(BundleError, match="schema version 99, this vtexport reads version 6"):
         Bundle.open(bundle_copy)
 
 

@@ -364,7 +364,7 @@ def test_bad_bundles(vtexport, bundle_copy: Path, photo: Path, tmp_path: Path) -
         ["eval", bundle_copy],
         ["inspect", bundle_copy],
     ):
-        check_refused(vtexport(*command), "has schema version 1, this vtexport reads version 5", tmp_path, ["copy"])
+        check_refused(vtexport(*command), "has schema version 1, this vtexport reads version 6", tmp_path, ["copy"])
     check_refused(vtexport("inspect", tmp_path), "has no manifest.json", tmp_path, ["copy"])
 
 

@@ -97,7 +97,7 @@ def test_trap_random_density_noise(runner: Runner, requests: list[Request]) -> N
 
 def test_trap_all_of_l_x_l_attention_materialised_to_read_a_few_rows(runner: Runner) -> None:
     folder = runner.bundle.folder
-    graph = onnx.load(folder / "engine/prefill.onnx", load_external_data=False).graph
+    graph = onnx.load(folder / "engine/language.onnx", load_external_data=False).graph
     shapes = {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
     scoring = [node for node in graph.node if node.op_type == "TokenScore"]
     assert len(scoring) == len(runner.plan.decoder_stages)
@@ -116,7 +116,7 @@ def test_trap_timing_that_leaves_out_the_vision_tower_or_the_selection(runner: R
     assert lane.times["first_token"][0] == pytest.approx(parts)
     assert all(lane.times[name][0] > 0 for name in ("preprocess", "vision", "prefill"))
     # Scoring, selection and recycling are nodes of the timed graph, not steps around it.
-    graph = onnx.load(runner.bundle.folder / "engine/prefill.onnx", load_external_data=False).graph
+    graph = onnx.load(runner.bundle.folder / "engine/language.onnx", load_external_data=False).graph
     assert {"TokenScore", "TokenSelect", "TokenRecycle"} <= {node.op_type for node in graph.node}
 
 
@@ -137,7 +137,7 @@ class Recording:
 
     def prefill(self, inputs, new_tokens, bucket=0):
         out = self.engine.prefill(inputs, new_tokens, bucket)
-        self.filled = [buffer.shape()[2] - new_tokens for buffer in out.cache.buffers[::2]]
+        self.filled = [buffer.shape[2] - new_tokens for buffer in list(out.cache.buffers.values())[::2]]
         return out
 
     def decode(self, cache, tokens, length, position):

@@ -152,7 +152,7 @@ def test_function_names_are_no_standard_ops() -> None:
 
 def test_graphs_of_a_bundle_are_valid_onnx(micro_bundle: Path) -> None:
     # Fused kernels are ONNX Runtime's; everything else must be the standard's.
-    for name in ("engine/vision.onnx", "engine/prefill.onnx", "engine/decode.onnx"):
+    for name in ("engine/vision.onnx", "engine/language.onnx"):
         model = onnx.load(micro_bundle / name, load_external_data=False)
         assert {opset.domain for opset in model.opset_import} <= {"", "vtexport", "vtexport.nn", "com.microsoft"}
         assert all(init.data_location == onnx.TensorProto.EXTERNAL for init in model.graph.initializer)
@@ -161,9 +161,9 @@ def test_graphs_of_a_bundle_are_valid_onnx(micro_bundle: Path) -> None:
 
 def test_onnxruntime_fuses_every_norm(micro_bundle: Path, tmp_path: Path) -> None:
     options = ort.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "decode.onnx"), 3
-    ort.InferenceSession(micro_bundle / "engine/decode.onnx", options, providers=["CPUExecutionProvider"])
-    nodes = onnx.load(tmp_path / "decode.onnx", load_external_data=False).graph.node
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "language.onnx"), 3
+    ort.InferenceSession(micro_bundle / "engine/language.onnx", options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "language.onnx", load_external_data=False).graph.node
     # Two norms a layer, and the last.
     assert sum(node.op_type == "SimplifiedLayerNormalization" for node in nodes) == 2 * 12 + 1
 

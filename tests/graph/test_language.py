@@ -18,7 +18,7 @@ from vtexport.pruning import Geometry, PruningPlan, make_plan
 from vtexport.pruning.decoder import slots
 from vtexport.targets.base import CompileJob
 from vtexport.targets.language import LANGUAGE
-from vtexport.targets.onnxruntime.language import OnnxRuntimeCheck
+from vtexport.targets.onnxruntime.check import OnnxRuntimeCheck
 from vtexport.targets.tensorrt.profiles import Limits, profiles_of
 
 ROOM = 80

@@ -15,7 +15,7 @@ from vtexport.builder.build import build
 from vtexport.builder.options import BuildOptions
 from vtexport.bundle.folder import Bundle
 from vtexport.errors import InputError, TargetError
-from vtexport.pruning import METHODS
+from vtexport.pruning import METHODS, Geometry, make_plan
 from vtexport.runtime.runner import Runner
 from vtexport.targets import get_target
 from vtexport.targets.tensorrt.bindings import bindings
@@ -271,7 +271,7 @@ def test_engines_in_bf16_build(tmp_path: Path) -> None:
 def test_bf16_weights_stay_as_a_checkpoint_has_them(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from vtexport.graph.export import trace_decode
+    from vtexport.graph.export import trace_language
     from vtexport.graph.weights import WEIGHTS_FILE, Weights
     from vtexport.models import Checkpoint, read_spec
     from vtexport.models.rope import rope_tables
@@ -281,7 +281,7 @@ def test_bf16_weights_stay_as_a_checkpoint_has_them(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     spec = read_spec(folder)
     cos, sin = rope_tables(spec)
-    model = trace_decode(spec, "bf16").model
+    model = trace_language(spec, [make_plan("dense", Geometry.of(spec))], "bf16", room=None).model
     weights = Weights([model], Checkpoint.open(folder), {"rope.cos": cos.numpy(), "rope.sin": sin.numpy()})
     place = tmp_path / "engine"
     place.mkdir()

@@ -16,7 +16,7 @@ from tests.checkpoints import MICRO
 from vtexport.builder.build import build
 from vtexport.builder.options import BuildOptions
 from vtexport.errors import InputError, TargetError
-from vtexport.graph.export import trace_prefill
+from vtexport.graph.export import trace_language
 from vtexport.models import read_spec
 from vtexport.pruning import Geometry, make_plan
 from vtexport.targets import get_target
@@ -54,7 +54,7 @@ def test_plans_are_built_and_what_they_are_for_is_written_down(tmp_path: Path) -
 def test_pruning_ops_are_left_to_plugins_and_all_else_is_inlined() -> None:
     spec = read_spec(MICRO)
     plan = make_plan("sparsevlm", Geometry.of(spec), keep=0.25, options={"layers": "1,4"})
-    model = trace_prefill(spec, plan, "fp16", False, False, "prefill").model
+    model = trace_language(spec, [plan], "fp16", room=9).model
     TensorRTTarget().prepare(model)
     nodes = [node for node in model.graph.all_nodes() if node.domain]
     assert {node.domain for node in nodes} == {"vtexport"}

@@ -234,8 +234,8 @@ def without_a_gpu_to_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         selfcheck,
         "_verifiable",
-        lambda _target, compiled, _plans, folder: (
-            OrtEngine(folder, {name: f"engine/{name}.onnx" for name in compiled.files}),
+        lambda _target, compiled, plans, folder: (
+            OrtEngine(folder, {name: f"engine/{name}.onnx" for name in compiled.files}, plans),
             "the ONNX files",
         ),
     )

@@ -13,7 +13,7 @@ from vtexport.models import Checkpoint, ModelSpec
 from vtexport.progress import Progress
 from vtexport.pruning import PruningPlan
 from vtexport.pruning.adaptive import Policy
-from vtexport.targets.base import ENGINE_FOLDER, Compiled, CompileJob, Target, prefill_names
+from vtexport.targets.base import ENGINE_FOLDER, Compiled, CompileJob, Target
 
 if TYPE_CHECKING:
     from vtexport.graph.export import TracedGraph
@@ -79,20 +79,14 @@ def make_engines(source: Source, engines: EngineSpec, target: Target, folder: Pa
 
 
 def _trace(spec: ModelSpec, engines: EngineSpec, target: Target, progress: Progress) -> list[TracedGraph]:
-    from vtexport.graph.export import trace_decode, trace_language, trace_prefill, trace_select, trace_vision
+    from vtexport.graph.export import trace_language, trace_select, trace_vision
 
     plans, dtype, outputs = engines.plans, engines.dtype, (engines.debug, engines.give_ranking)
     parts = [partial(trace_vision, spec, plans, dtype, engines.debug)]
-    if target.language_room is not None:
-        parts.append(partial(trace_language, spec, plans, dtype, *outputs, room=target.language_room))
-    elif target.selects:
+    if target.selects:
         parts.append(partial(trace_select, spec, plans[0], dtype))
     elif not target.vision_only:
-        names = prefill_names(len(plans))
-        parts += [
-            partial(trace_prefill, spec, plan, dtype, *outputs, name) for plan, name in zip(plans, names, strict=True)
-        ]
-        parts.append(partial(trace_decode, spec, dtype, spec.num_visual_tokens if engines.give_ranking else 0))
+        parts.append(partial(trace_language, spec, plans, dtype, *outputs, room=target.cache_room))
     progress.stage("trace the graphs", len(parts))
     graphs = []
     for part in parts:

@@ -37,9 +37,8 @@ class Estimate:
     @property
     def graph_bytes(self) -> int:
         """Approximate bytes of the ONNX files."""
-        graphs = len(self.engines.plans) + 1 if self.target.language_room is None else 1
-        decoder = self.spec.decoder.num_layers * graphs
-        return _GRAPH_BYTES["vision"] * self.spec.vision.feature_layer + _GRAPH_BYTES["decoder"] * decoder
+        layers = {"vision": self.spec.vision.feature_layer, "decoder": self.spec.decoder.num_layers}
+        return sum(_GRAPH_BYTES[part] * number for part, number in layers.items())
 
     @property
     def checked_in_full(self) -> bool:

@@ -6,8 +6,11 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from vtexport.builder.engines import EngineSpec, Source, make_engines
 from vtexport.bundle.folder import PROCESSOR_FOLDER
@@ -47,24 +50,22 @@ def check_engines(
         return _check_small(source, engines, target, progress)
     progress.stage("verify against transformers", SAMPLES * len(engines.plans))
     engine, ran = _verifiable(target, compiled, engines.plans, folder)
-    model = Checked(source.folder, folder / PROCESSOR_FOLDER, source.spec, source.clip, target.scheme())
-    return compare_engine(
-        engine,
-        ran,
-        model,
-        engines.plans,
-        engines.dtype,
-        progress.advance,
-        vision_only=target.vision_only,
-        selects=target.selects,
-        batch=min(SAMPLES, target.largest_batch or SAMPLES),
-    )
+    scheme, batch = target.scheme(), min(SAMPLES, target.largest_batch or SAMPLES)
+    model = Checked(source.folder, folder / PROCESSOR_FOLDER, source.spec, source.clip, scheme)
+    compared = partial(compare_engine, model=model, plans=engines.plans, dtype=engines.dtype, batch=batch)
+    found = compared(engine, ran, advance=progress.advance, vision_only=target.vision_only, selects=target.selects)
+    if scheme is None or not scheme.rounds_activations:
+        return found
+    progress.stage("verify with activations in 8 bits", SAMPLES * len(engines.plans))
+    rounding = target.open(folder, compiled, engines.plans, 0)
+    rounded = compared(rounding, ran, advance=progress.advance, rounded=True)
+    return msgspec.structs.replace(found, rounded_logit_error=rounded.max_logit_error)
 
 
 def _check_small(source: Source, engines: EngineSpec, target: Target, progress: Progress) -> VerificationEntry:
     """Check a small random model with the same plans and layers, on ONNX Runtime."""
     from vtexport.models.shrink import shrink
-    from vtexport.targets.onnxruntime.language import OnnxRuntimeCheck
+    from vtexport.targets.onnxruntime.check import OnnxRuntimeCheck
     from vtexport.targets.onnxruntime.target import OnnxRuntimeTarget
 
     progress.stage("make a small model of the same layers, and its engines")
@@ -77,7 +78,7 @@ def _check_small(source: Source, engines: EngineSpec, target: Target, progress: 
         bits = str(option_values(target).get("quantize", ""))
         known = option_fields(OnnxRuntimeTarget)["quantize"].choices
         quantize: Any = bits if bits in known else ""
-        runtime = OnnxRuntimeCheck(quantize, target.language_room)
+        runtime = OnnxRuntimeCheck(quantize, target.cache_room)
         place = Path(scratch) / "bundle"
         place.mkdir()
         made = make_engines(small, tried, runtime, place, Silent())
@@ -85,7 +86,12 @@ def _check_small(source: Source, engines: EngineSpec, target: Target, progress: 
         model = Checked(small.folder, small.processor, small.spec, small.clip, runtime.scheme())
         ran = f"a random model of the same layers, {small.spec.decoder.hidden_size} wide, on {runtime.name}"
         return compare_engine(
-            runtime.open(place, made.compiled, tried.plans, 0), ran, model, tried.plans, tried.dtype, progress.advance
+            runtime.open_exact(place, made.compiled, tried.plans),
+            ran,
+            model,
+            tried.plans,
+            tried.dtype,
+            progress.advance,
         )
 
 
@@ -158,9 +164,9 @@ def _check_span(path: Path, tensor: onnx.TensorProto) -> None:
 def _verifiable(target: Target, compiled: Compiled, plans: Sequence[PruningPlan], folder: Path) -> tuple[Engine, str]:
     """The compiled engine and its name, or if it cannot run here, the ONNX files that it was compiled from."""
     if target.can_run().works:
-        return target.open(folder, compiled, plans, 0), target.name
-    from vtexport.targets.onnxruntime.language import OnnxRuntimeCheck
+        return target.open_exact(folder, compiled, plans), target.name
+    from vtexport.targets.onnxruntime.check import OnnxRuntimeCheck
 
     sources = {name: f"{ENGINE_FOLDER}/{name}.onnx" for name in compiled.files}
-    runtime = OnnxRuntimeCheck(room=target.language_room)
+    runtime = OnnxRuntimeCheck(room=target.cache_room)
     return runtime.open(folder, Compiled(sources, {}), plans, 0), f"the ONNX files of {target.name}, on onnxruntime"

@@ -12,7 +12,7 @@ from vtexport.pruning import choose
 from vtexport.pruning.adaptive import Policy
 from vtexport.pruning.plan import PruningPlan, Stage
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MANIFEST = "manifest.json"
 
 
@@ -144,7 +144,11 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VerificationEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The result of the self-check; see `vtexport.check.compare`."""
+    """The result of the self-check; see `vtexport.check.compare`.
+
+    `rounded_logit_error` is that of the engine as it runs, if that rounds activations to 8 bits; all else was compared
+    without that.
+    """
 
     ran: str
     against: str
@@ -154,6 +158,7 @@ class VerificationEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     same_tokens: bool
     max_logit_error: float
     tolerance: float
+    rounded_logit_error: float | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import ml_dtypes
 import numpy as np
 
 from vtexport.arrays import Array
 from vtexport.bundle.manifest import VerificationEntry
 from vtexport.check.reference import ReferenceModel, ReferenceVision
+from vtexport.check.tolerance import ROUNDED, SCORE_SLACK, SPREAD_SLACK, TOLERANCE, advice
 from vtexport.errors import VerificationError
 from vtexport.models import ModelSpec, Prompter
 from vtexport.models.views import Views
@@ -32,13 +34,6 @@ _PROMPTS = (
     "Where is it?",
     "Describe the image in one sentence.",
 )
-# Largest absolute error of a logit, as a share of the largest absolute logit. fp16 has 11 significant bits, bf16
-# eight, and errors add up over the layers; fp32 differs by the order of summation only.
-_TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1}
-# Largest relative distance from the K-th score at which half precision may swap two tokens.
-_SCORE_SLACK = {"fp32": 0.0, "fp16": 0.1, "bf16": 0.5}
-# Largest relative error of the spread of CLS's attention.
-_SPREAD_SLACK = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1}
 
 
 def sample_image(height: int, width: int, seed: int) -> Array:
@@ -98,11 +93,15 @@ def sample_requests(model: Checked, plan: PruningPlan) -> list[Request]:
     return [Request(prompter.prompt(text), views, given) for text, views, given in parts]
 
 
+# How NumPy has weights of a dtype.
+_HELD: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+
+
 def _rounding(scheme: Scheme | None, dtype: str) -> Callable[[Array], Array] | None:
     """The function that rounds an fp32 weight as `scheme` does in an engine of `dtype`; None for no rounding."""
     if scheme is None:
         return None
-    held = np.float16 if dtype == "fp16" else np.float32
+    held = _HELD[dtype]
     return lambda weight: scheme.rounded(weight.astype(held)).astype(np.float32)
 
 
@@ -116,11 +115,12 @@ def compare_engine(
     *,
     vision_only: bool = False,
     selects: bool = False,
+    rounded: bool = False,
     batch: int = SAMPLES,
 ) -> VerificationEntry:
     """Compare `engine`, on ragged batches of the samples, with the reference, row by row, under every plan.
 
-    Kept indices must be equal, but half precision may swap tokens of nearly equal score; the reference then goes on
+    Kept indices must be equal, but lower precision may swap tokens of nearly equal score; the reference then goes on
     with the engine's kept tokens. Logits must agree within the tolerance. Every greedy token must be the reference's
     own choice, or one whose logit is within twice the tolerance of it.
 
@@ -133,6 +133,7 @@ def compare_engine(
         advance: called once per sample and plan.
         vision_only: there is only a vision graph; its visual tokens are then compared as logits are.
         selects: behind the vision graph, there is one that chooses visual tokens; its choice is compared.
+        rounded: the engine rounds activations to 8 bits.
         batch: prompts per batch at most.
 
     Raises:
@@ -140,12 +141,13 @@ def compare_engine(
     """
     spec = model.spec
     requests = sample_requests(model, plans[0])
+    precision = ROUNDED if rounded else dtype
     reference = ReferenceModel(model.folder, spec, model.clip, _rounding(model.scheme, dtype))
     check, results = _check_choice if selects else _check_vision if vision_only else _check_plan, []
     for first in range(0, len(requests), batch):
         together = requests[first : first + batch]
         seen = look(engine, plans[0], together)
-        samples = _Samples(reference, together, seen, spec.decoder.max_positions, dtype)
+        samples = _Samples(reference, together, seen, spec.decoder.max_positions, precision)
         results += [check(engine, bucket, plan, samples, advance) for bucket, plan in enumerate(plans)]
     return VerificationEntry(
         ran=ran,
@@ -155,7 +157,7 @@ def compare_engine(
         same_kept=all(result.same_kept for result in results),
         same_tokens=all(result.same_tokens for result in results),
         max_logit_error=max(result.worst for result in results),
-        tolerance=_TOLERANCE[dtype],
+        tolerance=TOLERANCE[precision],
     )
 
 
@@ -167,7 +169,7 @@ class _Samples:
     requests: list[Request]
     vision: VisionOutput
     max_positions: int
-    dtype: str
+    precision: str
 
 
 @dataclass
@@ -188,12 +190,16 @@ def _check_vision(
     for row, request in enumerate(samples.requests):
         seen = samples.reference.vision(request.views, plan, request.extras)
         kept = None if engine_vision.kept is None else engine_vision.kept[row][engine_vision.kept[row] >= 0]
-        swapped = _swapped(kept, seen, plan, samples.dtype, result)
-        # If half precision swapped tokens, the rows hold different tokens and cannot be compared.
+        swapped = _swapped(kept, seen, plan, samples.precision, result)
+        # If lower precision swapped tokens, the rows hold different tokens and cannot be compared.
         if not swapped:
             wanted, number = np.asarray(seen.visual[0]), int(lengths[row].sum())
             _check_error(
-                np.asarray(engine_vision.visual[row, :number]), wanted[:number], samples.dtype, "visual tokens", result
+                np.asarray(engine_vision.visual[row, :number]),
+                wanted[:number],
+                samples.precision,
+                "visual tokens",
+                result,
             )
         advance()
     return result
@@ -214,23 +220,23 @@ def _check_choice(
         kept = chosen.kept[row][chosen.kept[row] >= 0]
         if not np.array_equal(kept, expected.kept[where]):
             result.same_kept = False
-            _check_swaps(kept, expected.kept[where], expected.score[where], samples.dtype)
+            _check_swaps(kept, expected.kept[where], expected.score[where], samples.precision)
     return result
 
 
-def _check_error(got: Array, wanted: Array, dtype: str, what: str, result: _Found) -> None:
+def _check_error(got: Array, wanted: Array, precision: str, what: str, result: _Found) -> None:
     """Record the largest difference as a share of the largest value; refuse one beyond the tolerance."""
     error = float(np.abs(wanted - got).max() / max(1.0, np.abs(wanted).max()))
     result.worst = max(result.worst, error)
-    if not error <= _TOLERANCE[dtype]:
+    if not error <= TOLERANCE[precision]:
         raise VerificationError(
             f"the engine's {what} differ from the reference's by {error:.2g} of their range "
-            f"(allowed {_TOLERANCE[dtype]:g}); please report this model"
+            f"(allowed {TOLERANCE[precision]:g}); {advice(precision)}"
         )
 
 
-def _swapped(mine: Array | None, seen: ReferenceVision, plan: PruningPlan, dtype: str, result: _Found) -> bool:
-    """Whether the vision stage kept other tokens than the reference, as only half precision may; see `result`."""
+def _swapped(mine: Array | None, seen: ReferenceVision, plan: PruningPlan, precision: str, result: _Found) -> bool:
+    """Whether the vision stage kept other tokens than the reference, as only lower precision may; see `result`."""
     if mine is None:
         return False
     assert seen.kept is not None
@@ -241,7 +247,7 @@ def _swapped(mine: Array | None, seen: ReferenceVision, plan: PruningPlan, dtype
     # With several views, scores are numbered by patch, which is not how tokens are numbered.
     plain = seen.score is not None and method.ranked and plan.views == 1 and not plan.newlines
     score = seen.score[0] if plain and seen.score is not None else None
-    _check_swaps(mine - plan.leading, theirs - plan.leading, score, dtype)
+    _check_swaps(mine - plan.leading, theirs - plan.leading, score, precision)
     return True
 
 
@@ -249,7 +255,7 @@ def _check_plan(
     engine: Engine, bucket: int, plan: PruningPlan, samples: _Samples, advance: Callable[[], None]
 ) -> _Found:
     """Compare plan number `bucket` of `engine` with the reference; see `compare_engine`."""
-    reference, requests, dtype = samples.reference, samples.requests, samples.dtype
+    reference, requests, precision = samples.reference, samples.requests, samples.precision
     # Without end tokens every row runs the full length.
     decoding = Decoding(NEW_TOKENS, samples.max_positions, keep_logits=True)
     answers, _ = generate(engine, plan, requests, decoding, bucket=bucket, vision=samples.vision)
@@ -258,7 +264,7 @@ def _check_plan(
     for row, (request, answer) in enumerate(zip(requests, answers, strict=True)):
         seen = reference.vision(request.views, plan, request.extras)
         visual, length = seen.visual, seen.length
-        if _swapped(answer.kept.get(VISION), seen, plan, dtype, result):
+        if _swapped(answer.kept.get(VISION), seen, plan, precision, result):
             length = tuple(map(int, lengths[row]))
             visual = np.asarray(engine_vision.visual[row : row + 1], dtype=np.float32)
         answered = partial(reference.answer, request.prompt, visual, answer.token_ids[:-1], plan)
@@ -268,20 +274,20 @@ def _check_plan(
             result.same_kept = False
             # Both see the same tokens up to the first stage that differs; after it, indices mean different tokens.
             first = differ[0]
-            _check_swaps(answer.kept[first], expected.kept[first], expected.score[first], dtype)
+            _check_swaps(answer.kept[first], expected.kept[first], expected.score[first], precision)
             expected = answered(forced=answer.kept, extras=request.extras, length=length)
         logits = expected.logits
         assert answer.logits is not None, "logits were asked for"
-        _check_error(answer.logits, logits, dtype, "logits", result)
+        _check_error(answer.logits, logits, precision, "logits", result)
         margin = logits.max(axis=1) - np.take_along_axis(logits, np.array(answer.token_ids)[:, None], 1)[:, 0]
         result.same_tokens &= bool((margin == 0).all())
-        if (margin > 2 * _TOLERANCE[dtype] * max(1.0, np.abs(logits).max())).any():
-            raise VerificationError("the engine's greedy tokens differ from the reference's; please report this model")
+        if (margin > 2 * TOLERANCE[precision] * max(1.0, np.abs(logits).max())).any():
+            raise VerificationError(f"the engine's greedy tokens differ from the reference's; {advice(precision)}")
         spread = samples.vision.arrays.get("spread")
         if (
             spread is not None
             and seen.spread is not None
-            and abs(spread[row] - seen.spread) > _SPREAD_SLACK[dtype] * seen.spread
+            and abs(spread[row] - seen.spread) > SPREAD_SLACK[precision] * seen.spread
         ):
             raise VerificationError(
                 f"CLS's attention is spread over {spread[row]:.4g} patches in the engine, {seen.spread:.4g} in the "
@@ -291,15 +297,18 @@ def _check_plan(
     return result
 
 
-def _check_swaps(got: Array, expected: Array, score: Array | None, dtype: str) -> None:
-    """Refuse differing kept tokens if `dtype` can tell their scores [V] apart; without scores, a tenth may differ."""
+def _check_swaps(got: Array, expected: Array, score: Array | None, precision: str) -> None:
+    """Refuse differing kept tokens if `precision` can tell their scores [V] apart.
+
+    A tenth may differ without scores, and with rounded activations, after which scores are no longer comparable.
+    """
     moved = np.setxor1d(got, expected)
-    if score is None:
-        fits = dtype != "fp32" and len(moved) <= 2 * max(1, len(expected) // 10)
+    if score is None or precision == ROUNDED:
+        fits = precision != "fp32" and len(moved) <= 2 * max(1, len(expected) // 10)
     else:
         line = score[expected].min()
-        fits = bool((np.abs(score[moved] - line) <= _SCORE_SLACK[dtype] * abs(line)).all())
+        fits = bool((np.abs(score[moved] - line) <= SCORE_SLACK[precision] * abs(line)).all())
     if not fits:
         raise VerificationError(
-            f"the engine keeps other visual tokens than the reference ({len(moved)} differ); please report this model"
+            f"the engine keeps other visual tokens than the reference ({len(moved)} differ); {advice(precision)}"
         )

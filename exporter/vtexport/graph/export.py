@@ -12,7 +12,6 @@ import torch
 from vtexport.errors import ModelError
 from vtexport.graph.eager import DTYPES, of_dtype
 from vtexport.graph.functions import attach_functions
-from vtexport.graph.graphs import DecodeGraph, PrefillGraph, cache_names
 from vtexport.graph.language import LanguageGraph
 from vtexport.graph.select import SelectGraph
 from vtexport.graph.tracing import Extent, Kind, Recorder
@@ -45,21 +44,6 @@ def trace_vision(spec: ModelSpec, plans: Sequence[PruningPlan], dtype: str, debu
         module = VisionGraph(spec, plans, debug)
     taken = {name: inputs[name] for name in module.input_names()}
     return _trace("vision", module, taken, module.output_names())
-
-
-def trace_prefill(
-    spec: ModelSpec,
-    plan: PruningPlan,
-    dtype: str,
-    debug: bool = False,
-    gives_ranking: bool = False,
-    name: str = "prefill",
-) -> TracedGraph:
-    """The prefill graph `name`; batch and text length are dynamic, the plan fixes the visual counts."""
-    inputs = _prompt_inputs(spec, plan, dtype, plan.vision_tokens)
-    with _skeleton(dtype):
-        module = PrefillGraph(spec, plan, debug, gives_ranking)
-    return _trace(name, module, {name: inputs[name] for name in module.input_names()}, module.output_names())
 
 
 def trace_select(spec: ModelSpec, plan: PruningPlan, dtype: str) -> TracedGraph:
@@ -95,40 +79,36 @@ def trace_language(
     debug: bool = False,
     gives_ranking: bool = False,
     *,
-    room: int,
+    room: int | None,
 ) -> TracedGraph:
-    """The language graph of all `plans`; a layer's cache has `room` for text besides the most visual tokens."""
-    most = map(max, zip(*(plan.per_layer for plan in plans), strict=True))
+    """The language graph of all `plans`.
+
+    Args:
+        spec: the model.
+        plans: the plans.
+        dtype: "fp32", "fp16" or "bf16".
+        debug: see `PrefillGraph`.
+        gives_ranking: see `PrefillGraph`.
+        room: text places of each layer's cache, besides the most visual tokens; None for caches of any capacity.
+    """
     inputs = _prompt_inputs(spec, plans[0], dtype, Extent.named("visual"))
-    inputs |= _cache_inputs(spec, dtype, [min(visual + room, spec.decoder.max_positions) for visual in most])
+    inputs |= _cache_inputs(spec, plans, dtype, room)
     inputs |= {name: Kind(torch.int32, (Extent.named(name),)) for name in slots(plans, plans[0])}
     with _skeleton(dtype):
         module = LanguageGraph(spec, plans, debug, gives_ranking)
     return _trace("language", module, {name: inputs[name] for name in module.input_names()}, module.output_names())
 
 
-def _cache_inputs(spec: ModelSpec, dtype: str, capacities: Sequence[int]) -> dict[str, Kind]:
-    """What rows hold already: lengths, positions, and each layer's cache of its capacity, a number or an extent."""
+def _cache_inputs(spec: ModelSpec, plans: Sequence[PruningPlan], dtype: str, room: int | None) -> dict[str, Kind]:
+    """What rows hold already: lengths, positions, and each layer's cache; see `trace_language` for `room`."""
     d = spec.decoder
     inputs = dict.fromkeys(("length", "position"), Kind(torch.int64, (d.num_layers, _BATCH)))
-    for layer, capacity in enumerate(capacities):
+    most = map(max, zip(*(plan.per_layer for plan in plans), strict=True))
+    for layer, visual in enumerate(most):
+        capacity = Extent.named(f"capacity_{layer}") if room is None else min(visual + room, d.max_positions)
         cache = Kind(DTYPES[dtype], (_BATCH, d.num_kv_heads, capacity, d.head_size))
         inputs |= {f"past.{layer}.{part}": cache for part in ("key", "value")}
     return inputs
-
-
-def trace_decode(spec: ModelSpec, dtype: str, ranked: int = 0) -> TracedGraph:
-    """The decode graph; batch and every layer's cache capacity are dynamic; see `DecodeGraph` for `ranked`."""
-    layers = spec.decoder.num_layers
-    inputs = {"input_ids": Kind(torch.int64, (_BATCH, 1))}
-    inputs |= _cache_inputs(spec, dtype, [Extent.named(f"capacity_{layer}") for layer in range(layers)])
-    outputs = ["logits", *cache_names("present", layers)]
-    if ranked:
-        inputs["image_position"] = Kind(torch.int64, (_BATCH,))
-        outputs.append("ranking")
-    with _skeleton(dtype):
-        module = DecodeGraph(spec, ranked)
-    return _trace("decode", module, inputs, outputs)
 
 
 def _trace(name: str, module: torch.nn.Module, inputs: Mapping[str, Kind], output_names: Sequence[str]) -> TracedGraph:

@@ -94,8 +94,8 @@ class Target(ABC):
         return None
 
     @property
-    def language_room(self) -> int | None:
-        """Text places of a language graph's caches; None for a target with graphs of their own for prefill and decode."""
+    def cache_room(self) -> int | None:
+        """Text places of each layer's cache, besides its visual tokens; None for caches of any capacity."""
         return None
 
     @abstractmethod
@@ -158,12 +158,6 @@ class Target(ABC):
             TargetError: it was compiled for another version or device than this machine has.
         """
 
-
-def prefill_names(plans: int) -> list[str]:
-    """The names of the prefill graphs of a bundle with this number of plans."""
-    return ["prefill"] if plans == 1 else [f"prefill-{bucket}" for bucket in range(plans)]
-
-
-def prefill_name(graphs: Collection[str], bucket: int) -> str:
-    """The name of plan number `bucket`'s prefill graph; all of `graphs` but vision and decode are prefill graphs."""
-    return prefill_names(len(graphs) - 2)[bucket]
+    def open_exact(self, folder: Path, compiled: Compiled, plans: Sequence[PruningPlan]) -> Engine:
+        """As `open`, for the self-check: activations are not rounded to 8 bits (`Scheme.rounds_activations`)."""
+        return self.open(folder, compiled, plans, 0)

@@ -1,6 +1,7 @@
 """Weight-only quantisation of the decoder's linear layers, in whatever form a runtime has kernels for.
 
-Activations, the vision tower, embeddings and the head stay as they are, so that a vision stage keeps the same tokens.
+The vision tower, embeddings and the head stay as they are, so that a vision stage keeps the same tokens. A runtime may
+round the activations that such a weight multiplies to 8 bits on the fly, if its fast kernels want them so.
 Weights are quantised one by one as they are written.
 """
 
@@ -25,6 +26,8 @@ class Scheme(ABC):
 
     #: the names of those tensors
     parts: ClassVar[tuple[str, ...]]
+    #: whether the runtime rounds the activations that such a weight multiplies to 8 bits
+    rounds_activations: ClassVar[bool] = False
 
     @abstractmethod
     def tensors(self, rows: int, columns: int, dtype: ir.DataType) -> Sequence[tuple[ir.DataType, tuple[int, ...]]]:

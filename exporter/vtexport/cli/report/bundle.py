@@ -105,8 +105,10 @@ def _verification(bundle: Bundle) -> str:
         return "not checked"
     kept = "same kept tokens" if entry.same_kept else "kept tokens equal up to rounding"
     answers = "same greedy tokens" if entry.same_tokens else "greedy tokens equal up to rounding"
+    rounded = entry.rounded_logit_error
     return (
-        f"{kept}, {answers}, largest logit error {entry.max_logit_error:.1e} of {entry.tolerance:g} allowed "
+        f"{kept}, {answers}, largest logit error {entry.max_logit_error:.1e} of {entry.tolerance:g} allowed"
+        f"{'' if rounded is None else f', {rounded:.1e} with activations in 8 bits'} "
         f"({entry.samples} samples x {entry.tokens} tokens; {entry.ran} against {entry.against})"
     )
 

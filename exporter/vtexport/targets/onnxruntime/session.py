@@ -4,43 +4,63 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 
 from vtexport.arrays import Array
 from vtexport.errors import TargetError, first_line
-from vtexport.targets.base import prefill_name
+from vtexport.pruning import PruningPlan
 from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
+from vtexport.targets.language import LANGUAGE, LanguageCalls
 
 
 @dataclass
 class OrtCache:
-    """Buffers [B, G, M_i, D] per layer for keys and values, bound as both past and present of the decode session."""
+    """A batch's KV cache: buffers [B, G, M_i, D] for keys and values by the names of the graph's inputs.
 
-    buffers: list[Any]
-    binding: Any
-    input_ids: Array
-    length: Array
-    position: Array
-    logits: Array
+    Attributes:
+        buffers: each is both past and present of every call, so that it is updated in place.
+        prompt: the inputs of the call that filled them.
+        ranking: see `vtexport.targets.engine.Cache`.
+    """
+
+    buffers: dict[str, Array]
+    prompt: Mapping[str, Array]
     ranking: Array | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(int(np.prod(buffer.shape())) * buffer.numpy().itemsize for buffer in self.buffers)
+        return sum(buffer.nbytes for buffer in self.buffers.values())
 
 
 class OrtEngine:
-    """The sessions of a bundle, one per graph; a session is made when it is first used."""
+    """The sessions of a bundle, one per graph; a session is made when it is first used.
 
-    def __init__(self, folder: Path, files: Mapping[str, str], threads: int = 0) -> None:
+    Args:
+        folder: the bundle.
+        files: its files by graph.
+        plans: the plans that share the language graph.
+        threads: threads of each session; 0 leaves the number to ONNX Runtime.
+        exact: whether products with quantised weights take activations as they are; see `Target.open_exact`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Mapping[str, str],
+        plans: Sequence[PruningPlan],
+        threads: int = 0,
+        exact: bool = False,
+    ) -> None:
         self._paths = {name: folder / file for name, file in files.items()}
-        self._threads = threads
+        self._plans, self._calls = plans, LanguageCalls(plans)
+        self._threads, self._exact = threads, exact
         self._traces: Path | None = None
         self._sessions: dict[str, Any] = {}
 
@@ -60,9 +80,8 @@ class OrtEngine:
                 options.enable_profiling = True
                 options.profile_file_prefix = str(self._traces / name)
             try:
-                self._sessions[name] = ort.InferenceSession(
-                    self._paths[name], options, providers=["CPUExecutionProvider"]
-                )
+                model = _exact(self._paths[name], options) if self._exact else self._paths[name]
+                self._sessions[name] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # ONNX Runtime raises its own exception types, none of them public
                 reason = first_line(error)
                 raise TargetError(
@@ -93,46 +112,64 @@ class OrtEngine:
         return VisionOutput(outputs)
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
-        session = self.session(prefill_name(self._paths, bucket))
-        names = [output.name for output in session.get_outputs()]
-        outputs = dict(zip(names, session.run(names, inputs.feeds()), strict=True))
-        logits = outputs.pop("logits")
-        present = {name: outputs.pop(name) for name in names if name.startswith("present.")}
-        cache = self._cache(present, new_tokens, logits.shape[1])
+        prompt = self._calls.prefill(inputs, bucket)
+        cache = OrtCache(self._buffers(prompt, new_tokens, self._plans[bucket]), prompt)
+        outputs = self._run(cache, prompt)
         if "ranking" in outputs:
             cache.ranking = np.zeros_like(outputs["ranking"])
-            cache.binding.bind_ortvalue_output("ranking", ort.OrtValue.ortvalue_from_numpy(cache.ranking))
-            cache.binding.bind_cpu_input("image_position", inputs.image_position)
-        return PrefillOutput(logits, cache, outputs)
-
-    def _cache(self, present: Mapping[str, Array], new_tokens: int, vocabulary: int) -> OrtCache:
-        binding = self.session("decode").io_binding()
-        buffers = []
-        for name, entries in present.items():
-            batch, groups, tokens, size = entries.shape
-            room = np.zeros((batch, groups, tokens + new_tokens, size), dtype=entries.dtype)
-            room[:, :, :tokens] = entries
-            # On the CPU the OrtValue shares the array's memory; bound twice, it is updated in place.
-            buffer = ort.OrtValue.ortvalue_from_numpy(room)
-            binding.bind_ortvalue_input(name.replace("present", "past"), buffer)
-            binding.bind_ortvalue_output(name, buffer)
-            buffers.append(buffer)
-        layers = len(present) // 2
-        input_ids = np.zeros((batch, 1), dtype=np.int64)
-        length, position = (np.zeros((layers, batch), dtype=np.int64) for _ in range(2))
-        logits = np.zeros((batch, vocabulary), dtype=np.float32)
-        for name, array in (("input_ids", input_ids), ("length", length), ("position", position)):
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-        return OrtCache(buffers, binding, input_ids, length, position, logits)
+        return PrefillOutput(outputs.pop("logits"), cache, self._calls.stages(outputs, bucket))
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
         assert isinstance(cache, OrtCache)
-        cache.input_ids[:, 0] = tokens
-        cache.length[:] = length
-        cache.position[:] = position
-        self.session("decode").run_with_iobinding(cache.binding)
-        return cache.logits
+        given = self._calls.decode(cache.prompt, tokens, length, position)
+        outputs = self._run(cache, given, ["logits"] if cache.ranking is None else ["logits", "ranking"])
+        cache.ranking = outputs.get("ranking")
+        return outputs["logits"]
+
+    def _buffers(self, prompt: Mapping[str, Array], new_tokens: int, plan: PruningPlan) -> dict[str, Array]:
+        """Empty caches for a prompt and `new_tokens` more, each as long as its layer's tokens if the graph allows it."""
+        rows, text = prompt["input_ids"].shape
+        buffers = {}
+        for port in self.session(LANGUAGE).get_inputs():
+            _, layer, *part = port.name.split(".") if port.name.startswith("past.") else (None, None)
+            if part:
+                _, groups, room, size = port.shape
+                if not isinstance(room, int):
+                    room = text + plan.per_layer[int(str(layer))] + new_tokens
+                buffers[port.name] = np.zeros((rows, groups, room, size), _FLOATS[port.type])
+        return buffers
+
+    def _run(self, cache: OrtCache, given: Mapping[str, Array], wanted: Sequence[str] = ()) -> dict[str, Array]:
+        """Run the language graph on `cache`, and return its outputs of the `wanted` names, or all but the caches."""
+        session = self.session(LANGUAGE)
+        binding = session.io_binding()
+        for name, array in given.items():
+            binding.bind_cpu_input(name, array)
+        for name, buffer in cache.buffers.items():
+            # On the CPU the OrtValue shares the array's memory; bound twice, it is updated in place.
+            value = ort.OrtValue.ortvalue_from_numpy(buffer)
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past", "present"), value)
+        names = list(wanted) or [port.name for port in session.get_outputs() if not port.name.startswith("present.")]
+        for name in names:
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        values = binding.get_outputs()[len(cache.buffers) :]
+        return {name: value.numpy() for name, value in zip(names, values, strict=True)}
+
+
+_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def _exact(path: Path, options: ort.SessionOptions) -> bytes:
+    """The graph in `path` without rounded activations; `options` get to know where its weights lie."""
+    model = ir.load(path)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
 
 
 def _node_times(trace: Path) -> dict[str, float]:

@@ -75,4 +75,9 @@ class OnnxRuntimeTarget(Target):
     def open(self, folder: Path, compiled: Compiled, plans: Sequence[PruningPlan], threads: int) -> Engine:
         from vtexport.targets.onnxruntime.session import OrtEngine
 
-        return OrtEngine(folder, compiled.files, threads)
+        return OrtEngine(folder, compiled.files, plans, threads)
+
+    def open_exact(self, folder: Path, compiled: Compiled, plans: Sequence[PruningPlan]) -> Engine:
+        from vtexport.targets.onnxruntime.session import OrtEngine
+
+        return OrtEngine(folder, compiled.files, plans, exact=True)

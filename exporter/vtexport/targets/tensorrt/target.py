@@ -132,8 +132,8 @@ class AnyTensorRT(Target):
         return self.max_batch
 
     @property
-    def language_room(self) -> int | None:
-        return None if self.vision_only else self.max_text
+    def cache_room(self) -> int | None:
+        return self.max_text
 
     @property
     def limits(self) -> Limits:
