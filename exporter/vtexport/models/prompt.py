@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vtexport.errors import InputError, ModelError, first_line
+from vtexport.models.conversation import Messages, Question, rendered, turns
 from vtexport.models.families import FAMILIES
 from vtexport.models.spec import ModelSpec
 from vtexport.models.views import Views
@@ -89,30 +90,23 @@ class Prompter:
         """What stands for an image, or for a video, in a prompt's text."""
         return self._family.mark
 
-    def prompt(self, question: str) -> Prompt:
-        """The chat prompt that asks `question` about its images.
+    def turns(self, question: Question) -> Messages:
+        """The messages of a question or a conversation, images in place; see `vtexport.models.conversation.turns`."""
+        return turns(question, self._family.mark, self._family.part, self.images)
 
-        They stand where the chat template puts them, or at the marks (`<image>`) that `question` has.
+    def prompt(self, question: Question) -> Prompt:
+        """The chat prompt of `question`, or of a conversation, about its images.
+
+        They stand where the chat template puts those of the first user turn, or where they are marked (`<image>`).
 
         Raises:
-            InputError: a wrong number of marks, an empty question, or no chat template.
+            InputError: a wrong number of marks, an empty question, messages that are no conversation, or no chat template
+                for them.
         """
-        mark, count = self._family.mark, self.images
-        marks = question.count(mark)
-        if marks not in (0, count):
-            raise InputError(
-                f"the prompt has {marks} {mark} marks, this model was built for {count} per prompt; give as many, or "
-                "none, or build with another --images"
-            )
-        if not question.replace(mark, "").strip():
-            raise InputError("the prompt is empty; ask something about the image")
-        parts: Any = [{"type": self._family.part}] * count + [{"type": "text", "text": question}]
+        messages, count = self.turns(question), self.images
         if not self._template:
             raise InputError("the checkpoint has no chat template; add chat_template.jinja to its folder")
-        messages = [{"role": "user", "content": question if marks else parts}]
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
-        )
+        text = rendered(messages, self._apply)
         ids = list(self.tokenizer(text)["input_ids"])
         places = [i for i, token in enumerate(ids) if token == self._spec.image_token_id]
         if len(places) != count:
@@ -120,7 +114,15 @@ class Prompter:
                 f"the chat template turned the prompt into one with {len(places)} images; {count} were asked for"
             )
         tokens = tuple(token for token in ids if token != self._spec.image_token_id)
-        return Prompt(tokens, tuple(place - number for number, place in enumerate(places)), str(text))
+        return Prompt(tokens, tuple(place - number for number, place in enumerate(places)), text)
+
+    def _apply(self, messages: Messages) -> str:
+        """The text that the chat template makes of `messages`, up to the answer."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
+            )
+        )
 
     def views(self, pictures: Any) -> Views:
         """The pictures of a prompt as the vision graph takes them.

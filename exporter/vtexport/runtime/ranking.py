@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtexport.errors import InputError
+from vtexport.models.conversation import Question
 from vtexport.pruning import PruningPlan
 from vtexport.pruning.sgl import Ranking
 from vtexport.runtime.request import Request
@@ -50,7 +51,7 @@ class Ranker:
             )
 
     def ranked(
-        self, requests: Sequence[Request], pairs: Sequence[tuple[Any, str]], max_new_tokens: int
+        self, requests: Sequence[Request], pairs: Sequence[tuple[Any, Question]], max_new_tokens: int
     ) -> list[Request]:
         """`requests` with the ranking that the ranking bundle gives while it answers the same pairs."""
         ranking_requests = [self._runner.request(*pair) for pair in pairs]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vtexport.arrays import Array
+from vtexport.models.conversation import Question
 from vtexport.models.prompt import Prompt
 from vtexport.models.views import Views
 
@@ -80,3 +81,16 @@ class Timings:
     def per_token(self) -> float | None:
         """Median time of a decode step; None if there was none."""
         return float(np.median(self.decode)) if self.decode else None
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A prompt after the vision stage: its text with a mark per image, its question, the images' tokens [K, C].
+
+    `mark` is what stands for an image in the text, and maybe in the question, which may be a conversation.
+    """
+
+    text: str
+    question: Question
+    images: list[Array]
+    mark: str

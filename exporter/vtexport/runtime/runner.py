@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,13 +13,14 @@ import numpy as np
 from vtexport.arrays import Array
 from vtexport.bundle.folder import Bundle
 from vtexport.errors import InputError, TargetError
+from vtexport.models.conversation import Question, asked
 from vtexport.models.prompt import Prompter
 from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan
 from vtexport.runtime.answer import Answer, stage_reports
 from vtexport.runtime.generate import Generation, admit, generate, prefill_input, visual_lengths
 from vtexport.runtime.ranking import Ranker, check_needed
-from vtexport.runtime.request import Decoding, Request, Result, Timings
+from vtexport.runtime.request import Decoding, Embedded, Request, Result, Timings
 from vtexport.runtime.text import TextStream
 from vtexport.runtime.vision_cache import DEFAULT_BYTES, VisionCache
 from vtexport.targets.base import Compiled
@@ -27,19 +28,6 @@ from vtexport.targets.engine import Selector, VisionOutput
 
 #: default maximum of tokens per answer
 MAX_NEW_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A prompt after the vision stage: its text with a mark per image, its question, the images' tokens [K, C].
-
-    `mark` is what stands for an image in the text, and maybe in the question.
-    """
-
-    text: str
-    question: str
-    images: list[Array]
-    mark: str
 
 
 class Runner:
@@ -118,10 +106,11 @@ class Runner:
         """Whether the vision stage itself reads the question."""
         return bool(self._makers)
 
-    def request(self, image: Any, question: str) -> Request:
-        """The request that asks `question` about `image`, a PIL image or several; see `Prompter.views`."""
-        extras = {name: maker(question) for name, maker in self._makers.items()}
-        return Request(self.prompter.prompt(question), self.prompter.views(image), extras)
+    def request(self, image: Any, question: Question) -> Request:
+        """The request that asks `question`, or a conversation's last one, about `image`; see `ask`."""
+        prompt = self.prompter.prompt(question)
+        extras = {name: maker(asked(question)) for name, maker in self._makers.items()}
+        return Request(prompt, self.prompter.views(image), extras)
 
     def need_language_model(self) -> None:
         """Refuse a bundle that cannot answer, because it holds a vision engine alone.
@@ -137,14 +126,15 @@ class Runner:
 
     def ask(
         self,
-        pairs: Sequence[tuple[Any, str]],
+        pairs: Sequence[tuple[Any, Question]],
         max_new_tokens: int = MAX_NEW_TOKENS,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
         """Answer (image, question) pairs as one batch.
 
         Args:
-            pairs: an image (PIL; several, or the frames of a video, as a list) and a question each.
+            pairs: an image (PIL; several, or the frames of a video, as a list) and a question each, or the messages of a
+                conversation (`vtexport.models.conversation.turns`).
             max_new_tokens: tokens per answer at most.
             on_token: called with (row, token) as tokens come.
 
@@ -169,12 +159,12 @@ class Runner:
             for result, request, times in zip(results, requests, timings, strict=True)
         ]
 
-    def stream(self, image: Any, question: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str]:
+    def stream(self, image: Any, question: Question, max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str]:
         """Answer one question, yielding its text piece by piece as it is made.
 
         Args:
             image: a PIL image; several, or the frames of a video, as a list.
-            question: the question.
+            question: the question, or the messages of a conversation.
             max_new_tokens: tokens at most.
 
         Raises:
@@ -195,7 +185,7 @@ class Runner:
         if piece := text.rest():
             yield piece
 
-    def embed(self, pairs: Sequence[tuple[Any, str]]) -> list[Embedded]:
+    def embed(self, pairs: Sequence[tuple[Any, Question]]) -> list[Embedded]:
         """Run the vision stage alone, to give prompts and visual tokens to a language model that runs elsewhere.
 
         Raises:
@@ -220,7 +210,7 @@ class Runner:
         return embedded
 
     def _selected(
-        self, requests: Sequence[Request], pairs: Sequence[tuple[Any, str]], vision: VisionOutput
+        self, requests: Sequence[Request], pairs: Sequence[tuple[Any, Question]], vision: VisionOutput
     ) -> list[Embedded]:
         """As `embed`, of the tokens that the decoder's first layers choose."""
         chosen = cast(Selector, self.engine).select(prefill_input(self.plan, requests, vision))
@@ -283,7 +273,7 @@ class Runner:
         return [result for result, _ in ordered], [timings for _, timings in ordered]
 
     def _completed(
-        self, requests: Sequence[Request], pairs: Sequence[tuple[Any, str]], max_new_tokens: int
+        self, requests: Sequence[Request], pairs: Sequence[tuple[Any, Question]], max_new_tokens: int
     ) -> list[Request]:
         """`requests` with the inputs that the ranking bundle gives for the same pairs."""
         if self._ranker is None:

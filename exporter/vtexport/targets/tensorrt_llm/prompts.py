@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vtexport.arrays import Array
 from vtexport.errors import InputError, VerificationError
+from vtexport.models.conversation import Question
 
 if TYPE_CHECKING:
     from vtexport.models.prompt import Prompter
@@ -16,13 +18,16 @@ if TYPE_CHECKING:
 
 
 class Embedded(Protocol):
-    """A prompt: its text with a mark for each image, its question, each image's tokens [K, C], and what a mark is."""
+    """A prompt: its text with a mark for each image, its question, each image's tokens [K, C], and what a mark is.
+
+    The question may be a conversation.
+    """
 
     @property
     def text(self) -> str: ...
 
     @property
-    def question(self) -> str: ...
+    def question(self) -> Question: ...
 
     @property
     def images(self) -> Sequence[Array]: ...
@@ -37,15 +42,15 @@ class Embedder(Protocol):
     plans: list[PruningPlan]
     prompter: Prompter
 
-    def embed(self, pairs: Sequence[tuple[Any, str]]) -> Sequence[Embedded]: ...
+    def embed(self, pairs: Sequence[tuple[Any, Question]]) -> Sequence[Embedded]: ...
 
 
-def prompts(runner: Embedder, pairs: Sequence[tuple[Any, str]], dtype: Any = None) -> list[dict[str, Any]]:
+def prompts(runner: Embedder, pairs: Sequence[tuple[Any, Question]], dtype: Any = None) -> list[dict[str, Any]]:
     """Inputs for `tensorrt_llm.LLM.generate`.
 
     Args:
         runner: an opened bundle without pruning inside the decoder, or one of `--flow select`.
-        pairs: images (see `vtexport.models.prompt.Prompter.views`) and questions.
+        pairs: images (see `vtexport.models.prompt.Prompter.views`), and questions or conversations.
         dtype: a torch dtype, that of the language model; None for the engine's.
 
     Returns:
@@ -61,32 +66,43 @@ def prompts(runner: Embedder, pairs: Sequence[tuple[Any, str]], dtype: Any = Non
     ]
 
 
-def messages(runner: Embedder, pairs: Sequence[tuple[Any, str]], dtype: Any = None) -> list[list[dict[str, Any]]]:
+def messages(runner: Embedder, pairs: Sequence[tuple[Any, Question]], dtype: Any = None) -> list[list[dict[str, Any]]]:
     """Messages for `trtllm-serve`'s chat completions; arguments and errors as for `prompts`.
 
     Returns:
-        For each pair the messages of a conversation: one part of type `image_embeds` per image, with its tensor as
-        `torch.save` writes it, in base64, and then the question.
+        For each pair the messages of a conversation: in the turn where images stand, one part of type `image_embeds` per
+        image, with its tensor as `torch.save` writes it, in base64, and then the text; other turns are text.
 
     Raises:
-        InputError: as for `prompts`, or a question with an image mark behind text: the server puts images first.
+        InputError: as for `prompts`, or an image behind text of its turn: the server puts images first.
     """
     conversations = []
     for prompt in runner.embed(pairs):
-        parts: list[dict[str, Any]] = [
-            {"type": "image_embeds", "image_embeds": {"data": _encoded(tensor)}} for tensor in _tensors(prompt, dtype)
-        ]
-        text = _without_marks(prompt.question, prompt.mark)
-        conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}])
+        tensors = iter(_tensors(prompt, dtype))
+        turns = runner.prompter.turns(prompt.question)
+        conversations.append([_message(turn, prompt.mark, tensors) for turn in turns])
     return conversations
 
 
-def reached(runner: Embedder, question: str, prompt_tokens: int) -> int:
+def _message(turn: Mapping[str, Any], mark: str, tensors: Iterator[Any]) -> dict[str, Any]:
+    """One message for the server: `turn` with the next of `tensors` in place of its images."""
+    parts = turn["content"]
+    ahead = list(takewhile(lambda part: part["type"] != "text", parts))
+    text = "".join(part["text"] if part["type"] == "text" else mark for part in parts[len(ahead) :])
+    embeds = [
+        {"type": "image_embeds", "image_embeds": {"data": _encoded(tensor)}}
+        for tensor in islice(tensors, len(ahead) + text.count(mark))
+    ]
+    text = _without_marks(text, mark)
+    return {"role": turn["role"], "content": [*embeds, {"type": "text", "text": text}] if embeds else text}
+
+
+def reached(runner: Embedder, question: Question, prompt_tokens: int) -> int:
     """How many visual tokens reached TensorRT-LLM's decoder, by the prompt tokens that it counted.
 
     Args:
         runner: the bundle that `prompts` or `messages` came from.
-        question: the question that was asked.
+        question: the question that was asked, or the conversation.
         prompt_tokens: `usage.prompt_tokens` of a response of `trtllm-serve`, or `len(output.prompt_token_ids)` of the
             LLM API. Both count every visual token.
 
@@ -111,11 +127,11 @@ def _sent(plan: PruningPlan) -> int:
     return selecting_stage(plan).kept if plan.decoder_stages else plan.vision_tokens
 
 
-def _without_marks(question: str, mark: str) -> str:
-    """`question` without the image marks that it begins with; the server adds marks of its own for the images' parts."""
-    if mark not in question:
-        return question
-    text = question.lstrip()
+def _without_marks(text: str, mark: str) -> str:
+    """`text` without the image marks that it begins with; the server adds marks of its own for the images' parts."""
+    if mark not in text:
+        return text
+    text = text.lstrip()
     while text.startswith(mark):
         text = text.removeprefix(mark).lstrip()
     if mark in text:
