@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import MICRO, family_checkpoint, random_clip
-from tests.conftest import BuildBundle, noise_images
+from tests.conftest import BuildBundle, check_refused, noise_images
 from tests.test_vision_cache import counted
 from vtexport.errors import InputError
 from vtexport.models import read_spec
@@ -282,3 +285,52 @@ def test_messages_for_its_server_carry_images_in_their_turn(build_bundle: BuildB
     given[turn]["content"] = [TEXT, IMAGE]
     with pytest.raises(InputError, match="has a <image> mark behind text"):
         messages(runner, [(noise_images(1)[0], given)])
+
+
+# The command line
+
+
+def test_run_takes_messages(vtexport, micro_bundle: Path, photo: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "one.json").write_text(json.dumps([user(FIRST)]))
+    asked_alone = vtexport("run", micro_bundle, "--image", photo, "--prompt", FIRST)
+    one = vtexport("run", micro_bundle, "--image", photo, "--messages", "one.json")
+    assert (one.code, one.out) == (0, asked_alone.out)
+    text = json.dumps(CONVERSATION)
+    (tmp_path / "two.json").write_text(text)
+    two = vtexport("run", micro_bundle, "--image", photo, "--messages", "two.json", "--json", "--max-new-tokens", "4")
+    (line,) = map(json.loads, two.out.splitlines())
+    assert 1 <= len(line["token_ids"]) <= 4
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    piped = vtexport("run", micro_bundle, "--image", photo, "--messages", "-", "--json", "--max-new-tokens", "4")
+    assert json.loads(piped.out)["token_ids"] == line["token_ids"]
+
+
+def test_bad_messages(vtexport, micro_bundle: Path, photo: Path, tmp_path: Path) -> None:
+    files = {
+        "good.json": json.dumps(CONVERSATION),
+        "unended.json": json.dumps(CONVERSATION[:2]),
+        "request.json": json.dumps({"messages": CONVERSATION}),
+        "broken.json": "[{",
+        "deep.json": "[" * 100_000,
+        "binary.json": "\xff\xfe",
+        "text.json": '"what digit is red?"',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+    for arguments, message in (
+        (["--messages", "good.json"], "0 --image given, this bundle was built for 1 per prompt"),
+        (["--image", photo, "--image", photo, "--messages", "good.json"], "2 --image given"),
+        (
+            ["--image", photo, "--messages", "good.json", "--prompt", "what?"],
+            "--messages has no effect beside --prompt",
+        ),
+        (["--image", photo, "--messages", "nowhere.json"], "nowhere.json: No such file or directory; check the path"),
+        (["--image", photo, "--messages", tmp_path], "Is a directory; check the path given with --messages"),
+        (["--image", photo, "--messages", "broken.json"], "broken.json is not JSON (Expecting property name"),
+        (["--image", photo, "--messages", "deep.json"], "deep.json is not JSON"),
+        (["--image", photo, "--messages", "binary.json"], "binary.json is not JSON"),
+        (["--image", photo, "--messages", "text.json"], "text.json holds no list of messages"),
+        (["--image", photo, "--messages", "request.json"], "request.json holds no list of messages"),
+        (["--image", photo, "--messages", "unended.json"], "the last message has role assistant; end with a question"),
+    ):
+        check_refused(vtexport("run", micro_bundle, *arguments), message, tmp_path, list(files))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import cloup
@@ -16,6 +17,7 @@ from vtexport.errors import InputError
 @BUNDLE
 @cloup.option("--image", "images", multiple=True, type=PATH, help="An image file, or a video.")
 @cloup.option("--prompt", "prompts", multiple=True, help="The question about it; <image> marks the image's place.")
+@cloup.option("--messages", type=PATH, help="JSON file of a conversation's messages in place of --prompt; - for stdin.")
 @cloup.option(
     "--max-new-tokens",
     default=64,
@@ -29,6 +31,7 @@ def run(
     bundle: Path,
     images: tuple[Path, ...],
     prompts: tuple[str, ...],
+    messages: Path | None,
     max_new_tokens: int,
     ranking_from: Path | None,
     as_json: bool,
@@ -37,15 +40,23 @@ def run(
 
     \b
     vtexport run micro --image photo.png --prompt "what digit is red?"
+    vtexport run micro --image photo.png --messages conversation.json
     """
     from vtexport.cli.console import stderr
     from vtexport.cli.report.answers import Printer, run_summary
+    from vtexport.models.conversation import read_messages
     from vtexport.runtime.runner import Runner
 
-    if not prompts:
+    if messages is None and not prompts:
         raise InputError("--prompt is missing; ask something about the image")
+    if messages is not None and prompts:
+        raise InputError("--messages has no effect beside --prompt; give one of them")
+    conversation = read_messages(messages) if messages is not None else None
     runner = Runner.open(bundle, ranking_from=ranking_from)
-    pairs = runner.prompter.pairs(images, prompts)
+    if messages is not None:
+        pairs: list[tuple[Any, Any]] = [(runner.prompter.open_pictures(images), conversation)]
+    else:
+        pairs = list(runner.prompter.pairs(images, prompts))
     if as_json:
         for answer in runner.ask(pairs, max_new_tokens):
             click.echo(json.dumps(answer.to_json()))

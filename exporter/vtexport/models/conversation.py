@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vtexport.errors import InputError, first_line
@@ -102,6 +105,27 @@ def rendered(messages: Messages, template: Callable[[Messages], str]) -> str:
         role = messages[lost[0] - 1]["role"]
         trouble = f"the chat template leaves out message {lost[0]}, of role {role}; put its text into a user's message"
     raise InputError(trouble)
+
+
+def read_messages(path: Path) -> list[Any]:
+    """The messages in JSON file `path`, or on stdin if it is `-`; `turns` checks them.
+
+    Raises:
+        InputError: no such file, or no JSON list.
+    """
+    stdin = str(path) == "-"
+    name = "stdin" if stdin else path
+    try:
+        data = sys.stdin.buffer.read() if stdin else path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror or error}; check the path given with --messages") from error
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} is not JSON ({first_line(error)}); {_REMEDY}") from error
+    if not isinstance(found, list):
+        raise InputError(f"{name} holds no list of messages; {_REMEDY}")
+    return found
 
 
 def _listed(question: Any) -> Sequence[Any]:
