@@ -252,6 +252,26 @@ def selection_layers(results: Results) -> str:
     return table(["select after layer", *layers], rows)
 
 
+def conversation(results: Results) -> str:
+    """A second question alone and after another one: accuracy, and the patches of the digits that are asked about."""
+    rows = []
+    for point in results["conversation"]["result"]["points"]:
+        dense = point["method"] == "dense"
+        shares = [point[name] for name in ("asked_alone", "unasked_alone", "asked_second", "asked_before")]
+        rows.append(
+            [
+                f"`{point['method']}`" if dense else f"`{point['method']}`, keep {point['keep']:g}",
+                count(point["last_kept"]),
+                percent(point["accuracy_alone"]),
+                percent(point["accuracy_second"]),
+                *(whole_percent(share) for share in shares),
+            ]
+        )
+    header = ["", "tokens that stay", "right: alone", "right: second turn"]
+    patches = ["alone, its digit", "alone, another digit", "second turn, its digit", "second turn, the first's digit"]
+    return table([*header, *(f"patches kept: {which}" for which in patches)], rows)
+
+
 def latency(results: Results) -> str:
     """Median milliseconds of every side."""
     measured = results["latency_cpu"]["result"]
@@ -383,6 +403,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quantized-speed": quantized_speed,
     "selection": selection,
     "selection-layers": selection_layers,
+    "conversation": conversation,
     "latency": latency,
     "latency-ratios": latency_ratios,
     "latency-gains": latency_gains,
