@@ -312,4 +312,6 @@ def test_where_bf16_cannot_be_is_refused(vtexport, tmp_path: Path) -> None:
     )
     check_refused(vtexport(*command), "target onnxruntime has no dtype 'bf16'", tmp_path)
     quantised = (*command, "--target", "tensorrt-rtx", "--quantize", "int8")
-    check_refused(vtexport(*quantised), "--quantize rounds weights in fp16 or fp32, not bf16", tmp_path)
+    check_refused(
+        vtexport(*quantised), "--quantize rounds weights in fp16 or fp32 for target tensorrt-rtx, not bf16", tmp_path
+    )

@@ -154,8 +154,11 @@ class BuildOptions:
             raise TargetError(f"target {target.name} cannot build here: {available.reason}")
         target.check_given(self.target_options)
         target.check()
-        if self.dtype == "bf16" and target.scheme() is not None:
-            raise InputError("--quantize rounds weights in fp16 or fp32, not bf16; give another --dtype")
+        scheme = target.scheme()
+        if self.dtype == "bf16" and scheme is not None and not scheme.takes_bf16:
+            raise InputError(
+                f"--quantize rounds weights in fp16 or fp32 for target {target.name}, not bf16; give another --dtype"
+            )
 
     def _check_method(self) -> None:
         # Parsed here, so that a wrong option is refused before a model is looked for.

@@ -207,9 +207,13 @@ class Weights:
             # Tensors that are made from one weight follow each other.
             if self._last is None or self._last[0] != source.record:
                 converted = _converted(source.record, source.lazy.dtype, source.lazy.source, self._folder)
+                if source.lazy.dtype == ir.DataType.BFLOAT16:
+                    converted = converted.view(ml_dtypes.bfloat16)
                 self._last = source.record, converted
             values = source.lazy.make(self._last[1])
             assert values.shape == slot.stored, f"{slot.name} was made in another shape than its graph says"
+            if values.dtype == ml_dtypes.bfloat16:
+                values = values.view(np.uint16)
         return values.astype(_TYPES[slot.dtype][1], copy=False).tobytes()
 
 

@@ -28,6 +28,8 @@ class Scheme(ABC):
     parts: ClassVar[tuple[str, ...]]
     #: whether the runtime rounds the activations that such a weight multiplies to 8 bits
     rounds_activations: ClassVar[bool] = False
+    #: whether it takes weights in bf16, as `ml_dtypes` has them
+    takes_bf16: ClassVar[bool] = False
 
     @abstractmethod
     def tensors(self, rows: int, columns: int, dtype: ir.DataType) -> Sequence[tuple[ir.DataType, tuple[int, ...]]]:

@@ -1,7 +1,9 @@
 """8 and 4 bits on OpenVINO: weights that its plugins keep compressed and multiply by as they are.
 
 A weight is `(levels - zero_point) * scale` with one scale and zero point per block of input channels. The reader writes
-that as OpenVINO's plugins recognise it (Convert, Subtract, Multiply, Reshape), so that they never unpack it whole.
+that as OpenVINO's plugins recognise it (Convert, Subtract, Multiply, Reshape), so that they never unpack it whole. The
+CPU plugin rounds the activations that such a weight multiplies to 8 bits (`vtexport.targets.openvino.settings`), which
+takes a third off a prompt's time.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ from vtexport.arrays import Array
 from vtexport.targets.openvino.lowering import OWN
 from vtexport.targets.quantize import Scheme
 
-#: input channels that share a scale and a zero point, where they divide the weight's
+#: input channels that share a scale and a zero point at 4 bits, where they divide the weight's
 BLOCK = 128
 
 
-def block_of(columns: int) -> int:
-    """The largest block of at most `BLOCK` channels, halved until it divides `columns`."""
-    block = BLOCK
+def block_of(columns: int, bits: int) -> int:
+    """All channels at 8 bits, which plugins multiply by fastest; at 4, `BLOCK` halved until it divides `columns`."""
+    block = columns if bits == 8 else BLOCK
     while columns % block:
         block //= 2
     return block
@@ -32,12 +34,14 @@ class Compressed(Scheme):
     """Levels [N, blocks, block], zero points and scales [N, blocks, 1]; two levels of 4 bits in a byte."""
 
     parts: ClassVar[tuple[str, ...]] = ("levels", "zero_points", "scales")
+    rounds_activations = True
+    takes_bf16 = True
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
 
     def tensors(self, rows: int, columns: int, dtype: ir.DataType) -> Sequence[tuple[ir.DataType, tuple[int, ...]]]:
-        block = block_of(columns)
+        block = block_of(columns, self.bits)
         return [
             (ir.DataType.UINT8, (rows, columns // block, block * self.bits // 8)),
             (ir.DataType.UINT8, (rows, columns // block, 1)),
@@ -64,7 +68,7 @@ class Compressed(Scheme):
 
     def _levels(self, weight: Array) -> tuple[Array, Array, Array]:
         """Levels [N, blocks, block] and zero points [N, blocks, 1], uint8, and scales [N, blocks, 1] fp32."""
-        blocks = weight.astype(np.float32).reshape(len(weight), -1, block_of(weight.shape[1]))
+        blocks = weight.astype(np.float32).reshape(len(weight), -1, block_of(weight.shape[1], self.bits))
         # Zero is always a level, so that both ends of the range have a sign.
         low = np.minimum(blocks.min(axis=2, keepdims=True), 0)
         high = np.maximum(blocks.max(axis=2, keepdims=True), 0)

@@ -26,17 +26,27 @@ def computes_in(device: str, dtype: str) -> str:
     return dtype if PRECISIONS[dtype][1] in capabilities else "fp32"
 
 
-def config(device: str, dtype: str, threads: int) -> dict[str, Any]:
-    """OpenVINO's settings for a bundle of that dtype; `threads` 0 leaves their number to it.
+#: channels of activations that share a scale where they are rounded to 8 bits: OpenVINO's own default
+_ROUNDED_BLOCK = 32
+
+
+def config(device: str, dtype: str, threads: int, rounds: bool) -> dict[str, Any]:
+    """OpenVINO's settings for a bundle.
 
     Everything by which OpenVINO would trade accuracy for speed on its own is set: the format of arithmetic and of
     caches, and activations rounded to 8 bits before weights of few bits.
+
+    Args:
+        device: OpenVINO's device.
+        dtype: the bundle's dtype.
+        threads: threads on the CPU; 0 leaves their number to OpenVINO.
+        rounds: whether activations are rounded to 8 bits before weights of few bits.
     """
     precision, _ = PRECISIONS[computes_in(device, dtype)]
     chosen: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": precision,
         "KV_CACHE_PRECISION": precision,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ROUNDED_BLOCK if rounds else 0,
         "PERFORMANCE_HINT": "LATENCY",
     }
     if dtype == "fp32":

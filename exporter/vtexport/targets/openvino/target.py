@@ -90,6 +90,14 @@ class OpenVinoTarget(Target):
         return Compiled(files, {self.name: version("openvino")}, {"dtype": job.dtype})
 
     def open(self, folder: Path, compiled: Compiled, plans: Sequence[PruningPlan], threads: int) -> Engine:
+        return self._open(folder, compiled, plans, threads, rounds=bool(self.quantize))
+
+    def open_exact(self, folder: Path, compiled: Compiled, plans: Sequence[PruningPlan]) -> Engine:
+        return self._open(folder, compiled, plans, 0, rounds=False)
+
+    def _open(
+        self, folder: Path, compiled: Compiled, plans: Sequence[PruningPlan], threads: int, rounds: bool
+    ) -> Engine:
         available = self.can_run()
         if not available.works:
             raise TargetError(f"{folder} cannot run here: {available.reason}")
@@ -97,5 +105,5 @@ class OpenVinoTarget(Target):
         from vtexport.targets.openvino.settings import config
 
         files = {name: folder / file for name, file in compiled.files.items()}
-        settings = config(self.device, str(compiled.facts["dtype"]), threads)
+        settings = config(self.device, str(compiled.facts["dtype"]), threads, rounds)
         return OpenVinoEngine(Opening(files, plans, self.device, settings))
