@@ -55,6 +55,7 @@ class Job:
     options: tuple[tuple[str, str | int], ...] = ()
     quantize: str = ""
     model: str = "micro-llava"
+    target: str = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def measure(job: Job, limit: int) -> Point | None:
             job.model,
             job.keep,
             job.method,
-            dtype="fp32",
+            job.target,
+            "fp32",
             method_options=dict(job.options),
             target_options=target,
             calibration=calibration if parts_of(job.method)[1] is not None else None,

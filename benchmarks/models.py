@@ -11,22 +11,28 @@ from vtexport.models.prompt import PROCESSOR_FILES
 from vtexport.models.resolve import resolve_model
 
 
-def half_billion_llava(folder: Path) -> Path:
-    """Write the checkpoint into `folder`: CLIP-B/14 at 336 pixels (576 visual tokens), a 24-layer Llama of width 1,024."""
+def half_billion_llava(folder: Path, tiles: int = 0) -> Path:
+    """Write the checkpoint into `folder`: CLIP-B/14 at 336 pixels (576 visual tokens), a 24-layer Llama of width 1,024.
+
+    With `tiles`, it is a LLaVA-1.6 whose images have as many tiles in a row and in a column: with 2, 2,880 visual tokens,
+    newlines apart.
+    """
     tower = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     decoder = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}
-    return random_llava(folder, tower, decoder)
+    return random_llava(folder, tower, decoder, tiles=tiles)
 
 
-def random_llava(folder: Path, tower: dict[str, int], decoder: dict[str, int], dtype: str = "float32") -> Path:
+def random_llava(
+    folder: Path, tower: dict[str, int], decoder: dict[str, int], dtype: str = "float32", tiles: int = 0
+) -> Path:
     """Write a LLaVA of random weights into `folder`: a CLIP of 576 visual tokens and a Llama of these sizes."""
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
     torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**tower, image_size=336, patch_size=14),
-        text_config=LlamaConfig(
+    parts: dict[str, Any] = {
+        "vision_config": CLIPVisionConfig(**tower, image_size=336, patch_size=14),
+        "text_config": LlamaConfig(
             **decoder,
             vocab_size=32064,
             num_key_value_heads=decoder["num_attention_heads"],
@@ -35,10 +41,19 @@ def random_llava(folder: Path, tower: dict[str, int], decoder: dict[str, int], d
             eos_token_id=2,
             pad_token_id=3,
         ),
-        image_token_index=4,
-    )
-    LlavaForConditionalGeneration(config).to(getattr(torch, dtype)).save_pretrained(folder)
-    return _processor_files(folder, config.vision_config)
+        "image_token_index": 4,
+    }
+    grid = [[336 * tiles, 336 * tiles]]
+    config = LlavaNextConfig(**parts, image_grid_pinpoints=grid) if tiles else LlavaConfig(**parts)
+    AutoModelForImageTextToText.from_config(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    _processor_files(folder, config.vision_config)
+    if tiles:
+        path = folder / "processor_config.json"
+        processor: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        processor["image_processor"]["image_processor_type"] = "LlavaNextImageProcessor"
+        processor["image_processor"]["image_grid_pinpoints"] = grid
+        path.write_text(json.dumps(processor), encoding="utf-8")
+    return folder
 
 
 def _processor_files(folder: Path, vision: Any) -> Path:

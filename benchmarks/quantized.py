@@ -2,8 +2,8 @@
 
     python benchmarks/quantized.py [--limit N] [--workers 2] [--json FILE]
 
-Prints a Markdown table of exact match on held-out questions; the last line is one JSON object. ONNX Runtime's columns are
-its own bundles. TensorRT's plans need a GPU to run, so its columns are plain bundles of a checkpoint with its
+Prints a Markdown table of exact match on held-out questions; the last line is one JSON object. The columns of ONNX Runtime
+and OpenVINO are their own bundles. TensorRT's plans need a GPU to run, so its columns are plain bundles of a checkpoint with its
 dequantised weights: the rounding is TensorRT's, the arithmetic fp32.
 """
 
@@ -27,6 +27,7 @@ from vtexport.cli.console import stderr
 from vtexport.micro.heldout import NUM_QUESTIONS
 from vtexport.models import resolve_model
 from vtexport.targets.onnxruntime.quantize import SCHEMES as ONNXRUNTIME
+from vtexport.targets.openvino.quantize import SCHEMES as OPENVINO
 from vtexport.targets.quantize import Scheme
 from vtexport.targets.tensorrt.quantize import SCHEMES as TENSORRT
 
@@ -54,6 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         columns = {"fp32": Job("", 0)}
         columns |= {f"{kind}, ONNX Runtime": Job("", 0, quantize=kind) for kind in ONNXRUNTIME}
+        columns |= {f"{kind}, OpenVINO": Job("", 0, quantize=kind, target="openvino") for kind in OPENVINO}
         for kind, scheme in TENSORRT.items():
             folder = rounded_checkpoint(Path(scratch) / kind, scheme)
             columns[f"{kind}, TensorRT"] = Job("", 0, model=str(folder))

@@ -189,22 +189,28 @@ def quantized_size(results: Results) -> str:
 
 
 def quantized_speed(results: Results) -> str:
-    """Time and memory of quantised weights on the CPU, dense and pruned."""
-    by_side: dict[tuple[str, str], dict[str, Point]] = {}
-    for point in results["weights_cpu"]["result"]["points"]:
-        plan = "dense" if point["method"] == "dense" else f"`{point['method']}`, keep {point['keep']:g}"
-        by_side.setdefault((point["target"], point["weights"]), {})[plan] = point
-    plans = list(next(iter(by_side.values())))
-    header = [
-        "target",
-        "weights",
-        *(f"{plan}: {what}" for plan in plans for what in ("first token", "per token", "peak")),
-    ]
-    rows = [
-        [f"`{target}`", weights, *(cell for plan in plans for cell in _speed_cells(row[plan]))]
-        for (target, weights), row in by_side.items()
-    ]
-    return table(header, rows)
+    """Time, memory and accuracy of quantised weights on the CPU, dense and pruned."""
+    by_side: dict[tuple[str, str, str], dict[str, Point]] = {}
+    for point in results["cpu"]["result"]["points"]:
+        if point["group"] != "methods" and point["who"] in _TARGETS:
+            side = point["who"], point["dtype"], point["weights"]
+            by_side.setdefault(side, {})[point["method"]] = point
+    right = {
+        (point["method"], point["keep"], point["weights"]): percent(point["accuracy"])
+        for point in results["quantized"]["result"]["points"]
+    }
+    rows = []
+    for (target, dtype, weights), plans in by_side.items():
+        column = f"{weights}, {_TARGETS[target]}" if weights else dtype
+        cells = [cell for method in ("dense", "sparsevlm") for cell in _speed_cells(plans[method])]
+        accuracy = [right.get((*plan, column), "") for plan in (("dense", 1.0), ("sparsevlm", 0.44))]
+        rows.append([f"`{target}`", weights or "as they are", dtype, *cells, *accuracy])
+    keep = f"`sparsevlm`, keep {results['cpu']['result']['keep']:g}"
+    timed = [f"{plan}: {what}" for plan in ("dense", keep) for what in ("first token", "per token", "peak")]
+    return table(["target", "weights", "dtype", *timed, "accuracy: dense", "accuracy: `sparsevlm`, keep 0.44"], rows)
+
+
+_TARGETS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def _speed_cells(point: Point) -> list[str]:
@@ -273,42 +279,77 @@ def conversation(results: Results) -> str:
 
 
 def latency(results: Results) -> str:
-    """Median milliseconds of every side."""
-    measured = results["latency_cpu"]["result"]
-    stages, keep = ("vision", "prefill", "first_token", "per_token"), f"keep {measured['keep']:g}"
-    names = {
-        "transformers dense": "transformers (sdpa), dense",
-        "transformers sparsevlm hooks": f"transformers, SparseVLM as Python hooks, {keep}",
-        "vtexport dense": "vtexport, `dense`",
-        "vtexport sparsevlm": f"vtexport, `sparsevlm`, {keep}",
-        "vtexport fastervlm": f"vtexport, `fastervlm`, {keep}",
-    }
-    rows = [
-        [names[side], *(milliseconds(times.get(stage)) for stage in stages)]
-        for side, times in measured["times_ms"].items()
-    ]
-    return table(["median ms", *(stage.replace("_", " ") for stage in stages)], rows)
+    """Every side's times and memory, by precision; and its time to the first token against OpenVINO GenAI's."""
+    points = [point for point in results["cpu"]["result"]["points"] if point["group"] != "methods"]
+    genai = {point["group"]: point for point in points if point["who"] == "openvino-genai"}
+    rows = []
+    for point in points:
+        spread = f"{milliseconds(point['fastest_first_token'])} to {milliseconds(point['slowest_first_token'])}"
+        peer = genai.get(point["group"])
+        against = [factor(peer[stage] / point[stage]) if peer else "" for stage in ("first_token", "per_token")]
+        rows.append(
+            [
+                _precision(point),
+                _side(point),
+                f"{milliseconds(point['first_token'])} ({spread})",
+                milliseconds(point["per_token"]),
+                f"{point['peak_mib'] / 1024:.1f} GiB",
+                *against,
+            ]
+        )
+    header = ["precision", "side", "first token, ms", "per token, ms", "peak"]
+    return table([*header, "first token against GenAI", "per token"], rows)
+
+
+def _precision(point: Point) -> str:
+    return f"{point['weights']} weights, {point['dtype']}" if point["weights"] else str(point["dtype"])
+
+
+def _side(point: Point) -> str:
+    """A side as tables call it."""
+    plan = "dense" if point["method"] == "dense" else f"`{point['method']}`, keep {point['keep']:g}"
+    names = {"openvino-genai": "OpenVINO GenAI", "transformers": "transformers (sdpa)", "hooks": "transformers, hooks"}
+    who = names.get(point["who"])
+    return f"{who}, {plan}" if who else f"vtexport on `{point['who']}`, {plan}"
 
 
 def latency_ratios(results: Results) -> str:
     """How many times as fast one side is as another."""
-    measured = results["latency_cpu"]["result"]
-    rows = [
-        ["vtexport `dense` against transformers dense", measured["dense_against_transformers"]],
-        ["vtexport `sparsevlm` against the same method as Python hooks", measured["sparsevlm_against_hooks"]],
+    by_side = {(point["group"], point["who"], point["method"]): point for point in results["cpu"]["result"]["points"]}
+    pairs = [
+        ("vtexport `dense` against transformers", "fp32", ("transformers", "dense"), ("onnxruntime", "dense")),
+        (
+            "vtexport `sparsevlm` against the same method as Python hooks",
+            "methods",
+            ("hooks", "sparsevlm"),
+            ("onnxruntime", "sparsevlm"),
+        ),
+        *(
+            (
+                f"`sparsevlm` against `dense` on `{target}`, {group}",
+                group,
+                (target, "dense"),
+                (target, "sparsevlm"),
+            )
+            for group in ("fp32", "bf16", "int8", "int4")
+            for target in _TARGETS
+            if (group, target, "dense") in by_side
+        ),
     ]
-    return table(
-        ["", "first token", "per token"],
-        [[name, factor(ratio["first_token"]), factor(ratio["per_token"])] for name, ratio in rows],
-    )
+    rows = []
+    for name, group, slow, fast in pairs:
+        one, other = by_side[group, *slow], by_side[group, *fast]
+        rows.append([name, *(factor(one[stage] / other[stage]) for stage in ("first_token", "per_token"))])
+    return table(["", "first token", "per token"], rows)
 
 
 def latency_gains(results: Results) -> str:
     """Pruned against dense, measured and predicted."""
-    measured = results["latency_cpu"]["result"]
+    measured = results["cpu"]["result"]
     rows = []
     for method, stage in (("sparsevlm", "prefill"), ("fastervlm", "vision")):
-        gain = measured[method]
+        gain = measured["gains"][method]
+        share = gain["first_token_gain"] / gain["first_token_gain_by_flops"]
         rows.append(
             [
                 f"`{method}`",
@@ -316,12 +357,28 @@ def latency_gains(results: Results) -> str:
                 factor(gain["prefill_gain_by_flops"]),
                 factor(gain["first_token_gain"]),
                 factor(gain["first_token_gain_by_flops"]),
-                whole_percent(gain["first_token_share_of_flops"]),
+                whole_percent(share),
                 f"{gain['pruning_ms']:.1f} ms, {percent(gain['pruning_share'])} of {stage}",
             ]
         )
-    header = ["", "prefill", "by FLOPs", "first token", "by FLOPs", "share reached", "pruning itself"]
-    return table([f"keep {measured['keep']:g} against vtexport `dense`", *header[1:]], rows)
+    header = ["prefill", "by FLOPs", "first token", "by FLOPs", "share reached", "pruning itself"]
+    return table([f"keep {measured['keep']:g} against vtexport `dense`", *header], rows)
+
+
+def where(results: Results) -> str:
+    """Dense against pruned by visual tokens, text tokens and prompts per batch."""
+    measured = results["where"]["result"]
+    rows = []
+    for point in measured["points"]:
+        dense, pruned = point["dense"], point[measured["method"]]
+        cells = []
+        for stage in ("first_token", "total"):
+            times = [f"{side[stage] / 1000:.1f} s" for side in (dense, pruned)]
+            cells += [*times, factor(dense[stage] / pruned[stage])]
+        rows.append([str(point["visual"]), str(int(dense["text"])), str(point["rows"]), *cells])
+    plan, tokens = f"`{measured['method']}`, keep {measured['keep']:g}", measured["new_tokens"]
+    header = ["visual tokens", "text tokens", "prompts", "first token: dense", plan, "gain"]
+    return table([*header, f"{tokens} tokens: dense", plan, "gain"], rows)
 
 
 def builds(results: Results) -> str:
@@ -401,6 +458,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quantized": quantized,
     "quantized-size": quantized_size,
     "quantized-speed": quantized_speed,
+    "where": where,
     "selection": selection,
     "selection-layers": selection_layers,
     "conversation": conversation,

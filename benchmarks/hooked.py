@@ -1,4 +1,4 @@
-"""The sides that benchmarks compare: vtexport's bundles, transformers, and pruning hooked into transformers."""
+"""Sides of a comparison that run on transformers: the model as it is, and pruning hooked into it as research code does."""
 
 from __future__ import annotations
 
@@ -6,54 +6,14 @@ import math
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vtexport.measure.profile import QUESTION
-from vtexport.measure.samples import sample_photo
 from vtexport.pruning import PruningPlan
-from vtexport.runtime.generate import generate
-from vtexport.runtime.request import Decoding
-from vtexport.runtime.runner import Runner
-
-Times = dict[str, float]
-
-
-class Side(Protocol):
-    """One side of a comparison; all sides answer the same question about the same photo."""
-
-    def run(self, new_tokens: int) -> tuple[Times, list[int]]:
-        """Milliseconds by stage, and the greedy tokens."""
-        ...
-
-
-class Vtexport:
-    """A bundle, measured through the runtime that users run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.runner = Runner.open(folder)
-        self.photo = sample_photo()
-
-    def run(self, new_tokens: int) -> tuple[Times, list[int]]:
-        start = time.perf_counter()
-        request = self.runner.request(self.photo, QUESTION)
-        preprocess = 1000 * (time.perf_counter() - start)
-        results, timings = generate(
-            self.runner.engine, self.runner.plan, [request], Decoding(new_tokens, max_positions=2048)
-        )
-        step = timings.per_token
-        assert step is not None
-        return {
-            "vision": timings.vision,
-            "prefill": timings.prefill,
-            "first_token": preprocess + timings.vision + timings.prefill,
-            "per_token": step,
-        }, results[0].token_ids
 
 
 class Transformers:
@@ -64,17 +24,18 @@ class Transformers:
         self.model: Any = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
-        self.photo = sample_photo()
+        self.image_size: int = self.model.config.vision_config.image_size
 
-    def inputs(self) -> Any:
-        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    def inputs(self, image: Any, question: str) -> Any:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return self.processor(images=self.photo, text=text, return_tensors="pt")
+        return self.processor(images=image, text=text, return_tensors="pt")
 
-    def run(self, new_tokens: int) -> tuple[Times, list[int]]:
+    def run(self, image: Any, question: str, new_tokens: int) -> dict[str, Any]:
+        """Milliseconds to the first token, per token and in total, and the greedy tokens."""
         with torch.inference_mode():
             start = time.perf_counter()
-            logits, state = self.prefill(self.inputs())
+            logits, state = self.prefill(self.inputs(image, question))
             tokens = [int(logits.argmax())]
             first = 1000 * (time.perf_counter() - start)
             steps = []
@@ -83,7 +44,7 @@ class Transformers:
                 logits = self.decode(tokens[-1], state, step)
                 tokens.append(int(logits.argmax()))
                 steps.append(1000 * (time.perf_counter() - began))
-        return {"first_token": first, "per_token": median(steps)}, tokens
+        return {"first_token": first, "per_token": median(steps), "total": first + sum(steps), "tokens": tokens}
 
     def prefill(self, inputs: Any) -> tuple[Tensor, Any]:
         out = self.model(**inputs, use_cache=True, logits_to_keep=1)
@@ -165,22 +126,3 @@ class HookedSparseVLM(Transformers):
         merged = torch.stack([pool[joined == number].mean(dim=0) for number in range(clusters)])
         parts = [hidden[0, :start], image[kept], merged, hidden[0, start + count :]]
         return torch.cat(parts)[None]
-
-
-def in_turns(sides: dict[str, Side], new_tokens: int, runs: int, warm_up: int = 2) -> dict[str, Times]:
-    """Medians of every side's times; the sides alternate, each first as often as last."""
-    measured: dict[str, list[Times]] = {name: [] for name in sides}
-    for number in range(warm_up + runs):
-        for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
-            times, _ = sides[name].run(new_tokens)
-            if number >= warm_up:
-                measured[name].append(times)
-    return {name: {stage: median(t[stage] for t in times) for stage in times[0]} for name, times in measured.items()}
-
-
-def check_equal(sides: dict[str, Side], pairs: list[tuple[str, str]], new_tokens: int) -> None:
-    """Stop unless both sides of every pair give the same greedy tokens: speed is compared at equal output only."""
-    for one, other in pairs:
-        first, second = (sides[name].run(new_tokens)[1] for name in (one, other))
-        if not np.array_equal(first, second):
-            raise SystemExit(f"{one} and {other} answer differently: {first} and {second}")

@@ -1,0 +1,94 @@
+"""Where pruning pays on the CPU: batch, text length and visual tokens, dense against pruned.
+
+    python benchmarks/where.py [--target onnxruntime] [--runs 2] [--new-tokens 64] [--keep 0.25] [--threads 2]
+                               [--json FILE]
+
+The 0.45 B model of `cpu.py`, with 576 visual tokens, and as a LLaVA-1.6 with 2,880. Sides as in `apart.py`; each cell is
+the time to the first token and that of whole answers, for all prompts of the batch. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from apart import Task, in_turns, summary
+from models import half_billion_llava
+
+from vtexport import BuildOptions, build
+from vtexport.measure.machine import device_name
+from vtexport.models.spec import ViewChoice
+
+SIDE = str(Path(__file__).with_name("side.py"))
+#: text tokens and prompts per batch, by tiles in a row of the image
+CELLS = {
+    0: ((0, 1), (512, 1), (0, 4), (0, 8), (512, 8)),
+    2: ((0, 1), (512, 1), (0, 4)),
+}
+VISUAL = {0: 576, 2: 2880}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="onnxruntime")
+    parser.add_argument("--method", default="sparsevlm")
+    parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--busy", action="store_true", help="measure although other programs run")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    points: list[Any] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for tiles, cells in CELLS.items():
+            work = Path(scratch) / str(tiles)
+            model = half_billion_llava(work / "model", tiles)
+            sides = {}
+            for method, keep in (("dense", 1.0), (arguments.method, arguments.keep)):
+                print(f"build {method}, {VISUAL[tiles]} visual tokens", flush=True)
+                wanted = BuildOptions(
+                    str(model),
+                    keep,
+                    method,
+                    arguments.target,
+                    self_check=False,
+                    views=ViewChoice(grid=f"{tiles}x{tiles}" if tiles else None),
+                )
+                folder = build(wanted, work / method).folder
+                sides[method] = [SIDE, "vtexport", str(folder), str(arguments.threads)]
+            for text, rows in cells:
+                tasks = [Task(seed, arguments.new_tokens, rows, text) for seed in range(arguments.runs)]
+                # What a side prepares when it first runs is not counted.
+                tasks.insert(0, Task(arguments.runs, 2))
+                answers = in_turns(sides, tasks, arguments.threads, busy=arguments.busy)
+                point = {"visual": VISUAL[tiles], "text": text, "rows": rows}
+                points.append({**point, **{method: summary(answered) for method, answered in answers.items()}})
+                for method, answered in answers.items():
+                    figures = summary(answered)
+                    print(
+                        point,
+                        method,
+                        *(round(figures[name]) for name in ("first_token", "total", "peak_mib")),
+                        flush=True,
+                    )
+    result = {
+        "device": device_name(),
+        "target": arguments.target,
+        "method": arguments.method,
+        "keep": arguments.keep,
+        "runs": arguments.runs,
+        "new_tokens": arguments.new_tokens,
+        "threads": arguments.threads,
+        "points": points,
+    }
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
