@@ -56,6 +56,7 @@ def test_a_gpu_that_is_not_there_is_a_clear_error() -> None:
     assert "no CUDA GPU that PyTorch can use" in done.stderr
 
 
+@pytest.mark.long
 def test_the_cpu_benchmark_measures_sides_apart(tmp_path: Path) -> None:
     """Every side in a process of its own; sides that prune alike answer alike, or it stops."""
     out = tmp_path / "cpu.json"
