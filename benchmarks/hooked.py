@@ -120,7 +120,7 @@ class HookedSparseVLM(Transformers):
         density = -distance.square().topk(clusters, largest=False).values.mean(dim=1)
         denser = density[None] > density[:, None]
         delta = torch.where(denser, distance, distance.max()).amin(dim=1)
-        centres = (delta.log() + density).topk(clusters).indices.sort().values
+        centres = (delta.log() + density).topk(clusters).indices
         joined = distance[:, centres].argmin(dim=1)
         joined[centres] = torch.arange(clusters)
         merged = torch.stack([pool[joined == number].mean(dim=0) for number in range(clusters)])
