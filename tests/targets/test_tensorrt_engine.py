@@ -161,6 +161,21 @@ def test_answers_that_are_made_at_the_same_time_have_caches_of_their_own(
     assert id(third._cache.lane) in lanes
 
 
+def test_rows_that_have_ended_stay_in_their_lane(debug_bundle: Bundle, machine: Machine) -> None:
+    """The graph that was captured is for one size of batch."""
+    runner = Runner.open(debug_bundle.folder)
+    asked = requests(runner, 3)
+    free = [ids for ids, _ in answers(runner, asked)]
+    end = next(token for token in free[0][1:] if any(token not in ids for ids in free))
+    decoding = Decoding(len(free[0]), 512, eos_token_ids=(end,))
+    generation = Generation(runner.engine, runner.plan, asked, decoding)
+    size = generation.timings.cache_bytes
+    for _ in generation:
+        assert generation.timings.cache_bytes == size
+    for result, ids in zip(generation.results, free, strict=True):
+        assert result.token_ids == (ids[: ids.index(end) + 1] if end in ids else ids)
+
+
 def test_a_step_binds_nothing_anew(debug_bundle: Bundle, machine: Machine) -> None:
     runner = Runner.open(debug_bundle.folder)
     asked = requests(runner, 1)

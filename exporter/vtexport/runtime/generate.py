@@ -1,4 +1,4 @@
-"""Greedy generation over any engine: a ragged batch, each row stopping at its own end token."""
+"""Greedy generation over any engine: a ragged batch, each row leaving it at its own end token."""
 
 from __future__ import annotations
 
@@ -123,43 +123,61 @@ class Generation:
         self._prefill_ms = 1000 * (time.perf_counter() - start)
         self._logits, self._cache = prefilled.logits, prefilled.cache
         self._step_ms: list[float] = []
+        self._cache_bytes = 0
         self.results = [_result(row, self._seen, prefilled, bucket) for row in range(len(requests))]
 
     def __iter__(self) -> Iterator[Mapping[int, int]]:
-        """Yield, at every step, the next token of each row that still runs, by row."""
+        """Yield, at every step, the next token of each request that still runs, by its number."""
         decoding, results = self._decoding, self.results
         history: list[list[Array]] = [[] for _ in results]
         running = np.ones(len(results), dtype=bool)
+        batch: Array = np.arange(len(results))  # the number of each row's request
         # Every layer's cache holds all text and the visual tokens that entered it.
         filled = self._filled.sum(axis=1)
         visual = np.array(self._plan.entering(filled.tolist()), dtype=np.int64)
         cached = self._lengths[None] + visual
-        ahead = 0 if self._plan.positions == "compact" else filled - visual
+        ahead = np.zeros_like(visual) if self._plan.positions == "compact" else filled - visual
         for step in range(decoding.max_new_tokens):
             tokens = self._logits.argmax(axis=1)
-            given = {int(row): int(tokens[row]) for row in np.flatnonzero(running)}
-            for row, token in given.items():
-                results[row].token_ids.append(token)
+            rows = np.flatnonzero(running[batch])
+            given = {int(batch[row]): int(tokens[row]) for row in rows}
+            for row, (request, token) in zip(rows, given.items(), strict=True):
+                results[request].token_ids.append(token)
                 if decoding.keep_logits:
-                    history[row].append(self._logits[row].copy())
-                running[row] = token not in decoding.eos_token_ids
+                    history[request].append(self._logits[row].copy())
+                running[request] = token not in decoding.eos_token_ids
             yield given
             if step + 1 == decoding.max_new_tokens or not running.any():
                 break
             start = time.perf_counter()
-            # Rows that have ended go on with the batch; their tokens are ignored.
-            self._logits = self._engine.decode(self._cache, tokens, cached + step, cached + step + ahead)
+            rows = self._going_on(running[batch], decoding.max_new_tokens - step - 1)
+            batch, tokens = batch[rows], tokens[rows]
+            length = cached[:, batch] + step
+            self._logits = self._engine.decode(self._cache, tokens, length, length + ahead[:, batch])
             self._step_ms.append(1000 * (time.perf_counter() - start))
             if self._cache.ranking is not None:
-                for row in map(int, np.flatnonzero(running)):
-                    results[row].ranking = results[row].ranking + self._cache.ranking[row]
-        for result, rows in zip(results, history, strict=True):
-            result.logits = np.stack(rows) if rows else None
+                for row in np.flatnonzero(running[batch]):
+                    results[batch[row]].ranking = results[batch[row]].ranking + self._cache.ranking[row]
+        for result, logits in zip(results, history, strict=True):
+            result.logits = np.stack(logits) if logits else None
+
+    def _going_on(self, running: Array, left: int) -> Array:
+        """The rows of the batch, [B] to [B'], with which the next of at most `left` steps is made; others leave."""
+        staying = np.flatnonzero(running)
+        leaving = len(running) - len(staying)
+        # To leave, the rows that stay are read and written once; every step then reads less by those that have left.
+        # Until that pays, rows that have ended go on, and their tokens are ignored.
+        if leaving and left * leaving >= 2 * len(staying):
+            self._cache_bytes = max(self._cache_bytes, self._cache.nbytes)
+            if self._engine.retain(self._cache, staying):
+                return staying
+        return np.arange(len(running))
 
     @property
     def timings(self) -> Timings:
         """The timings of the batch so far."""
-        return Timings(self._vision_ms, self._prefill_ms, tuple(self._step_ms), self._cache.nbytes)
+        largest = max(self._cache_bytes, self._cache.nbytes)
+        return Timings(self._vision_ms, self._prefill_ms, tuple(self._step_ms), largest)
 
 
 def generate(

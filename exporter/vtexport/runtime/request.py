@@ -70,7 +70,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds of a batch, and the bytes of its KV cache."""
+    """Milliseconds of a batch, and the bytes of its KV cache when it was largest."""
 
     vision: float
     prefill: float

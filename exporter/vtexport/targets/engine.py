@@ -159,7 +159,7 @@ class Cache(Protocol):
 
 
 class Engine(Protocol):
-    """An opened bundle: three calls, NumPy in and out."""
+    """An opened bundle, NumPy in and out: vision, prefill and decode."""
 
     def load(self) -> None:
         """Load all graphs now rather than at their first call, so that no call's time includes it."""
@@ -194,6 +194,18 @@ class Engine(Protocol):
             tokens: [B] int64.
             length: [N, B] int64, tokens in each layer's cache of each row before this one.
             position: [N, B] int64, the token's position in each layer.
+        """
+        ...
+
+    def retain(self, cache: Cache, rows: Array) -> bool:
+        """Let only some rows of a batch go on, so that every later `decode` is of these alone.
+
+        Args:
+            cache: what `prefill` gave, updated in place; its memory shrinks at once or in the next `decode`.
+            rows: [B'] int64, ascending indices of rows of the batch as it is now.
+
+        Returns:
+            whether the batch has these rows only; an engine may keep it as it is.
         """
         ...
 

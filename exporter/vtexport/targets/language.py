@@ -12,6 +12,8 @@ from vtexport.pruning.decoder import slots
 from vtexport.targets.engine import PrefillInput
 
 LANGUAGE = "language"
+#: the inputs that every step has of its own
+_OF_EVERY_STEP = ("input_ids", "text_length", "length", "position")
 
 
 class LanguageCalls:
@@ -47,9 +49,19 @@ class LanguageCalls:
             elif name == "visual_length":
                 given[name] = np.zeros_like(array)
             elif name not in given:
-                # The rest has an entry per visual token, of which there is none now.
-                given[name] = array[:0] if array.ndim == 1 else array[:, :0]
+                given[name] = _without_visual(array)
         return given
+
+    def retained(self, prompt: Mapping[str, Array], rows: Array) -> dict[str, Array]:
+        """What `decode` needs of `prompt` when only `rows` [B'] of its batch go on; the visual tokens are not in it."""
+        kept = {}
+        for name, array in prompt.items():
+            if name in ("image_position", "visual_length"):
+                kept[name] = array[rows]
+            elif name not in _OF_EVERY_STEP:
+                rest = _without_visual(array)
+                kept[name] = rest if rest.ndim == 1 else rest[rows]
+        return kept
 
     def stages(self, outputs: Mapping[str, Array], bucket: int) -> dict[str, Array]:
         """Of the outputs of stages, those of plan number `bucket`; others may have further stages."""
@@ -64,3 +76,9 @@ class LanguageCalls:
 
     def _slots(self, plan: PruningPlan) -> dict[str, Array]:
         return {name: np.zeros(length, dtype=np.int32) for name, length in slots(self._plans, plan).items()}
+
+
+def _without_visual(array: Array) -> Array:
+    """An input that has an entry per visual token, [B, V, …] or slots [V], where there is no such token."""
+    empty: Array = array[:0] if array.ndim == 1 else array[:, :0]
+    return empty

@@ -26,12 +26,14 @@ class OrtCache:
 
     Attributes:
         buffers: each is both past and present of every call, so that it is updated in place.
-        prompt: the inputs of the call that filled them.
+        prompt: the inputs of the call that filled them, or what decoding needs of these.
+        places: [N] int64, places of each layer's buffers that any row has filled.
         ranking: see `vtexport.targets.engine.Cache`.
     """
 
     buffers: dict[str, Array]
     prompt: Mapping[str, Array]
+    places: Array
     ranking: Array | None = None
 
     @property
@@ -113,7 +115,8 @@ class OrtEngine:
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
         prompt = self._calls.prefill(inputs, bucket)
-        cache = OrtCache(self._buffers(prompt, new_tokens, self._plans[bucket]), prompt)
+        places = inputs.input_ids.shape[1] + np.array(self._plans[bucket].per_layer, dtype=np.int64)
+        cache = OrtCache(self._buffers(len(inputs.input_ids), places + new_tokens), prompt, places)
         outputs = self._run(cache, prompt)
         if "ranking" in outputs:
             cache.ranking = np.zeros_like(outputs["ranking"])
@@ -124,18 +127,26 @@ class OrtEngine:
         given = self._calls.decode(cache.prompt, tokens, length, position)
         outputs = self._run(cache, given, ["logits"] if cache.ranking is None else ["logits", "ranking"])
         cache.ranking = outputs.get("ranking")
+        cache.places = cache.places + 1
         return outputs["logits"]
 
-    def _buffers(self, prompt: Mapping[str, Array], new_tokens: int, plan: PruningPlan) -> dict[str, Array]:
-        """Empty caches for a prompt and `new_tokens` more, each as long as its layer's tokens if the graph allows it."""
-        rows, text = prompt["input_ids"].shape
+    def retain(self, cache: Cache, rows: Array) -> bool:
+        assert isinstance(cache, OrtCache)
+        # One buffer after the other, so that the cache is never there twice.
+        for name, buffer in cache.buffers.items():
+            cache.buffers[name] = _rows_of(buffer, rows, int(cache.places[_layer(name)]))
+        cache.prompt = self._calls.retained(cache.prompt, rows)
+        cache.ranking = None if cache.ranking is None else cache.ranking[rows]
+        return True
+
+    def _buffers(self, rows: int, rooms: Array) -> dict[str, Array]:
+        """Empty caches for `rows` prompts, with a layer's room of `rooms` [N] unless the graph has one of its own."""
         buffers = {}
         for port in self.session(LANGUAGE).get_inputs():
-            _, layer, *part = port.name.split(".") if port.name.startswith("past.") else (None, None)
-            if part:
+            if port.name.startswith("past."):
                 _, groups, room, size = port.shape
                 if not isinstance(room, int):
-                    room = text + plan.per_layer[int(str(layer))] + new_tokens
+                    room = int(rooms[_layer(port.name)])
                 buffers[port.name] = np.zeros((rows, groups, room, size), _FLOATS[port.type])
         return buffers
 
@@ -159,6 +170,22 @@ class OrtEngine:
 
 
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def _layer(name: str) -> int:
+    """The layer of the buffer `name`."""
+    return int(name.split(".")[1])
+
+
+def _rows_of(buffer: Array, rows: Array, places: int) -> Array:
+    """A copy of `rows` of a buffer [B, G, M, D].
+
+    Of the room behind its first `places`, nothing is touched: no memory is taken for it before it is filled.
+    """
+    copy = np.zeros((len(rows), *buffer.shape[1:]), buffer.dtype)
+    for new, old in enumerate(rows):
+        copy[new, :, :places] = buffer[old, :, :places]
+    return copy
 
 
 def _exact(path: Path, options: ort.SessionOptions) -> bytes:

@@ -81,14 +81,16 @@ class StateCache:
 
     Attributes:
         request: the request.
-        given: the inputs of its prompts.
+        given: the inputs of its prompts, or what decoding needs of these.
         prompt: [N, B] int64, tokens of each row's prompt in each layer; None before the first step.
+        beams: [B'] int64, the rows of the state that go on with the next step; None for all.
         ranking: see `vtexport.targets.engine.Cache`.
     """
 
     request: Any
     given: Mapping[str, Array]
     prompt: Array | None = None
+    beams: Array | None = None
     ranking: Array | None = None
 
     @property
@@ -169,9 +171,19 @@ class OpenVinoEngine:
         if cache.prompt is None:
             cache.prompt = np.array(length, dtype=np.int64)
         given = self._calls.decode(cache.given, tokens, length, position)
-        outputs = self._run(LANGUAGE, cache.request, {**given, **_behind(cache.prompt)})
+        outputs = self._run(LANGUAGE, cache.request, {**given, **_behind(cache.prompt, cache.beams)})
+        cache.beams = None
         cache.ranking = outputs.get("ranking")
         return outputs["logits"]
+
+    def retain(self, cache: Cache, rows: Array) -> bool:
+        assert isinstance(cache, StateCache)
+        # The next step takes these rows out of the state, and its memory shrinks then.
+        cache.beams = rows if cache.beams is None else cache.beams[rows]
+        cache.given = self._calls.retained(cache.given, rows)
+        cache.prompt = None if cache.prompt is None else cache.prompt[:, rows]
+        cache.ranking = None if cache.ranking is None else cache.ranking[rows]
+        return True
 
     def _run(self, name: str, request: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run a request of graph `name`, and return copies of its outputs by name."""
@@ -185,7 +197,12 @@ class OpenVinoEngine:
         return {key: np.array(array) for key, array in zip(model.outputs, results.values(), strict=True)}
 
 
-def _behind(prompt: Array) -> dict[str, Array]:
-    """The inputs that tell what stands in the caches, which have `prompt` tokens [N, B] before any padding."""
-    beams: Array = np.arange(prompt.shape[1], dtype=np.int32)
-    return {PROMPT: prompt, BEAM: beams}
+def _behind(prompt: Array, beams: Array | None = None) -> dict[str, Array]:
+    """The inputs that tell what stands in the caches.
+
+    Args:
+        prompt: [N, B], tokens of each row in each layer's cache before any padding.
+        beams: [B], where each row stands in the state; None for its own number.
+    """
+    places: Array = np.arange(prompt.shape[1]) if beams is None else beams
+    return {PROMPT: prompt, BEAM: places.astype(np.int32)}

@@ -1,9 +1,9 @@
 """ONNX graphs in the form that OpenVINO's reader gets: pruning ops inlined, caches out of the graph's inputs.
 
 Caches become OpenVINO's own state (`vtexport.targets.openvino.attention`), so the inputs `past.*` and the outputs
-`present.*` go. Two inputs come in: `beam_idx` [B] int32, 0 … B - 1, by which a plugin recognises such a state; and
-`prompt` [N, B] int64, the tokens of each row's prompt in each layer, behind which the padding begins; zeros as long as
-there is no cache.
+`present.*` go. Two inputs come in: `beam_idx` [B] int32, by which a plugin recognises such a state, the row of the state
+that each row of the batch goes on from; and `prompt` [N, B] int64, the tokens of each row's prompt in each layer, behind
+which the padding begins; zeros as long as there is no cache.
 """
 
 from __future__ import annotations

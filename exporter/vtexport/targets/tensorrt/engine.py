@@ -168,6 +168,13 @@ class TensorRTEngine:
                 cache.ranking = self._gpu.fetch(lane.outputs["ranking"])
             return self._gpu.fetch(lane.outputs["logits"])
 
+    def retain(self, cache: Cache, rows: Array) -> bool:
+        """No row leaves a batch: its lane, with the captured graph, is for one size of batch.
+
+        A smaller one would need a lane of its own beside it, with caches of full capacity and a graph captured anew.
+        """
+        return False
+
     def layer_times(self, call: Callable[[], None]) -> LayerTimes:
         times: dict[str, dict[str, float]] = {}
         self.load()

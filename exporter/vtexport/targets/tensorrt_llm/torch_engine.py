@@ -66,6 +66,9 @@ class TorchEngine:
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
         raise InputError(_NO_LANGUAGE_MODEL)
 
+    def retain(self, cache: Cache, rows: Array) -> bool:
+        raise InputError(_NO_LANGUAGE_MODEL)
+
     def device_times(self) -> Mapping[str, float]:
         return self._times
 
