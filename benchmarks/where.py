@@ -25,8 +25,8 @@ from vtexport.models.spec import ViewChoice
 SIDE = str(Path(__file__).with_name("side.py"))
 #: text tokens and prompts per batch, by tiles in a row of the image
 CELLS = {
-    0: ((0, 1), (512, 1), (0, 4), (0, 8), (512, 8)),
-    2: ((0, 1), (512, 1), (0, 4)),
+    0: ((0, 1), (512, 1), (0, 4), (0, 8)),
+    2: ((0, 1), (0, 4)),
 }
 VISUAL = {0: 576, 2: 2880}
 

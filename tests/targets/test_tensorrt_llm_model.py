@@ -102,12 +102,21 @@ def listening(server: Server) -> dict[tuple[int, str], list[int]]:
 
 
 def check(seen: dict[tuple[int, str], list[int]], number: int, output: list[int], result: Result) -> None:
-    """A request kept the same tokens in the decoder, and was answered alike."""
+    """A request kept the same tokens in the decoder, and was answered alike.
+
+    Two ways to compute in fp32 may choose differently between two tokens whose logits differ by rounding alone; behind
+    such a choice they answer other questions.
+    """
     stages = {where: kept for where, kept in result.kept.items() if where != "vision"}
     assert stages
     for where, kept in stages.items():
         assert seen[number, where] == kept.tolist(), where
-    assert output == result.token_ids
+    assert len(output) == len(result.token_ids)
+    differ = [step for step, pair in enumerate(zip(output, result.token_ids, strict=True)) if pair[0] != pair[1]]
+    if differ:
+        assert result.logits is not None
+        logits = result.logits[differ[0]]
+        assert logits.max() - logits[output[differ[0]]] < 1e-4 * abs(logits).max()
 
 
 # --- the same tokens ------------------------------------------------------------------------------------------------
