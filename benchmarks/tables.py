@@ -376,6 +376,22 @@ def latency_gains(results: Results) -> str:
     return table([f"keep {measured['keep']:g} against vtexport `dense`", *header], rows)
 
 
+def where(results: Results) -> str:
+    """Dense against pruned by visual tokens, text tokens and prompts per batch."""
+    measured = results["where"]["result"]
+    rows = []
+    for point in measured["points"]:
+        dense, pruned = point["dense"], point[measured["method"]]
+        cells = []
+        for stage in ("first_token", "total"):
+            times = [f"{side[stage] / 1000:.1f} s" for side in (dense, pruned)]
+            cells += [*times, factor(dense[stage] / pruned[stage])]
+        rows.append([str(point["visual"]), str(int(dense["text"])), str(point["rows"]), *cells])
+    plan, tokens = f"`{measured['method']}`, keep {measured['keep']:g}", measured["new_tokens"]
+    header = ["visual tokens", "text tokens", "prompts", "first token: dense", plan, "gain"]
+    return table([*header, f"{tokens} tokens: dense", plan, "gain"], rows)
+
+
 def builds(results: Results) -> str:
     """Time, memory and disk space of large builds."""
     rows = []
@@ -453,6 +469,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quantized": quantized,
     "quantized-size": quantized_size,
     "quantized-speed": quantized_speed,
+    "where": where,
     "selection": selection,
     "selection-layers": selection_layers,
     "conversation": conversation,
