@@ -23,6 +23,8 @@ import numpy as np
 from PIL import Image
 
 Answer = dict[str, Any]
+#: the script that is a side
+SIDE = str(Path(__file__).with_name("side.py"))
 #: a share of processor time above this, before a measurement, is other programs' work
 BUSY = 0.1
 #: seconds over which that share is taken, and seconds to wait for it to fall
@@ -138,6 +140,13 @@ def summary(answers: Sequence[Answer]) -> dict[str, float]:
         "slowest_first_token": max(first),
         "peak_mib": answers[-1]["peak_mib"],
     }
+
+
+def report(result: Mapping[str, Any], path: Path | None) -> None:
+    """Print what was measured as one line of JSON, and write it to `path` if there is one."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
 
 
 def wait_until_quiet() -> None:

@@ -15,7 +15,6 @@ are left out. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from apart import Task, in_turns, summary
+from apart import SIDE, Task, in_turns, report, summary
 from models import half_billion_llava
 from side import QUESTION
 
@@ -32,7 +31,6 @@ from vtexport.measure.machine import device_name
 from vtexport.models import read_spec
 from vtexport.pruning.flops import plan_flops
 
-SIDE = str(Path(__file__).with_name("side.py"))
 FIGURES = ("first_token", "fastest_first_token", "slowest_first_token", "per_token", "peak_mib")
 
 
@@ -226,9 +224,7 @@ def main() -> None:
         "points": points,
         "gains": found,
     }
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,17 @@ the time to the first token and that of whole answers, for all prompts of the ba
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from apart import Task, in_turns, summary
+from apart import SIDE, Task, in_turns, report, summary
 from models import half_billion_llava
 
 from vtexport import BuildOptions, build
 from vtexport.measure.machine import device_name
 from vtexport.models.spec import ViewChoice
 
-SIDE = str(Path(__file__).with_name("side.py"))
 #: text tokens and prompts per batch, by tiles in a row of the image
 CELLS = {
     0: ((0, 1), (512, 1), (0, 4), (0, 8)),
@@ -66,9 +64,9 @@ def main() -> None:
                 tasks.insert(0, Task(arguments.runs, 2))
                 answers = in_turns(sides, tasks, arguments.threads, busy=arguments.busy)
                 point = {"visual": VISUAL[tiles], "text": text, "rows": rows}
-                points.append({**point, **{method: summary(answered) for method, answered in answers.items()}})
-                for method, answered in answers.items():
-                    figures = summary(answered)
+                found = {method: summary(answered) for method, answered in answers.items()}
+                points.append({**point, **found})
+                for method, figures in found.items():
                     print(
                         point,
                         method,
@@ -85,9 +83,7 @@ def main() -> None:
         "threads": arguments.threads,
         "points": points,
     }
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ class Estimate:
     @property
     def graph_bytes(self) -> int:
         """Approximate bytes of the ONNX files."""
-        layers = {"vision": self.spec.vision.feature_layer, "decoder": self.spec.decoder.num_layers}
-        return sum(_GRAPH_BYTES[part] * number for part, number in layers.items())
+        vision, decoder = self.spec.vision.feature_layer, self.spec.decoder.num_layers
+        return _GRAPH_BYTES["vision"] * vision + _GRAPH_BYTES["decoder"] * decoder
 
     @property
     def checked_in_full(self) -> bool:
