@@ -122,13 +122,8 @@ def layer_types(runner: Runner) -> Counter[str]:
     return Counter(str(node.get_rt_info()["layerType"].value) for node in model.get_ops())
 
 
-def test_parts_run_fused_and_every_layer_has_a_state_of_its_own_length(bundle: Path) -> None:
-    runner = Runner.open(bundle)
-    layers = runner.plan.num_layers
-    types = layer_types(runner)
-    assert types["ScaledDotProductAttention"] == layers
-    assert types["RMS"] == 2 * layers + 1
-    assert types["RoPE"] == 2 * layers
+def caches_of(runner: Runner, steps: int) -> list[Any]:
+    """The cache of a ragged batch of two, once for every decode step."""
     requests = [
         runner.request(picture, question) for picture, question in zip(noise_images(2), QUESTIONS, strict=False)
     ]
@@ -140,12 +135,81 @@ def test_parts_run_fused_and_every_layer_has_a_state_of_its_own_length(bundle: P
         return real(cache, *given)
 
     runner.engine.decode = seen  # type: ignore[method-assign]
-    greedy(runner, requests, 3)
-    text = max(len(request.prompt.token_ids) for request in requests)
-    lengths = {state.name: state.state.shape[2] for state in caches[0].request.query_state()}
+    greedy(runner, requests, steps + 1)
+    return caches
+
+
+def text_of(runner: Runner) -> int:
+    """Text tokens of the longer prompt of `caches_of`."""
+    picture = noise_images(1)[0]
+    return max(len(runner.request(picture, question).prompt.token_ids) for question in QUESTIONS[:2])
+
+
+def test_parts_run_fused_and_every_layer_has_blocks_for_its_own_length(bundle: Path) -> None:
+    runner = Runner.open(bundle)
+    layers = runner.plan.num_layers
+    types = layer_types(runner)
+    assert types["PagedAttention"] == layers
+    assert types["RMS"] == 2 * layers + 1
+    assert types["RoPE"] == 2 * layers
+    cache = caches_of(runner, 2)[0]
+    text, per_layer = text_of(runner), runner.plan.per_layer
+    firsts = [layer for layer, visual in enumerate(per_layer) if layer == 0 or visual != per_layer[layer - 1]]
+    assert sorted(cache.tables) == firsts
+    for first, tables in cache.tables.items():
+        # Of 32 tokens each, for the longest prompt and all new tokens.
+        assert [len(table) for table in tables] == 2 * [-(-(text + per_layer[first] + 3) // 32)]
+    spec = runner.bundle.spec().decoder
+    row = 2 * spec.num_kv_heads * spec.head_size * 4
+    blocks = sum(2 * -(-(text + visual + 3) // 32) for visual in per_layer)
+    assert cache.nbytes == 32 * row * blocks
+
+
+def test_without_pages_every_layer_has_a_state_of_its_own_length(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on devices other than the CPU."""
+    paged = answers(bundle)
+    monkeypatch.setattr("vtexport.targets.openvino.engine.SUPPORTED", False)
+    for mine, other in zip(answers(bundle), paged, strict=True):
+        assert mine.token_ids == other.token_ids
+        assert mine.logits is not None
+        assert other.logits is not None
+        np.testing.assert_allclose(mine.logits, other.logits, atol=2e-4)
+    runner = Runner.open(bundle)
+    assert layer_types(runner)["ScaledDotProductAttention"] == runner.plan.num_layers
+    cache = caches_of(runner, 2)[0]
+    lengths = {state.name: state.state.shape[2] for state in cache.request.query_state()}
     for layer, visual in enumerate(runner.plan.per_layer):
-        assert lengths[f"key.{layer}"] == lengths[f"value.{layer}"] == text + visual + 2
-    assert caches[0].nbytes == sum(state.state.byte_size for state in caches[0].request.query_state())
+        assert lengths[f"key.{layer}"] == lengths[f"value.{layer}"] == text_of(runner) + visual + 2
+    assert cache.nbytes == sum(state.state.byte_size for state in cache.request.query_state())
+
+
+def test_blocks_go_back_and_are_taken_again(bundle: Path) -> None:
+    runner = Runner.open(bundle)
+    store = runner.engine.model(LANGUAGE).caches._stores[0]  # type: ignore[attr-defined]
+    first, second = store.take(2, 40), store.take(1, 33)
+    assert [table.tolist() for table in (*first, *second)] == [[0, 1], [2, 3], [4, 5]]
+    held = store._arrays["key_cache.0"]
+    held[:] = np.arange(6)[:, None, None, None]
+    store.give(first)
+    # Blocks in use stay what they are while the arrays grow.
+    (longer,) = store.take(1, 32 * 5)
+    assert longer.tolist() == [0, 1, 2, 3, 6]
+    assert (store._arrays["key_cache.0"][4:6] == [[[[4]]], [[[5]]]]).all()
+    assert len(store._arrays["key_cache.0"]) == 7
+    # A batch that needs much less than is held lets the rest go.
+    store.give([longer, *second])
+    assert [table.tolist() for table in store.take(1, 1)] == [[0]]
+    assert len(store._arrays["key_cache.0"]) == 1
+
+
+def test_threads_share_an_engine(bundle: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    runner = Runner.open(bundle)
+    asked = [(picture, QUESTIONS[number % 4]) for number, picture in enumerate(noise_images(8))]
+    alone = [runner.ask([pair], 6)[0].text for pair in asked]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda pair: runner.ask([pair], 6)[0].text, asked)) == alone
 
 
 def test_two_batches_at_once_keep_their_caches_apart(bundle: Path) -> None:
@@ -223,7 +287,7 @@ def test_commands_take_its_bundles(bundle: Path, vtexport: Any, photo: Path) -> 
     assert done.code == 0, done.err
     layers = json.loads(Path("report.json").read_text())["layers"]
     assert set(layers) == {"vision", LANGUAGE}
-    assert any("ScaledDotProductAttentionWithKVCache" in name for name in layers[LANGUAGE])
+    assert any("PagedAttentionExtension" in name for name in layers[LANGUAGE])
     done = vtexport("eval", bundle, "--limit", 2, "--json")
     assert done.code == 0, done.err
 

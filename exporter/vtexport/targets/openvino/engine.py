@@ -1,11 +1,11 @@
-"""Runs a bundle's graphs on OpenVINO: NumPy in, NumPy out, a batch's KV cache in an inference request's state."""
+"""Runs a bundle's graphs on OpenVINO, NumPy in and NumPy out."""
 
 from __future__ import annotations
 
-import weakref
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from vtexport.errors import TargetError, first_line
 from vtexport.pruning import PruningPlan
 from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
 from vtexport.targets.language import LANGUAGE, LanguageCalls
-from vtexport.targets.openvino.lowering import BEAM, PROMPT
+from vtexport.targets.openvino.caches import BatchCache, Caches
 from vtexport.targets.openvino.memory import Released
+from vtexport.targets.openvino.pages import SUPPORTED, Pages
 from vtexport.targets.openvino.reading import read_model
+from vtexport.targets.openvino.states import BEAM, States
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,16 @@ class Model:
     Attributes:
         compiled: OpenVINO's compiled model.
         outputs: the names of the graph's outputs, which a compiled model mixes with others.
+        caches: where it keeps KV caches, if it has any.
         runs: how often it ran.
         last: the request that it ran last, if layers are timed.
-        free: requests whose batches are over. Their states keep the memory, for which the system would otherwise be
-            asked anew in the first decode step of every batch.
     """
 
     compiled: Any
     outputs: Sequence[str]
+    caches: Caches | None
     runs: int = 0
     last: Any = None
-    free: list[Any] = field(default_factory=list)
-
-    def request(self) -> Any:
-        """A request whose state is empty."""
-        if not self.free:
-            return self.compiled.create_infer_request()
-        request = self.free.pop()
-        request.reset_state()
-        return request
 
     def layer_times(self) -> dict[str, float]:
         """Milliseconds of each layer over all runs; OpenVINO gives their mean."""
@@ -75,29 +68,6 @@ class Model:
         return times
 
 
-@dataclass
-class StateCache:
-    """A batch's KV cache: the state of an inference request of its own.
-
-    Attributes:
-        request: the request.
-        given: the inputs of its prompts, or what decoding needs of these.
-        prompt: [N, B] int64, tokens of each row's prompt in each layer; None before the first step.
-        beams: [B'] int64, the rows of the state that go on with the next step; None for all.
-        ranking: see `vtexport.targets.engine.Cache`.
-    """
-
-    request: Any
-    given: Mapping[str, Array]
-    prompt: Array | None = None
-    beams: Array | None = None
-    ranking: Array | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(int(state.state.byte_size) for state in self.request.query_state())
-
-
 class OpenVinoEngine:
     """The models of a bundle; each is read and compiled when it is first used."""
 
@@ -106,6 +76,8 @@ class OpenVinoEngine:
         self._calls = LanguageCalls(opening.plans)
         self._models: dict[str, Model] = {}
         self._profiling = False
+        # Batches of several threads may share an inference request, and blocks of the same arrays.
+        self._lock = threading.RLock()
 
     @property
     def _folder(self) -> Path:
@@ -118,21 +90,24 @@ class OpenVinoEngine:
 
     def model(self, name: str) -> Model:
         """The model of graph `name`."""
-        if name not in self._models:
-            path, config = self._opening.files[name], dict(self._opening.config)
-            if self._profiling:
-                config["PERF_COUNT"] = True
-            try:
-                model = read_model(path)
-                names = [port.get_any_name() for port in model.outputs]
-                with Released(self._folder):
-                    compiled = ov.Core().compile_model(model, self._opening.device, config)
-                self._models[name] = Model(compiled, names)
-            except Exception as error:  # OpenVINO raises its own exception types, none of them public
-                raise TargetError(
-                    f"OpenVINO cannot load {path} ({first_line(error)}); build the bundle again"
-                ) from error
-        return self._models[name]
+        with self._lock:
+            if name not in self._models:
+                self._models[name] = self._open(name)
+            return self._models[name]
+
+    def _open(self, name: str) -> Model:
+        """Read and compile graph `name`."""
+        path, config = self._opening.files[name], dict(self._opening.config)
+        if self._profiling:
+            config["PERF_COUNT"] = True
+        try:
+            model = read_model(path, pages=SUPPORTED and self._opening.device == "CPU")
+            names = [port.get_any_name() for port in model.outputs]
+            with Released(self._folder):
+                compiled = ov.Core().compile_model(model, self._opening.device, config)
+            return Model(compiled, names, _caches(compiled))
+        except Exception as error:  # OpenVINO raises its own exception types, none of them public
+            raise TargetError(f"OpenVINO cannot load {path} ({first_line(error)}); build the bundle again") from error
 
     def admit(self, rows: int, text: int, new_tokens: int) -> None:
         """Every extent but the model's own is open here."""
@@ -157,33 +132,35 @@ class OpenVinoEngine:
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
         given = self._calls.prefill(inputs, bucket)
-        model = self.model(LANGUAGE)
-        cache = StateCache(model.request(), given)
-        weakref.finalize(cache, model.free.append, cache.request)
-        # Nothing is cached yet, so there is no padding to hide, wherever it may begin.
-        outputs = self._run(LANGUAGE, cache.request, {**given, **_behind(given["length"])})
+        rows, text = inputs.input_ids.shape
+        places = [text + visual + new_tokens for visual in self._opening.plans[bucket].per_layer]
+        caches = self.model(LANGUAGE).caches
+        assert caches is not None, "the language model has caches"
+        with self._lock:
+            cache = caches.start(rows, places)
+            cache.given = given
+            outputs = self._step(cache, given)
         if "ranking" in outputs:
             cache.ranking = np.zeros_like(outputs["ranking"])
         return PrefillOutput(outputs.pop("logits"), cache, self._calls.stages(outputs, bucket))
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
-        assert isinstance(cache, StateCache)
-        if cache.prompt is None:
-            cache.prompt = np.array(length, dtype=np.int64)
-        given = self._calls.decode(cache.given, tokens, length, position)
-        outputs = self._run(LANGUAGE, cache.request, {**given, **_behind(cache.prompt, cache.beams)})
-        cache.beams = None
+        assert isinstance(cache, BatchCache)
+        outputs = self._step(cache, self._calls.decode(cache.given, tokens, length, position))
         cache.ranking = outputs.get("ranking")
         return outputs["logits"]
 
     def retain(self, cache: Cache, rows: Array) -> bool:
-        assert isinstance(cache, StateCache)
-        # The next step takes these rows out of the state, and its memory shrinks then.
-        cache.beams = rows if cache.beams is None else cache.beams[rows]
+        assert isinstance(cache, BatchCache)
+        cache.retain(rows)
         cache.given = self._calls.retained(cache.given, rows)
-        cache.prompt = None if cache.prompt is None else cache.prompt[:, rows]
         cache.ranking = None if cache.ranking is None else cache.ranking[rows]
         return True
+
+    def _step(self, cache: BatchCache, given: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the language graph behind a cache."""
+        with self._lock:
+            return self._run(LANGUAGE, cache.request, {**given, **cache.feeds(given["length"])})
 
     def _run(self, name: str, request: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run a request of graph `name`, and return copies of its outputs by name."""
@@ -197,12 +174,9 @@ class OpenVinoEngine:
         return {key: np.array(array) for key, array in zip(model.outputs, results.values(), strict=True)}
 
 
-def _behind(prompt: Array, beams: Array | None = None) -> dict[str, Array]:
-    """The inputs that tell what stands in the caches.
-
-    Args:
-        prompt: [N, B], tokens of each row in each layer's cache before any padding.
-        beams: [B], where each row stands in the state; None for its own number.
-    """
-    places: Array = np.arange(prompt.shape[1]) if beams is None else beams
-    return {PROMPT: prompt, BEAM: places.astype(np.int32)}
+def _caches(compiled: Any) -> Caches | None:
+    """Where a compiled model keeps its caches, as `read_model` made it."""
+    names = {name for port in compiled.inputs for name in port.get_names()}
+    if "key_cache.0" in names:
+        return Pages(compiled)
+    return States(compiled) if BEAM in names else None

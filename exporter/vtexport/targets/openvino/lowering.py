@@ -1,9 +1,7 @@
 """ONNX graphs in the form that OpenVINO's reader gets: pruning ops inlined, caches out of the graph's inputs.
 
-Caches become OpenVINO's own state (`vtexport.targets.openvino.attention`), so the inputs `past.*` and the outputs
-`present.*` go. Two inputs come in: `beam_idx` [B] int32, by which a plugin recognises such a state, the row of the state
-that each row of the batch goes on from; and `prompt` [N, B] int64, the tokens of each row's prompt in each layer, behind
-which the padding begins; zeros as long as there is no cache.
+What holds the caches is decided when a bundle is opened (`vtexport.targets.openvino.reading`), so the inputs `past.*` and
+the outputs `present.*` go.
 """
 
 from __future__ import annotations
@@ -15,11 +13,10 @@ from vtexport.graph.domains import NN
 
 #: the domain of nodes that only `vtexport.targets.openvino.reading` knows
 OWN = "vtexport.openvino"
-BEAM, PROMPT = "beam_idx", "prompt"
 
 
 def lower(model: ir.Model) -> None:
-    """Inline what is not `vtexport.nn`, and put `StatefulAttention` in the place of every `CachedAttention`."""
+    """Inline what is not `vtexport.nn`, and take the caches out of every `CachedAttention`."""
     InlinePass(criteria=lambda function: function.domain != NN)(model)
     # Bodies would go before the conversions of `reading`.
     model.functions.clear()
@@ -29,8 +26,6 @@ def lower(model: ir.Model) -> None:
     found = [node for node in graph if node.op_type == "CachedAttention"]
     if not found:
         return
-    beam = ir.Value(name=BEAM, shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT32))
-    prompt = ir.Value(name=PROMPT, shape=ir.Shape([len(found), "batch"]), type=ir.TensorType(ir.DataType.INT64))
     graph.outputs[:] = [value for value in graph.outputs if not str(value.name).startswith("present.")]
     for layer, node in enumerate(found):
         query, key, value, _, _, length = node.inputs
@@ -38,14 +33,14 @@ def lower(model: ir.Model) -> None:
         assert query.shape is not None, "traced graphs have shapes"
         own = [
             ir.AttrInt64("layer", layer),
-            # Layers of equal extent, which are those between two stages, share a mask.
+            # Layers of equal extent, which are those between two stages, share what they know of their caches.
             ir.AttrString("rows", str(query.shape[1])),
             ir.AttrInt64("ranks", int(bool(node.outputs[1].uses()))),
         ]
         new = ir.Node(
             OWN,
-            "StatefulAttention",
-            [query, key, value, length, beam, prompt],
+            "CachedAttention",
+            [query, key, value, length],
             [*node.attributes.values(), *own],
             num_outputs=2,
         )
@@ -54,7 +49,7 @@ def lower(model: ir.Model) -> None:
             ir.convenience.replace_all_uses_with(old, made)
         graph.insert_before(node, new)
         graph.remove(node, safe=True)
-    graph.inputs[:] = [*(value for value in graph.inputs if not str(value.name).startswith("past.")), beam, prompt]
+    graph.inputs[:] = [value for value in graph.inputs if not str(value.name).startswith("past.")]
     graph.opset_imports[OWN] = 1
 
 

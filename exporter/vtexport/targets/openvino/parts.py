@@ -28,6 +28,31 @@ def port(x: Any) -> Any:
     return x.output(0) if isinstance(x, ov.Node) else x
 
 
+class Inputs:
+    """Inputs that a model gets beside those of its graph.
+
+    OpenVINO's reader takes no other inputs than the graph's. So until it is done, a constant stands for each.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[tuple[Any, Any]] = []
+
+    def add(self, name: str, shape: Sequence[int], kind: Any) -> Any:
+        """What stands for a new input; an extent of -1 is any, and a dtype `dynamic` the plugin's choice."""
+        node = ops.parameter(ov.PartialShape(list(shape)), kind, name=name)
+        node.output(0).set_names({name})
+        there = ov.Type.f32 if kind == ov.Type.dynamic else kind
+        held = ops.constant(np.zeros([max(extent, 0) for extent in shape], there.to_dtype()))
+        self._made.append((held, node))
+        return held.output(0)
+
+    def put(self) -> list[Any]:
+        """Put the inputs in the place of what stands for them, and return their nodes."""
+        for held, node in self._made:
+            held.output(0).replace(node.output(0))
+        return [node for _, node in self._made]
+
+
 def number(value: float, like: Any) -> Any:
     """A scalar of the element type of `like`."""
     return ops.constant(np.array(value, dtype=np.float32), dtype=port(like).get_element_type())

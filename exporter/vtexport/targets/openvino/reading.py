@@ -1,4 +1,4 @@
-"""An ONNX file of a bundle as OpenVINO's model: `vtexport.nn` nodes become its own ops, caches its state."""
+"""An ONNX file of a bundle as OpenVINO's model: `vtexport.nn` nodes become its own ops, and caches get a place."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.onnx import ConversionExtension
 
 from vtexport.graph.domains import NN
-from vtexport.targets.openvino.attention import Caches
 from vtexport.targets.openvino.lowering import OWN
-from vtexport.targets.openvino.parts import Heads, attention, compressed_product, rms_norm, rotary, shared
+from vtexport.targets.openvino.pages import Paged
+from vtexport.targets.openvino.parts import Heads, Inputs, attention, compressed_product, rms_norm, rotary, shared
+from vtexport.targets.openvino.states import Variables
 
 
 class _Conversion:
     """The conversion of one graph."""
 
-    def __init__(self) -> None:
-        self.heads = Heads()
-        self.caches = Caches(self.heads)
+    def __init__(self, pages: bool) -> None:
+        self.heads, self.inputs = Heads(), Inputs()
+        self.caches: Paged | Variables = Paged(self.inputs) if pages else Variables(self.heads, self.inputs)
 
     def extensions(self) -> list[Any]:
         """What tells OpenVINO's reader about the ops of the domain `vtexport.nn`."""
@@ -29,7 +30,7 @@ class _Conversion:
             (NN, "Rotary"): self._rotary,
             (NN, "FullAttention"): self._full,
             (NN, "CausalAttention"): self._causal,
-            (OWN, "StatefulAttention"): self.caches.attend,
+            (OWN, "CachedAttention"): self.caches.attend,
             (OWN, "CompressedProduct"): self._product,
         }
         return [ConversionExtension(name, domain, converter) for (domain, name), converter in converters.items()]
@@ -61,12 +62,19 @@ class _Conversion:
         return [self.heads.merge(mixed).output(0), *(part.output(0) for part in (key, value))]
 
 
-def read_model(path: Path) -> Any:
-    """The model in the ONNX file `path`; its weights stay in the files that it points to, mapped into memory."""
-    conversion = _Conversion()
+def read_model(path: Path, pages: bool) -> Any:
+    """The model in the ONNX file `path`; its weights stay in the files that it points to, mapped into memory.
+
+    Args:
+        path: the file.
+        pages: whether caches may be blocks of shared arrays, which give no rankings; otherwise they are variables.
+    """
     frontend = FrontEndManager().load_by_framework("onnx")
+    loaded = frontend.load(str(path))
+    ranks = any("ranking" in place.get_names() for place in loaded.get_outputs())
+    conversion = _Conversion(pages and not ranks)
     for extension in conversion.extensions():
         frontend.add_extension(extension)
-    model = frontend.convert(frontend.load(str(path)))
-    sinks = conversion.caches.sinks
-    return ov.Model(model.get_results(), sinks, model.get_parameters(), path.stem) if sinks else model
+    model = frontend.convert(loaded)
+    inputs = [*model.get_parameters(), *conversion.inputs.put()]
+    return ov.Model(model.get_results(), conversion.caches.sinks, inputs, path.stem)

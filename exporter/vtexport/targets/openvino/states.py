@@ -1,12 +1,14 @@
-"""Attention to a cache that is OpenVINO's own state: two variables per layer, each of its layer's length.
+"""KV caches as OpenVINO's own state: two variables per layer, each of its layer's length.
 
-New keys and values are appended on the sequence axis, in the form that the CPU plugin fuses with attention
+Every device has them, and they give rankings; on the CPU, `vtexport.targets.openvino.pages` is faster. New keys and values are appended on the sequence axis, in the form that the CPU plugin fuses with attention
 (ReadValue, Gather by `beam_idx`, Concat, attention and Assign), so that a step copies no cache. Prompts are padded on the
 right, so a batch of unequal prompts has padding inside its caches, and every layer hides it by a mask.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,11 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from vtexport.targets.openvino.parts import Heads, attention, constant, extent, port, shared, width
+from vtexport.arrays import Array
+from vtexport.targets.openvino.caches import BatchCache, Caches
+from vtexport.targets.openvino.parts import Heads, Inputs, attention, constant, extent, port, shared, width
+
+BEAM, PROMPT = "beam_idx", "prompt"
 
 
 @dataclass(frozen=True)
@@ -34,18 +40,30 @@ class _Seen:
     mask: Any
 
 
-class Caches:
-    """The variables of a graph under conversion, and what its layers share."""
+class Variables:
+    """The caches of a graph under conversion, and what its layers share.
 
-    def __init__(self, heads: Heads) -> None:
-        self._heads = heads
-        #: the nodes that write the variables
+    The model gets two more inputs: `beam_idx` [B] int32, by which a plugin recognises such a state, the row of the state
+    that each row of the batch goes on from; and `prompt` [N, B] int64, the tokens of each row's prompt in each layer,
+    behind which the padding begins; zeros as long as there is no cache.
+
+    Attributes:
+        sinks: the nodes that write the variables.
+    """
+
+    def __init__(self, heads: Heads, inputs: Inputs) -> None:
+        self._heads, self._inputs = heads, inputs
         self.sinks: list[Any] = []
+        self._shared: tuple[Any, Any] | None = None
         self._seen: dict[str, _Seen] = {}
 
     def attend(self, context: Any) -> list[Any]:
-        """Convert a `StatefulAttention` node."""
-        query, key, value, length, beam, prompt = (context.get_input(number) for number in range(6))
+        """Convert a `CachedAttention` node."""
+        query, key, value, length = (context.get_input(number) for number in range(4))
+        if self._shared is None:
+            add = self._inputs.add
+            self._shared = add(BEAM, [-1], ov.Type.i32), add(PROMPT, [-1, -1], ov.Type.i64)
+        beam, prompt = self._shared
         num_heads, groups = context.get_attribute("num_heads"), context.get_attribute("kv_heads")
         layer, scale, rows = (context.get_attribute(name) for name in ("layer", "scale", "rows"))
         pasts, kept = [], []
@@ -103,3 +121,55 @@ def _without_padding(keys: Any, seen: _Seen) -> Any:
     last = ops.subtract(extent(keys, 2), constant([1]))
     place = ops.minimum(ops.add(seen.place, ops.multiply(behind, seen.padding)), last)
     return ops.gather(keys, place, constant(2), 1)
+
+
+@dataclass(kw_only=True, eq=False)
+class StateCache(BatchCache):
+    """A batch's KV cache: the state of an inference request of its own.
+
+    Attributes:
+        beams: [B] int64, the row of the state that each row goes on from with the next call.
+        prompt: [N, B] int64, tokens of each row's prompt in each layer; None before the first decode step.
+        filled: whether a call has filled the state.
+    """
+
+    beams: Array
+    prompt: Array | None = None
+    filled: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(state.state.byte_size) for state in self.request.query_state())
+
+    def feeds(self, length: Array) -> Mapping[str, Array]:
+        if self.filled and self.prompt is None:
+            self.prompt = np.array(length)
+        # Before the first call nothing is cached, so there is no padding to hide, wherever it may begin.
+        given = {BEAM: self.beams.astype(np.int32), PROMPT: length if self.prompt is None else self.prompt}
+        self.filled, self.beams = True, np.arange(len(self.beams))
+        return given
+
+    def retain(self, rows: Array) -> None:
+        # The next step takes these rows out of the state, and its memory shrinks then.
+        self.beams = self.beams[rows]
+        self.prompt = None if self.prompt is None else self.prompt[:, rows]
+
+
+class States(Caches):
+    """The caches of a compiled model: each batch has an inference request of its own."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        # Requests whose batches are over. Their states keep the memory, for which the system would otherwise be asked
+        # anew in the first decode step of every batch.
+        self._free: list[Any] = []
+
+    def start(self, rows: int, places: Sequence[int]) -> StateCache:
+        if self._free:
+            request = self._free.pop()
+            request.reset_state()
+        else:
+            request = self._compiled.create_infer_request()
+        cache = StateCache(request=request, beams=np.arange(rows))
+        weakref.finalize(cache, self._free.append, request)
+        return cache
