@@ -1,7 +1,7 @@
 """Where pruning pays on the CPU: batch, text length and visual tokens, dense against pruned.
 
-    python benchmarks/where.py [--target onnxruntime] [--runs 2] [--new-tokens 64] [--keep 0.25] [--threads 2]
-                               [--json FILE]
+    python benchmarks/where.py [--target openvino] [--dtype bf16] [--runs 2] [--new-tokens 64] [--keep 0.25]
+                               [--threads 2] [--json FILE]
 
 The 0.45 B model of `cpu.py`, with 576 visual tokens, and as a LLaVA-1.6 with 2,880. Sides as in `apart.py`; each cell is
 the time to the first token and that of whole answers, for all prompts of the batch. The last line is one JSON object.
@@ -23,15 +23,16 @@ from vtexport.models.spec import ViewChoice
 
 #: text tokens and prompts per batch, by tiles in a row of the image
 CELLS = {
-    0: ((0, 1), (512, 1), (0, 4), (0, 8)),
-    2: ((0, 1), (0, 4)),
+    0: ((0, 1), (512, 1), (0, 4), (512, 4), (0, 8), (512, 8)),
+    2: ((0, 1), (512, 1), (0, 4), (512, 4), (0, 8)),
 }
 VISUAL = {0: 576, 2: 2880}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="onnxruntime")
+    parser.add_argument("--target", default="openvino")
+    parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--method", default="sparsevlm")
     parser.add_argument("--keep", type=float, default=0.25)
     parser.add_argument("--runs", type=int, default=2)
@@ -53,6 +54,7 @@ def main() -> None:
                     keep,
                     method,
                     arguments.target,
+                    arguments.dtype,
                     self_check=False,
                     views=ViewChoice(grid=f"{tiles}x{tiles}" if tiles else None),
                 )
@@ -76,6 +78,7 @@ def main() -> None:
     result = {
         "device": device_name(),
         "target": arguments.target,
+        "dtype": arguments.dtype,
         "method": arguments.method,
         "keep": arguments.keep,
         "runs": arguments.runs,

@@ -14,13 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.checkpoints import MICRO, random_checkpoint
+from tests.checkpoints import MICRO, family_checkpoint, random_checkpoint
 from tests.conftest import BuildBundle, check_refused
 from vtexport.builder.build import build_dense_twin
 from vtexport.bundle.folder import Bundle
 from vtexport.micro import heldout
 from vtexport.models import read_spec
+from vtexport.models.spec import ViewChoice
 from vtexport.runtime.runner import Runner
+from vtexport.targets import get_target
 from vtexport.targets.onnxruntime import speed
 from vtexport.targets.onnxruntime.quantize import BLOCK, SCHEMES, NBits
 from vtexport.targets.quantize import Scheme
@@ -88,6 +90,23 @@ def rounded_to_8_bits(x: np.ndarray) -> np.ndarray:
     return (np.rint(blocks / np.where(scale == 0, 1, scale)) * scale).reshape(len(x), -1)[:, :columns]
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_a_head_of_tied_weights_is_rounded_and_the_embeddings_are_not(
+    target: str, build_bundle: BuildBundle, tmp_path: Path
+) -> None:
+    """The self-check of the build compares with transformers on such weights."""
+    if not get_target(target).can_run().works:
+        pytest.skip(f"{target} does not run here")
+    model = family_checkpoint(tmp_path / "model", "llava_onevision")
+    choice = ViewChoice(grid="2x2")
+    assert read_spec(model, choice).decoder.tied_embeddings
+    options: dict[str, Any] = {"target": target, "target_options": {"quantize": "int8"}}
+    bundle = Bundle.open(build_bundle(model, method="dense", views=choice, **options))
+    names = set(ir.load(bundle.folder / "engine/language.onnx").graph.initializers)
+    assert "decoder.embed_tokens.weight" in names
+    assert any(name.startswith("decoder.embed_tokens.weight.") for name in names)
+
+
 @pytest.mark.parametrize("bits", sorted(SCHEMES))
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_an_engine_is_the_rounded_model_and_smaller(bits: str, dtype: str, build_bundle: BuildBundle) -> None:
@@ -102,7 +121,9 @@ def test_an_engine_is_the_rounded_model_and_smaller(bits: str, dtype: str, build
     assert bundle.size() < plain.size() * {"fp32": 0.65, "fp16": 0.8}[dtype]
     layers = bundle.spec().decoder.num_layers
     model = ir.load(bundle.folder / "engine/language.onnx")
-    assert sum(node.op_type == "MatMulNBits" for node in model.graph) == 7 * layers
+    held = [node.attributes.get_int("bits") for node in model.graph if node.op_type == "MatMulNBits"]
+    # Seven per layer, and the head, which has 8 bits anyway.
+    assert held == 7 * layers * [int(bits.removeprefix("int"))] + [8]
     # No weight of a layer is left as it was.
     left = [weight for weight in model.graph.initializers if weight.startswith("decoder.layers")]
     assert all(w.endswith((".packed", ".scales", ".zero_points", "norm.weight")) for w in left)

@@ -142,7 +142,11 @@ def compare_engine(
     spec = model.spec
     requests = sample_requests(model, plans[0])
     precision = ROUNDED if rounded else dtype
-    reference = ReferenceModel(model.folder, spec, model.clip, _rounding(model.scheme, dtype))
+    rounding = {
+        "layers": _rounding(model.scheme, dtype),
+        "head": _rounding(None if model.scheme is None else model.scheme.head, dtype),
+    }
+    reference = ReferenceModel(model.folder, spec, model.clip, rounding)
     check, results = _check_choice if selects else _check_vision if vision_only else _check_plan, []
     for first in range(0, len(requests), batch):
         together = requests[first : first + batch]

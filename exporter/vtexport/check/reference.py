@@ -66,14 +66,17 @@ class LayerAttention:
 
 
 class ReferenceModel:
-    """transformers' model of the checkpoint's family, in fp32 with eager attention, one row at a time."""
+    """transformers' model of the checkpoint's family, in fp32 with eager attention, one row at a time.
+
+    Its weights are rounded by `rounding`, functions for the decoder's "layers" and for its "head".
+    """
 
     def __init__(
         self,
         folder: Path,
         spec: ModelSpec,
         clip: Path | None = None,
-        rounding: Callable[[Array], Array] | None = None,
+        rounding: Mapping[str, Callable[[Array], Array] | None] | None = None,
     ) -> None:
         import torch
         from transformers import AutoModelForImageTextToText, CLIPModel
@@ -84,11 +87,13 @@ class ReferenceModel:
             folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
         ).eval()
         self.spec = spec
-        if rounding is not None:
-            for layer in self.model.model.language_model.layers:
-                for module in layer.modules():
-                    if isinstance(module, torch.nn.Linear):
-                        module.weight.data = torch.from_numpy(rounding(module.weight.data.numpy()))
+        parts = {"layers": self.model.model.language_model.layers, "head": self.model.lm_head}
+        for name, rounded in (rounding or {}).items():
+            for module in parts[name].modules():
+                if rounded is not None and isinstance(module, torch.nn.Linear):
+                    # A parameter of its own, because the head's may be that of the embeddings too.
+                    weight = torch.from_numpy(rounded(module.weight.data.numpy()))
+                    module.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.clip: Any = None
         if clip is not None:
             self.clip = CLIPModel.from_pretrained(

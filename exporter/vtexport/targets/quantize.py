@@ -1,6 +1,6 @@
 """Weight-only quantisation of the decoder's linear layers, in whatever form a runtime has kernels for.
 
-The vision tower, embeddings and the head stay as they are, so that a vision stage keeps the same tokens. A runtime may
+The vision tower and embeddings stay as they are, so that a vision stage keeps the same tokens. A runtime may
 round the activations that such a weight multiplies to 8 bits on the fly, if its fast kernels want them so.
 Weights are quantised one by one as they are written.
 """
@@ -19,6 +19,8 @@ from vtexport.arrays import Array
 from vtexport.graph.weights import Lazy, add_initialiser
 
 _LAYER = re.compile(r"decoder\.layers\.\d+\..*\.weight")
+#: the head's weight, which is that of the embeddings where the two are tied
+_HEAD = ("head.weight", "decoder.embed_tokens.weight")
 
 
 class Scheme(ABC):
@@ -30,6 +32,11 @@ class Scheme(ABC):
     rounds_activations: ClassVar[bool] = False
     #: whether it takes weights in bf16, as `ml_dtypes` has them
     takes_bf16: ClassVar[bool] = False
+
+    @property
+    def head(self) -> Scheme | None:
+        """How the head is held, whose errors go into logits directly; None for as it is."""
+        return None
 
     @abstractmethod
     def tensors(self, rows: int, columns: int, dtype: ir.DataType) -> Sequence[tuple[ir.DataType, tuple[int, ...]]]:
@@ -53,17 +60,18 @@ class Scheme(ABC):
 
 
 def quantize(models: Sequence[ir.Model], scheme: Scheme) -> dict[str, Lazy]:
-    """Replace the products with the decoder's weights by those of `scheme`, in all `models`.
+    """Replace the products with the decoder's weights by those of `scheme`, and with the head's by those of its head.
 
     Returns:
         for each new initialiser, by name, how it is made from the weight that it replaces.
     """
     sources: dict[str, Lazy] = {}
-    encoder = _Encoder(scheme)
+    layers, head = _Encoder(scheme), None if scheme.head is None else _Encoder(scheme.head)
     for model in models:
         for node in list(model.graph):
             name = _weight_of(node)
-            if name is not None:
+            encoder = layers if name is not None and _LAYER.fullmatch(name) else head if name in _HEAD else None
+            if name is not None and encoder is not None:
                 sources |= _replace(model.graph, node, name, encoder)
         for domain, version in scheme.opset().items():
             scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
@@ -87,14 +95,13 @@ class _Encoder:
 
 
 def _weight_of(node: ir.Node) -> str | None:
-    """The name of the weight in a product, if it belongs to one of the decoder's layers."""
+    """The name of the weight in a product x · weightᵀ; None for other nodes."""
     if node.op_type != "MatMul" or node.inputs[1] is None:
         return None
     transpose = node.inputs[1].producer()
     if transpose is None or transpose.op_type != "Transpose" or transpose.inputs[0] is None:
         return None
-    name = transpose.inputs[0].name
-    return name if name is not None and _LAYER.fullmatch(name) else None
+    return transpose.inputs[0].name
 
 
 def _replace(graph: ir.Graph, node: ir.Node, name: str, encoder: _Encoder) -> dict[str, Lazy]:

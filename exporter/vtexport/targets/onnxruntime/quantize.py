@@ -31,6 +31,10 @@ class NBits(Scheme):
     def __init__(self, bits: int) -> None:
         self.bits = bits
 
+    @property
+    def head(self) -> Scheme:
+        return NBits(8)
+
     def tensors(self, rows: int, columns: int, dtype: ir.DataType) -> Sequence[tuple[ir.DataType, tuple[int, ...]]]:
         blocks, packed = -(-columns // BLOCK), ir.DataType.UINT8
         return [

@@ -165,8 +165,8 @@ class OpenVinoEngine:
     def _run(self, name: str, request: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run a request of graph `name`, and return copies of its outputs by name."""
         model, given = self.model(name), {key: np.ascontiguousarray(array) for key, array in feeds.items()}
-        # Part of the weights is packed when they are first used.
-        with nullcontext() if model.runs else Released(self._folder):
+        # Part of the weights is packed when a prompt first uses them, and part when a single token does.
+        with nullcontext() if model.runs > 1 else Released(self._folder):
             results = request.infer(given)
         model.runs += 1
         if self._profiling:

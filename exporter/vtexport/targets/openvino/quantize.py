@@ -40,6 +40,10 @@ class Compressed(Scheme):
     def __init__(self, bits: int) -> None:
         self.bits = bits
 
+    @property
+    def head(self) -> Scheme:
+        return Compressed(8)
+
     def tensors(self, rows: int, columns: int, dtype: ir.DataType) -> Sequence[tuple[ir.DataType, tuple[int, ...]]]:
         block = block_of(columns, self.bits)
         return [
