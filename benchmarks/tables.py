@@ -280,7 +280,7 @@ def conversation(results: Results) -> str:
 
 def latency_short(results: Results) -> str:
     """Of each precision, OpenVINO GenAI and vtexport's target that is ahead in it, dense and pruned."""
-    ahead = {"fp32": "onnxruntime", "bf16": "openvino", "int8": "openvino"}
+    ahead = {"fp32": "openvino", "bf16": "openvino", "int8": "openvino"}
     rows = [
         [_precision(point), _side(point), milliseconds(point["first_token"]), milliseconds(point["per_token"])]
         for point in results["cpu"]["result"]["points"]
