@@ -39,7 +39,8 @@ from vtexport.models.spec import ModelSpec
 from vtexport.pruning import Geometry, PruningPlan, dense_plan, make_plan, selection_plan
 from vtexport.pruning.calibration import Calibration
 from vtexport.pruning.flops import plan_flops, selection_flops
-from vtexport.runtime.generate import generate, look
+from vtexport.runtime.generate import generate
+from vtexport.runtime.inputs import look
 from vtexport.runtime.request import Request
 from vtexport.targets.engine import PrefillInput, VisionOutput
 

@@ -131,9 +131,10 @@ IMPORTS = {
     "runtime": "arrays bundle errors models pruning targets",
     "check": "arrays bundle errors models pruning runtime targets",
     "builder": "bundle check errors graph models options progress pruning targets",
+    "deploy": "bundle",
     "micro": "arrays errors",
     "measure": "arrays builder check errors micro models native options pruning runtime targets",
-    "cli": "builder bundle errors measure micro models options pruning runtime targets",
+    "cli": "builder bundle deploy errors measure micro models options pruning runtime targets",
     "vtexport": "",
     "__main__": "cli",
 }

@@ -20,7 +20,8 @@ from vtexport.bundle.folder import Bundle
 from vtexport.errors import InputError, TargetError
 from vtexport.micro import heldout
 from vtexport.pruning.decoder import slots
-from vtexport.runtime.generate import Generation, generate, look
+from vtexport.runtime.generate import Generation, generate
+from vtexport.runtime.inputs import look
 from vtexport.runtime.request import Decoding, Request
 from vtexport.runtime.runner import Runner
 from vtexport.targets.base import Compiled

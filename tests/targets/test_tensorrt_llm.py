@@ -27,7 +27,7 @@ from vtexport.errors import InputError, VerificationError
 from vtexport.measure.profile import Settings, profile
 from vtexport.models import Prompter, read_spec
 from vtexport.models.spec import ViewChoice
-from vtexport.runtime.generate import look, prefill_input
+from vtexport.runtime.inputs import look, prefill_input
 from vtexport.runtime.runner import Runner
 from vtexport.targets.onnxruntime.session import OrtEngine
 from vtexport.targets.tensorrt_llm import messages, prompts, reached

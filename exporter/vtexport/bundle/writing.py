@@ -14,8 +14,8 @@ from vtexport.bundle.manifest import MANIFEST
 from vtexport.errors import InputError, StorageError
 
 
-def check_destination(out: Path, force: bool) -> None:
-    """Refuse before any work what `write_folder` would refuse after it.
+def check_destination(out: Path, force: bool, name: str = "--out") -> None:
+    """Refuse before any work what `write_folder` would refuse after it; `name` is what the user calls `out`.
 
     Raises:
         InputError: `out` holds a bundle and `force` is not set, or it is neither a bundle nor an empty folder.
@@ -23,19 +23,20 @@ def check_destination(out: Path, force: bool) -> None:
     """
     if out.exists():
         if not out.is_dir():
-            raise InputError(f"{out} is a file; give another --out")
+            raise InputError(f"{out} is a file; give another {name}")
         occupied = any(out.iterdir())
         # --force replaces a bundle, never a folder of the user's own.
         if occupied and not (out / MANIFEST).is_file():
-            raise InputError(f"{out} is not empty and holds no bundle; give another --out")
+            raise InputError(f"{out} is not empty and holds no bundle; give another {name}")
         if occupied and not force:
-            raise InputError(f"{out} already holds a bundle; give --force to replace it, or another --out")
+            remedy = "give --force to replace it, or another --out" if name == "--out" else f"give another {name}"
+            raise InputError(f"{out} already holds a bundle; {remedy}")
     existing = _existing_parent(out)
     try:
         # Checking permissions is not enough: root has them on a read-only file system too.
         Path(tempfile.mkdtemp(prefix=".vtexport-", dir=existing)).rmdir()
     except OSError as error:
-        raise StorageError(f"{out}: {existing} is not a writable folder; give another --out") from error
+        raise StorageError(f"{out}: {existing} is not a writable folder; give another {name}") from error
 
 
 def _existing_parent(out: Path) -> Path:

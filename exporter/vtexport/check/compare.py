@@ -21,7 +21,8 @@ from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan
 from vtexport.pruning.plan import VISION
 from vtexport.pruning.selection import selecting_stage
-from vtexport.runtime.generate import generate, look, prefill_input, visual_lengths
+from vtexport.runtime.generate import generate
+from vtexport.runtime.inputs import look, prefill_input, visual_lengths
 from vtexport.runtime.request import Decoding, Request
 from vtexport.targets.engine import Engine, Selector, VisionOutput
 from vtexport.targets.quantize import Scheme

@@ -17,7 +17,8 @@ from vtexport.errors import InputError
 from vtexport.measure.machine import device_name
 from vtexport.measure.samples import sample_pictures
 from vtexport.pruning.flops import plan_flops
-from vtexport.runtime.generate import generate, look
+from vtexport.runtime.generate import generate
+from vtexport.runtime.inputs import look
 from vtexport.runtime.request import Decoding
 from vtexport.runtime.runner import Runner
 

@@ -13,7 +13,7 @@ from vtexport.models.prompt import Prompt
 from vtexport.models.spec import ViewSpec
 from vtexport.pruning.plan import VISION
 from vtexport.runtime.answer import StageReport, stage_reports
-from vtexport.runtime.generate import look
+from vtexport.runtime.inputs import look
 from vtexport.runtime.request import Request
 from vtexport.runtime.runner import Runner
 

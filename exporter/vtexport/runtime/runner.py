@@ -18,7 +18,8 @@ from vtexport.models.prompt import Prompter
 from vtexport.models.views import Views
 from vtexport.pruning import PruningPlan
 from vtexport.runtime.answer import Answer, stage_reports
-from vtexport.runtime.generate import Generation, admit, generate, prefill_input, visual_lengths
+from vtexport.runtime.generate import Generation, generate
+from vtexport.runtime.inputs import admit, prefill_input, visual_lengths
 from vtexport.runtime.ranking import Ranker, check_needed
 from vtexport.runtime.request import Decoding, Embedded, Request, Result, Timings
 from vtexport.runtime.text import TextStream

@@ -10,7 +10,7 @@ import numpy as np
 
 from vtexport.arrays import Array
 from vtexport.pruning import PruningPlan
-from vtexport.runtime.generate import look, vision_extras
+from vtexport.runtime.inputs import look, vision_extras
 from vtexport.runtime.request import Request
 from vtexport.targets.engine import Engine, VisionOutput
 

@@ -209,6 +209,18 @@ class Engine(Protocol):
         """
         ...
 
+    def join(self, cache: Cache, other: Cache) -> bool:
+        """Let the rows of another batch go on behind those of a batch, so that every later `decode` is of both.
+
+        Args:
+            cache: what `prefill` gave, updated in place.
+            other: the same, of a batch of its own, which is not used again.
+
+        Returns:
+            whether they go on together; an engine may be unable to, and then leaves both as they are.
+        """
+        ...
+
     def device_times(self) -> Mapping[str, float]:
         """Milliseconds of each graph's last call on the device itself; empty where the runtime is on the CPU."""
         ...

@@ -63,6 +63,14 @@ class LanguageCalls:
                 kept[name] = rest if rest.ndim == 1 else rest[rows]
         return kept
 
+    def joined(self, prompt: Mapping[str, Array], other: Mapping[str, Array]) -> dict[str, Array]:
+        """What `decode` needs when the rows of `other` stand behind those of `prompt`."""
+        both = [self.retained(one, np.arange(len(one["image_position"]))) for one in (prompt, other)]
+        return {
+            name: array if array.ndim == 1 and name != "image_position" else np.concatenate([array, both[1][name]])
+            for name, array in both[0].items()
+        }
+
     def stages(self, outputs: Mapping[str, Array], bucket: int) -> dict[str, Array]:
         """Of the outputs of stages, those of plan number `bucket`; others may have further stages."""
         own = self._plans[bucket].decoder_stages

@@ -139,6 +139,20 @@ class OrtEngine:
         cache.ranking = None if cache.ranking is None else cache.ranking[rows]
         return True
 
+    def join(self, cache: Cache, other: Cache) -> bool:
+        assert isinstance(cache, OrtCache)
+        assert isinstance(other, OrtCache)
+        for name, buffer in cache.buffers.items():
+            layer = _layer(name)
+            pair = ((buffer, int(cache.places[layer])), (other.buffers[name], int(other.places[layer])))
+            cache.buffers[name] = _joined(pair)
+        cache.places = np.maximum(cache.places, other.places)
+        cache.prompt = self._calls.joined(cache.prompt, other.prompt)
+        if cache.ranking is not None:
+            assert other.ranking is not None, "all caches of an engine rank or none"
+            cache.ranking = np.concatenate([cache.ranking, other.ranking])
+        return True
+
     def _buffers(self, rows: int, rooms: Array) -> dict[str, Array]:
         """Empty caches for `rows` prompts, with a layer's room of `rooms` [N] unless the graph has one of its own."""
         buffers = {}
@@ -186,6 +200,21 @@ def _rows_of(buffer: Array, rows: Array, places: int) -> Array:
     for new, old in enumerate(rows):
         copy[new, :, :places] = buffer[old, :, :places]
     return copy
+
+
+def _joined(parts: Sequence[tuple[Array, int]]) -> Array:
+    """Buffers [B, G, M, D] one behind the other, with the room of the larger one; see `_rows_of`.
+
+    Args:
+        parts: each with the number of its places that are filled.
+    """
+    rows, room = sum(len(buffer) for buffer, _ in parts), max(buffer.shape[2] for buffer, _ in parts)
+    like = parts[0][0]
+    joined, first = np.zeros((rows, like.shape[1], room, like.shape[3]), like.dtype), 0
+    for buffer, places in parts:
+        joined[first : first + len(buffer), :, :places] = buffer[:, :, :places]
+        first += len(buffer)
+    return joined
 
 
 def _exact(path: Path, options: ort.SessionOptions) -> bytes:

@@ -40,6 +40,10 @@ class BatchCache(ABC):
     def retain(self, rows: Array) -> None:
         """Let only `rows` [B'] of the batch go on."""
 
+    @abstractmethod
+    def join(self, other: BatchCache) -> bool:
+        """Let the rows of `other` go on behind those of this batch; whether that is possible."""
+
 
 class Caches(ABC):
     """The caches of a compiled language model."""

@@ -157,6 +157,14 @@ class OpenVinoEngine:
         cache.ranking = None if cache.ranking is None else cache.ranking[rows]
         return True
 
+    def join(self, cache: Cache, other: Cache) -> bool:
+        assert isinstance(cache, BatchCache)
+        assert isinstance(other, BatchCache)
+        if not cache.join(other):
+            return False
+        cache.given = self._calls.joined(cache.given, other.given)
+        return True
+
     def _step(self, cache: BatchCache, given: Mapping[str, Array]) -> dict[str, Array]:
         """Run the language graph behind a cache."""
         with self._lock:

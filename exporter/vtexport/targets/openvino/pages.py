@@ -219,6 +219,14 @@ class PagedCache(BatchCache):
             self.stores[first].give([table for row, table in enumerate(tables) if row not in staying])
             self.tables[first] = [tables[row] for row in rows]
 
+    def join(self, other: BatchCache) -> bool:
+        assert isinstance(other, PagedCache)
+        for first, tables in self.tables.items():
+            tables += other.tables[first]
+            # The blocks are this batch's now, and the other one does not give them back.
+            other.tables[first] = []
+        return True
+
 
 class Pages(Caches):
     """The caches of a compiled model; all batches run in the same inference request."""

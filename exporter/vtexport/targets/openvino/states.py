@@ -154,6 +154,10 @@ class StateCache(BatchCache):
         self.beams = self.beams[rows]
         self.prompt = None if self.prompt is None else self.prompt[:, rows]
 
+    def join(self, other: BatchCache) -> bool:
+        # Two requests have a state each.
+        return False
+
 
 class States(Caches):
     """The caches of a compiled model: each batch has an inference request of its own."""

@@ -175,6 +175,10 @@ class TensorRTEngine:
         """
         return False
 
+    def join(self, cache: Cache, other: Cache) -> bool:
+        """No row joins a batch either."""
+        return False
+
     def layer_times(self, call: Callable[[], None]) -> LayerTimes:
         times: dict[str, dict[str, float]] = {}
         self.load()

@@ -69,6 +69,9 @@ class TorchEngine:
     def retain(self, cache: Cache, rows: Array) -> bool:
         raise InputError(_NO_LANGUAGE_MODEL)
 
+    def join(self, cache: Cache, other: Cache) -> bool:
+        raise InputError(_NO_LANGUAGE_MODEL)
+
     def device_times(self) -> Mapping[str, float]:
         return self._times
 

@@ -1,0 +1,1 @@
+"""Writes bundles in the layouts of other servers and runtimes."""
