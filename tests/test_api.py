@@ -132,9 +132,10 @@ IMPORTS = {
     "check": "arrays bundle errors models pruning runtime targets",
     "builder": "bundle check errors graph models options progress pruning targets",
     "deploy": "bundle",
+    "serve": "errors models pruning runtime targets",
     "micro": "arrays errors",
     "measure": "arrays builder check errors micro models native options pruning runtime targets",
-    "cli": "builder bundle deploy errors measure micro models options pruning runtime targets",
+    "cli": "builder bundle deploy errors measure micro models options pruning runtime serve targets",
     "vtexport": "",
     "__main__": "cli",
 }

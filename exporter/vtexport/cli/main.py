@@ -17,6 +17,7 @@ COMMANDS = {
     "show": ("vtexport.cli.ask", "Draw which parts of an image a bundle keeps."),
     "profile": ("vtexport.cli.measure", "Measure latency by stage, alone or alternating with another bundle."),
     "eval": ("vtexport.cli.measure", "Count exact matches on micro-llava's held-out questions."),
+    "serve": ("vtexport.cli.serve", "Serve a bundle to clients of OpenAI's API."),
     "deploy": ("vtexport.cli.deploy", "Write a bundle as another server or runtime loads it."),
     "calibrate": ("vtexport.cli.calibrate", "Measure a model: what schedules and --keep auto rest on."),
     "inspect": ("vtexport.cli.about", "Describe a bundle, and check that its files are unchanged."),

@@ -177,7 +177,7 @@ class Runner:
             requests = self._completed(requests, [(image, question)], max_new_tokens)
         decoding, text = self.decoding(max_new_tokens), TextStream(self.prompter)
         admit(self.engine, requests, decoding)
-        vision = self._vision.look(self.engine, self.plan, requests)
+        vision = self.look(requests)
         bucket = int(self.buckets(vision)[0])
         generation = Generation(self.engine, self.plans[bucket], requests, decoding, bucket=bucket, vision=vision)
         for tokens in generation:
@@ -199,7 +199,7 @@ class Runner:
                 "alone do not carry the pruning; build with a vision-stage method such as fastervlm"
             )
         requests = [self.request(image, question) for image, question in pairs]
-        vision = self._vision.look(self.engine, self.plan, requests)
+        vision = self.look(requests)
         if selects:
             return self._selected(requests, pairs, vision)
         embedded = []
@@ -223,6 +223,10 @@ class Runner:
             images = [tokens[end - count : end] for end, count in zip(ends, counts, strict=True)]
             embedded.append(Embedded(request.prompt.text, pairs[row][1], images, self.prompter.mark))
         return embedded
+
+    def look(self, requests: Sequence[Request]) -> VisionOutput:
+        """The vision graph on the images of `requests`; of images seen lately, its outputs are kept."""
+        return self._vision.look(self.engine, self.plan, requests)
 
     def buckets(self, vision: VisionOutput) -> Array:
         """The number of the plan that each row of `vision` gets, [B] int64."""
@@ -250,7 +254,7 @@ class Runner:
         """
         admit(self.engine, requests, decoding)
         start = time.perf_counter()
-        vision = self._vision.look(self.engine, self.plan, requests)
+        vision = self.look(requests)
         looked = 1000 * (time.perf_counter() - start)
         if self.policy is None:
             results, timings = generate(self.engine, self.plan, requests, decoding, on_token=on_token, vision=vision)

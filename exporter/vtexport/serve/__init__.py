@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of one bundle: continuous batching over any engine that lets rows join."""

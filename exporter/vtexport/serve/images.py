@@ -1,0 +1,93 @@
+"""Images of requests: data URIs, and URLs of hosts that the server allows."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+from vtexport.errors import InputError
+
+_SECONDS = 10
+
+
+def fetched(url: str, hosts: Sequence[str], most: int, pixels: int) -> Any:
+    """The image behind `url`, as an RGB PIL image.
+
+    Args:
+        url: a data URI, or a URL.
+        hosts: hosts whose URLs are allowed.
+        most: bytes of the file at most.
+        pixels: pixels of the image at most.
+
+    Raises:
+        InputError: another kind of URL, a host that is not allowed, a file that cannot be had, or no such image.
+    """
+    scheme = url.partition(":")[0].lower()
+    if scheme == "data":
+        data = _data(url)
+    elif scheme in ("http", "https"):
+        data = _download(url, hosts, most)
+    else:
+        raise InputError("an image URL is neither a data URI nor http(s); give data:image/png;base64,…")
+    if len(data) > most:
+        raise InputError(f"an image has {len(data)} bytes, the server takes {most}; send a smaller file")
+    return opened(data, pixels)
+
+
+def opened(data: bytes, pixels: int) -> Any:
+    """The image in the bytes of a file, as an RGB PIL image turned as its EXIF says.
+
+    Raises:
+        InputError: no image, or more than `pixels` pixels.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            # Known from the header, before anything is decoded.
+            if image.width * image.height > pixels:
+                raise InputError(
+                    f"an image has {image.width} x {image.height} pixels, the server takes {pixels}; send a smaller one"
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every type for broken files
+        raise InputError("an image is not readable; send a whole PNG or JPEG file") from error
+
+
+def _data(url: str) -> bytes:
+    head, comma, content = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise InputError("a data URI is not in base64; give data:image/png;base64,…")
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError("a data URI is no valid base64; send the whole file") from error
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect, which could lead to a host that is not allowed."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _download(url: str, hosts: Sequence[str], most: int) -> bytes:
+    host = urllib.parse.urlsplit(url).hostname
+    if host not in hosts:
+        remedy = f"it takes those of {', '.join(hosts)}" if hosts else "send a data URI"
+        raise InputError(f"the server takes no image URLs of host {host}; {remedy}")
+    try:
+        with urllib.request.build_opener(_Stay).open(url, timeout=_SECONDS) as answer:
+            data: bytes = answer.read(most + 1)
+            return data
+    except (OSError, ValueError) as error:
+        reason = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+        raise InputError(f"an image URL of {host} cannot be read ({reason}); send a data URI") from error
