@@ -132,7 +132,9 @@ def main(given: Sequence[str] | None = None) -> None:
                 points.append({"method": method, "keep": keep, "slots": slots, **found})
                 print(points[-1], flush=True)
     names = ("model", "target", "dtype", "clients", "requests", "new_tokens")
-    report({"device": device_name(), **{name: vars(arguments)[name] for name in names}, "points": points}, arguments.json)
+    report(
+        {"device": device_name(), **{name: vars(arguments)[name] for name in names}, "points": points}, arguments.json
+    )
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
-
-pytest.importorskip("fastapi", reason="the extra serve is not installed")
-openai = pytest.importorskip("openai", reason="the client is not installed")
-
 import uvicorn
 
 from tests.checkpoints import MICRO

@@ -17,14 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.checkpoints import MICRO
 from tests.conftest import BuildBundle, noise_images
 from tests.serve.conftest import LIMITS, Running, data_uri, message, serving, wait
 from vtexport.runtime.runner import Runner
-
-openai = pytest.importorskip("openai")
 
 QUESTIONS = (
     "how many digits are there?",
@@ -96,12 +95,12 @@ def test_ignore_eos_and_stop(running: Running) -> None:
     assert answer.choices[0].finish_reason == "length"
     text = answer.choices[0].message.content
     stop = text[3:6]
-    cut = running.ask(picture, QUESTIONS[0], max_tokens=20, stop=["nothing such", stop], extra_body={"ignore_eos": True})
+    cut = running.ask(
+        picture, QUESTIONS[0], max_tokens=20, stop=["nothing such", stop], extra_body={"ignore_eos": True}
+    )
     assert cut.choices[0].message.content == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
-    pieces = running.ask(
-        picture, QUESTIONS[0], max_tokens=20, stop=stop, stream=True, extra_body={"ignore_eos": True}
-    )
+    pieces = running.ask(picture, QUESTIONS[0], max_tokens=20, stop=stop, stream=True, extra_body={"ignore_eos": True})
     assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == text[: text.index(stop)]
 
 
@@ -114,7 +113,9 @@ def test_requests_join_and_leave_a_batch_and_none_is_mixed_up(target: str, build
     # One after the other and to the end, whatever the model's own end is: row after row must get what it gets alone.
     alone = []
     for picture, question, tokens in asked:
-        generated = runner.generate([runner.request(picture, question)], replace(runner.decoding(tokens), eos_token_ids=()))
+        generated = runner.generate(
+            [runner.request(picture, question)], replace(runner.decoding(tokens), eos_token_ids=())
+        )
         alone.append(runner.prompter.decode(generated[0][0].token_ids))
     with serving(made, slots=4) as running:
         sizes = recorded_sizes(running)
@@ -160,7 +161,7 @@ def test_an_engine_that_cannot_join_answers_batch_after_batch(bundle: Path, monk
 
 
 def test_keep_auto_batches_by_plan(build_bundle: BuildBundle) -> None:
-    made = build_bundle(MICRO, "auto", "fastervlm")
+    made = build_bundle("micro-llava", "auto", "sparsevlm", buckets=(0.5, 0.25), target_accuracy=0.9)
     with serving(made, slots=8) as running:
         asked = [(picture, QUESTIONS[number % 4]) for number, picture in enumerate(noise_images(8))]
         alone = [running.server.runner.ask([pair], 8)[0].text for pair in asked]
@@ -208,7 +209,9 @@ def test_bad_requests_are_one_line(name: str, running: Running) -> None:
 def test_bad_images_are_one_line(name: str, running: Running) -> None:
     url, said = URLS[name]
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
-    status, answer = post(running, json.dumps({"model": "micro", "messages": [{"role": "user", "content": parts}]}).encode())
+    status, answer = post(
+        running, json.dumps({"model": "micro", "messages": [{"role": "user", "content": parts}]}).encode()
+    )
     assert status == 400
     assert said in answer["error"]["message"]
 

@@ -24,7 +24,7 @@ from vtexport.runtime.runner import Runner
 from vtexport.serve.metrics import Metrics
 from vtexport.targets.engine import VisionOutput
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
@@ -54,6 +54,7 @@ class Failure:
 
 
 Event = Token | End | Failure
+_BROKEN = Failure(500, "the engine failed; the server's log says why")
 
 
 @dataclass(eq=False)
@@ -202,7 +203,12 @@ class Scheduler:
         batch = Batch(self._runner.engine, plan, [job.request for job in present], decoding, vision, bucket)
         self._metrics.looked(plan, len(present))
         if self._joins and self._running:
-            self._joins = self._running[0].batch.join(batch)
+            try:
+                self._joins = self._running[0].batch.join(batch)
+            except Exception:
+                # Whatever state that left the other rows in, their answers could be wrong from here on.
+                self._failed(self._running[0].jobs, _BROKEN)
+                raise
             if self._joins:
                 self._running[0].jobs += jobs
                 return
@@ -261,8 +267,8 @@ class Scheduler:
             self._failed(jobs, Failure(400, str(error)))
         except Exception:
             # The engine's thread must outlive any request.
-            _LOG.exception("a batch failed")
-            self._failed(jobs, Failure(500, "the engine failed; the server's log says why"))
+            logger.exception("a batch failed")
+            self._failed(jobs, _BROKEN)
         return None
 
     def _failed(self, jobs: list[Job | None], failure: Failure) -> None:

@@ -127,7 +127,8 @@ class OrtEngine:
         given = self._calls.decode(cache.prompt, tokens, length, position)
         outputs = self._run(cache, given, ["logits"] if cache.ranking is None else ["logits", "ranking"])
         cache.ranking = outputs.get("ranking")
-        cache.places = cache.places + 1
+        # Of rows that have left, nothing counts any more.
+        cache.places = length.max(axis=1) + 1
         return outputs["logits"]
 
     def retain(self, cache: Cache, rows: Array) -> bool:
