@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Python compiles the modules in use at their first import; compiling all of every package takes longer.
 PIP := --quiet --disable-pip-version-check --no-compile
+# Tests start many processes, each of which would compile torch and transformers if Python might not keep the outcome.
+export PYTHONDONTWRITEBYTECODE :=
 # Where there is no GPU, the tests compile the CUDA kernels themselves and nothing else could run them.
 KERNELS := $(if $(shell command -v nvidia-smi),ON,OFF)
 BUNDLE := engines/builds/micro-llava-0.25

@@ -223,6 +223,14 @@ def test_bodies_that_are_no_request(body: bytes, running: Running) -> None:
     assert answer["error"]["type"] == "invalid_request_error"
 
 
+def test_other_paths_say_what_there_is(running: Running) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{running.url}/v1/completions")
+    assert caught.value.code == 404
+    said = json.load(caught.value)["error"]["message"]
+    assert said.startswith("GET /v1/completions: Not Found; the server has /health, /metrics, /v1/chat/completions")
+
+
 def test_large_requests_and_images_are_refused(bundle: Path) -> None:
     with serving(bundle, limits=replace(LIMITS, request_bytes=50_000, pixels=10_000)) as running:
         status, answer = post(running, b" " * 50_001)

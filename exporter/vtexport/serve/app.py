@@ -13,6 +13,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from vtexport.errors import VtexportError
@@ -152,6 +154,12 @@ def make_app(server: Server) -> FastAPI:
         code = {404: "model_not_found", 429: "rate_limit_exceeded"}.get(error.status)
         headers = {"Retry-After": "1"} if error.status == 429 else None
         return JSONResponse(error_body(str(error), error.status, code), error.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def elsewhere(request: Request, error: HTTPException) -> Response:
+        paths = ", ".join(sorted(route.path for route in app.routes if isinstance(route, Route)))
+        message = f"{request.method} {request.url.path}: {error.detail}; the server has {paths}"
+        return JSONResponse(error_body(message, error.status_code), error.status_code)
 
     @app.exception_handler(VtexportError)
     async def wrong(_: Request, error: VtexportError) -> Response:
