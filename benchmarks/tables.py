@@ -392,6 +392,35 @@ def where(results: Results) -> str:
     return table([*header, f"{tokens} tokens: dense", plan, "gain"], rows)
 
 
+def serving(results: Results) -> str:
+    """What clients get together from `vtexport serve`, one request at a time and batched."""
+    points = results["serving"]["result"]["points"]
+    alone = {point["method"]: point for point in points if point["slots"] == 1}
+    rows = []
+    for point in points:
+        plan = "`dense`" if point["method"] == "dense" else f"`{point['method']}`, keep {point['keep']:g}"
+        against = point["tokens_per_second"] / alone[point["method"]]["tokens_per_second"]
+        times = [f"{point[name]:.1f} s" for name in ("first_token", "total", "slowest")]
+        rate = f"{point['tokens_per_second']:.1f}"
+        rows.append([plan, str(point["slots"]), rate, factor(against), *times, f"{point['peak_mib'] / 1024:.1f} GiB"])
+    header = ["", "slots", "tokens per second", "against 1 slot", "first token", "whole answer", "slowest answer"]
+    return table([*header, "peak"], rows)
+
+
+def aiperf(results: Results) -> str:
+    """AIPerf's figures of one server."""
+    found = results["aiperf"]["result"]
+    named = {
+        "time_to_first_token": "time to first token, ms",
+        "inter_token_latency": "time per further token, ms",
+        "request_latency": "request, ms",
+    }
+    rows = [
+        [text, *(milliseconds(found[name][which]) for which in ("p50", "p90", "p99"))] for name, text in named.items()
+    ]
+    return table(["", "median", "90%", "99%"], rows)
+
+
 def builds(results: Results) -> str:
     """Time, memory and disk space of large builds."""
     rows = []
@@ -477,6 +506,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "latency-short": latency_short,
     "latency-ratios": latency_ratios,
     "latency-gains": latency_gains,
+    "serving": serving,
+    "aiperf": aiperf,
     "builds": builds,
     "install": install,
     "method-options": method_options,
