@@ -72,20 +72,28 @@ def run(
 @cloup.option("--image", "images", required=True, multiple=True, type=PATH, help="An image file, or a video.")
 @cloup.option("--prompt", help="A question to ask as well; it is shown with its answer.")
 @RANKING
-@cloup.option("-o", "--out", required=True, type=PATH, help="Picture to write, such as kept.png.")
+@cloup.option("-o", "--out", required=True, type=PATH, help="Picture or page to write, such as kept.png or kept.html.")
 def show(bundle: Path, images: tuple[Path, ...], prompt: str | None, ranking_from: Path | None, out: Path) -> None:
-    """Draw which parts of an image a bundle keeps.
+    """Draw which parts of an image a bundle keeps; a name that ends in .html makes a page to explore.
 
     \b
     vtexport show micro --image photo.png --prompt "what digit is red?" -o kept.png
+    vtexport show micro --image photo.png --prompt "what digit is red?" -o kept.html
     """
     from vtexport.measure.files import check_picture
-    from vtexport.measure.show import draw, save
+    from vtexport.measure.pages.page import check_page, is_page, save_page
+    from vtexport.measure.pages.show import show_page
+    from vtexport.measure.show import draw, look_at, save
     from vtexport.runtime.runner import Runner
 
-    check_picture(out, "-o")
+    page = is_page(out)
+    (check_page if page else check_picture)(out, "-o")
     runner = Runner.open(bundle, ranking_from=ranking_from)
-    save(draw(runner, runner.prompter.open_pictures(images), prompt), out)
+    shown = look_at(runner, runner.prompter.open_pictures(images), prompt)
+    if page:
+        save_page(show_page(runner, shown), out, "-o")
+    else:
+        save(draw(shown, runner.bundle.manifest.model.name), out)
     click.echo(out)
 
 

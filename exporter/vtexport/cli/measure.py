@@ -25,6 +25,7 @@ from vtexport.cli.arguments import BUNDLE, JSON, PATH, RANKING
 @cloup.option("--layers", type=click.IntRange(1), help="Also list this many of each graph's slowest layers.")
 @cloup.option("--json", "json_file", type=PATH, help="Also write the report to this file.")
 @cloup.option("--plot", "plot_file", type=PATH, help="Also draw the report into this file.")
+@cloup.option("--html", "html_file", type=PATH, help="Also write the report as a page, such as report.html.")
 def profile(
     bundle: Path,
     against: str | None,
@@ -35,11 +36,12 @@ def profile(
     layers: int | None,
     json_file: Path | None,
     plot_file: Path | None,
+    html_file: Path | None,
 ) -> None:
     """Measure latency by stage, alone or alternating with another bundle.
 
     \b
-    vtexport profile micro --against dense --plot latency.png
+    vtexport profile micro --against dense --html report.html
     """
     from vtexport.builder.build import build_dense_twin
     from vtexport.bundle.folder import Bundle
@@ -47,12 +49,16 @@ def profile(
     from vtexport.cli.report.profile import layer_table, profile_table
     from vtexport.measure import profile as profiling
     from vtexport.measure.files import check_folder
+    from vtexport.measure.pages.page import check_page, save_page
+    from vtexport.measure.pages.profile import profile_page
     from vtexport.measure.plots import check_plot, plot_profile
 
     if json_file is not None:
         check_folder(json_file, "--json")
     if plot_file is not None:
         check_plot(plot_file)
+    if html_file is not None:
+        check_page(html_file, "--html")
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(stage_progress())
         other = None if against is None else Path(against)
@@ -69,6 +75,8 @@ def profile(
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     if plot_file is not None:
         plot_profile(report, plot_file)
+    if html_file is not None:
+        save_page(profile_page(report, layers), html_file, "--html")
     stdout.print(profile_table(report))
     if layers is not None:
         stdout.print(layer_table(report, layers))

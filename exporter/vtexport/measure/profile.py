@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from vtexport.errors import InputError
 from vtexport.measure.machine import device_name
 from vtexport.measure.samples import sample_pictures
+from vtexport.options import Option
 from vtexport.pruning.flops import plan_flops
 from vtexport.runtime.generate import generate
 from vtexport.runtime.inputs import look
@@ -47,7 +49,9 @@ class Side:
 
     `stages` are measured by the wall clock, `on_device` by the GPU's own clock if there is one. `first_token` is the
     sum of preprocess, vision and prefill of the same run, pruning included; `per_token` is one decode step of the
-    whole batch. Memory is that of a separate process that opens the bundle and answers once.
+    whole batch. `gflops` are of one prompt. Memory is that of a separate process that opens the bundle and answers once.
+    `visual_tokens` is their number before pruning, `per_layer` what enters each decoder layer; `options` are those of
+    the method and of the target, `versions` those of the runtime that compiled the bundle.
     """
 
     bundle: str
@@ -59,11 +63,21 @@ class Side:
     gflops: dict[str, float] = field(default_factory=dict)
     cache_bytes: int = 0
     peak_memory_bytes: int = 0
+    model: str = ""
+    target: str = ""
+    dtype: str = ""
+    options: dict[str, Option] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    visual_tokens: int = 0
+    per_layer: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Report:
-    """A profile; speed-ups are against / this, of medians and of FLOPs; for `layers` see `layer_times`."""
+    """A profile; speed-ups are against / this, of medians and of FLOPs; for `layers` see `layer_times`.
+
+    `date` is the day of the measurement in UTC, as YYYY-MM-DD.
+    """
 
     device: str
     versions: dict[str, str]
@@ -77,6 +91,7 @@ class Report:
     speedup: dict[str, float] = field(default_factory=dict)
     flops_speedup: dict[str, float] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    date: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,7 +138,20 @@ class _Lane:
         self.image = sample_pictures(self.runner)
         self.bucket = self._bucket(settings.bucket)
         plan = self.runner.plans[self.bucket]
-        self.side = Side(label, plan.method, plan.keep, plan.mean_visual_tokens)
+        manifest = self.runner.bundle.manifest
+        self.side = Side(
+            label,
+            plan.method,
+            plan.keep,
+            plan.mean_visual_tokens,
+            model=manifest.model.name,
+            target=manifest.target.name,
+            dtype=manifest.target.dtype,
+            options={**plan.options, **manifest.target.options},
+            versions=dict(manifest.target.versions),
+            visual_tokens=plan.num_visual_tokens,
+            per_layer=list(plan.per_layer),
+        )
         self.times: dict[str, list[float]] = {stage: [] for stage in STAGES}
         self.device_times: dict[str, list[float]] = {}
         self.text_tokens = len(self.runner.prompter.prompt(QUESTION).token_ids)
@@ -239,6 +267,7 @@ def _report(lane: _Lane, settings: Settings) -> Report:
         warm_up=WARM_UP,
         runs=settings.runs,
         this=lane.side,
+        date=datetime.now(UTC).date().isoformat(),
     )
 
 

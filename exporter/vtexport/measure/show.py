@@ -1,7 +1,9 @@
-"""show: a picture of what a bundle keeps of an image, one panel per stage."""
+"""show: what a bundle keeps of an image, and a picture of it, one panel per stage."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from vtexport.arrays import Array
 from vtexport.errors import InputError, StorageError
 from vtexport.models.prompt import Prompt
 from vtexport.models.spec import ViewSpec
-from vtexport.pruning.plan import VISION
-from vtexport.runtime.answer import StageReport, stage_reports
+from vtexport.models.views import Views
+from vtexport.pruning.plan import VISION, PruningPlan
+from vtexport.runtime.answer import StageReport, cells_of, stage_reports
 from vtexport.runtime.inputs import look
 from vtexport.runtime.request import Request
 from vtexport.runtime.runner import Runner
@@ -21,49 +24,109 @@ _PANEL = 480
 _CAPTION = 28
 
 
-def draw(runner: Runner, image: Any, question: str | None = None) -> Any:
-    """The image as the vision tower sees it, then one panel per stage: kept cells bright, dropped ones dimmed.
+@dataclass(frozen=True)
+class Shown:
+    """What a bundle did with the image of a prompt.
+
+    Attributes:
+        views: the image as the vision tower sees it, a PIL image per view.
+        lines: how views lie in a picture, the numbers of those in each line: a base view above its tiles, frames of a
+            video four per line.
+        grid: patches per side of a view.
+        plan: the plan that the image got.
+        entering: the image cell of each visual token before pruning (`StageReport.grid`).
+        stages: what each stage did.
+        question: the question, or "".
+        answer: its answer, or "".
+        debug: the further outputs of a debug build; see `vtexport.runtime.request.Result`.
+        keep_chosen: whether the image's keep ratio was chosen for it.
+    """
+
+    views: Sequence[Any]
+    lines: Sequence[Sequence[int]]
+    grid: int
+    plan: PruningPlan
+    entering: Sequence[tuple[int, ...] | None]
+    stages: Sequence[StageReport]
+    question: str
+    answer: str
+    debug: Mapping[str, Array]
+    keep_chosen: bool
+
+
+def look_at(runner: Runner, image: Any, question: str | None = None) -> Shown:
+    """Let a bundle prune an image, and answer a question about it.
 
     Args:
         runner: an opened bundle.
         image: a PIL image, or several; see `vtexport.models.prompt.Prompter.views`.
-        question: if given, it is asked too, and its answer stands in the caption.
+        question: the question; None runs the vision stage alone.
+
+    Raises:
+        InputError: the method needs a question.
+    """
+    views = runner.prompter.views(image)
+    grid = runner.bundle.manifest.model.grid
+    if question is None:
+        plan, kept, debug = _unasked(runner, views)
+        stages, text = stage_reports(plan, grid, kept, views), ""
+    else:
+        answer = runner.ask([(image, question)])[0]
+        plan = next(plan for plan in runner.plans if plan.keep == answer.keep)
+        stages, text, debug = answer.stages, answer.text, answer.debug
+    return Shown(
+        views=[runner.prompter.shown(view) for view in views.pixels],
+        lines=_lines(runner.spec.views),
+        grid=grid,
+        plan=plan,
+        entering=cells_of(plan, grid, views),
+        stages=stages,
+        question=question or "",
+        answer=text,
+        debug=debug,
+        keep_chosen=runner.policy is not None,
+    )
+
+
+def _unasked(runner: Runner, views: Views) -> tuple[PruningPlan, Mapping[str, Array], Mapping[str, Array]]:
+    """What the vision stage does: the plan that the image gets, the kept indices by stage, the debug outputs."""
+    if runner.plan.decoder_stages:
+        raise InputError(f"method {runner.plan.method} keeps what the question asks for; give a question as --prompt")
+    # The decoder need not run to see what the vision stage keeps.
+    if runner.reads_question:
+        raise InputError(f"method {runner.plan.method} reads the question; give one as --prompt")
+    vision = look(runner.engine, runner.plan, [Request(Prompt((), (0,) * runner.prompter.images), views)])
+    bucket = int(runner.buckets(vision)[0])
+    kept = vision.seen(bucket).kept
+    by_stage = {} if kept is None else {VISION: kept[0][kept[0] >= 0]}
+    debug = {} if vision.score is None else {f"score.{VISION}": vision.score[0]}
+    return runner.plans[bucket], by_stage, debug
+
+
+def draw(shown: Shown, name: str) -> Any:
+    """The image as the vision tower sees it, then one panel per stage: kept cells bright, dropped ones dimmed.
+
+    Args:
+        shown: what there is to see.
+        name: what to call the model.
 
     Returns:
         A PIL image.
     """
-    views = runner.prompter.views(image)
-    seen = [runner.prompter.shown(view) for view in views.pixels]
-    model = runner.bundle.manifest.model
-    if question is None:
-        if runner.plan.decoder_stages:
-            raise InputError(
-                f"method {runner.plan.method} keeps what the question asks for; give a question as --prompt"
-            )
-        # The decoder need not run to see what the vision stage keeps.
-        if runner.reads_question:
-            raise InputError(f"method {runner.plan.method} reads the question; give one as --prompt")
-        vision = look(runner.engine, runner.plan, [Request(Prompt((), (0,) * runner.prompter.images), views)])
-        bucket = int(runner.buckets(vision)[0])
-        plan, kept = runner.plans[bucket], vision.seen(bucket).kept
-        kept_by_stage = {} if kept is None else {VISION: kept[0][kept[0] >= 0]}
-        stages = stage_reports(plan, model.grid, kept_by_stage, views)
-        keep, caption = plan.keep, f"{model.name}: {plan.num_visual_tokens} visual tokens"
-    else:
-        answer = runner.ask([(image, question)])[0]
-        stages, keep, caption = answer.stages, answer.keep, f"{question} {answer.text}"
-    if runner.policy is not None:
-        caption += f" (keep {keep:g} chosen)"
-    lines = _lines(runner.spec.views)
-    panels = [_panel(_mosaic(seen, lines), caption)]
-    for stage in stages:
-        dimmed = [_dimmed(view, model.grid, _of_view(stage, number)) for number, view in enumerate(seen)]
-        panels.append(_panel(_mosaic(dimmed, lines), _describe(stage)))
+    caption = f"{name}: {shown.plan.num_visual_tokens} visual tokens"
+    if shown.question:
+        caption = f"{shown.question} {shown.answer}"
+    if shown.keep_chosen:
+        caption += f" (keep {shown.plan.keep:g} chosen)"
+    panels = [_panel(_mosaic(shown.views, shown.lines), caption)]
+    for stage in shown.stages:
+        dimmed = [_dimmed(view, shown.grid, _of_view(stage, number)) for number, view in enumerate(shown.views)]
+        panels.append(_panel(_mosaic(dimmed, shown.lines), _describe(stage)))
     return _beside(panels)
 
 
 def _lines(views: ViewSpec) -> list[list[int]]:
-    """How views lie in a panel: a base view above its tiles, frames of a video four per line."""
+    """See `Shown.lines`."""
     lines = []
     for image in range(views.images):
         first = image * views.views
@@ -81,7 +144,7 @@ def _of_view(stage: StageReport, view: int) -> list[tuple[int, ...]]:
     return [cell[-2:] for cell in stage.grid if cell is not None and (len(cell) == 2 or cell[0] == view)]
 
 
-def _mosaic(views: list[Any], lines: list[list[int]]) -> Any:
+def _mosaic(views: Sequence[Any], lines: Sequence[Sequence[int]]) -> Any:
     """The views in one square picture, line by line."""
     from PIL import Image
 

@@ -206,6 +206,22 @@ class Prompter:
         plain = pixels * std + mean if processor.do_normalize else pixels
         return Image.fromarray(np.clip(plain.transpose(1, 2, 0) * 255 + 0.5, 0, 255).astype(np.uint8))
 
+    def pieces(self, prompt: Prompt) -> list[str]:
+        """The text that each token of `prompt` stands for, with what precedes it since the token before.
+
+        Of several tokens for one character, the first has it.
+        """
+        if not self.tokenizer.is_fast:
+            # Only tokenizers in Rust know places; by itself, a token of the others may lose the space before it.
+            return [str(self.tokenizer.decode([token])) for token in prompt.token_ids]
+        found = self.tokenizer(prompt.text, return_offsets_mapping=True)
+        pieces, upto = [], 0
+        for token, (_, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+            piece, upto = prompt.text[upto : max(upto, end)], max(upto, end)
+            if token != self._spec.image_token_id:
+                pieces.append(piece)
+        return pieces
+
     def decode(self, token_ids: list[int]) -> str:
         """The text of `token_ids`, special tokens left out."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()

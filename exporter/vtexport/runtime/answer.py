@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class Answer:
         stages: what each stage did.
         timings_ms: `preprocess`, `vision`, `prefill`, `per_token`, of the rows that ran together: the whole batch, or
             with `--keep auto` the rows of equal keep ratio (`vision` always of the whole batch).
+        debug: the further outputs of a debug build, arrays by name (`vtexport.runtime.request.Result`); else empty.
     """
 
     text: str
@@ -58,10 +59,12 @@ class Answer:
     visual_tokens: dict[str, float]
     stages: list[StageReport]
     timings_ms: dict[str, float | None]
+    debug: Mapping[str, Array] = field(default_factory=dict, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `vtexport run --json` prints."""
+        """The object that `vtexport run --json` prints; it has no arrays."""
         data = asdict(self)
+        del data["debug"]
         for stage in data["stages"]:
             stage["in"] = stage.pop("tokens_in")
         return data
@@ -70,7 +73,7 @@ class Answer:
 def stage_reports(plan: PruningPlan, grid: int, kept: Mapping[str, Array], views: Views) -> list[StageReport]:
     """What `plan` did with the images `views`, given the kept indices of each stage by its name (`Result.kept`)."""
     reports = []
-    cells = _cells(plan, grid, views)
+    cells = cells_of(plan, grid, views)
     entering = len(cells)
     for stage in plan.stages:
         # A stage that merges every patch lists no kept tokens, but keeps the leading ones.
@@ -85,7 +88,7 @@ def stage_reports(plan: PruningPlan, grid: int, kept: Mapping[str, Array], views
     return reports
 
 
-def _cells(plan: PruningPlan, grid: int, views: Views) -> list[tuple[int, ...] | None]:
+def cells_of(plan: PruningPlan, grid: int, views: Views) -> list[tuple[int, ...] | None]:
     """The image cell of every visual token before pruning; see `StageReport.grid`."""
     patches = grid * grid
 

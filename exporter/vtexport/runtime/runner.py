@@ -301,6 +301,7 @@ class Runner:
             },
             stages=stage_reports(plan, self.bundle.manifest.model.grid, result.kept, views),
             timings_ms={name: None if spent is None else round(spent, 3) for name, spent in times.items()},
+            debug=result.debug,
         )
 
 

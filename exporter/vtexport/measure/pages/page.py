@@ -1,0 +1,98 @@
+"""What all pages share: the templates' environment, how numbers are written, and the file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vtexport.errors import InputError, StorageError
+from vtexport.measure.files import check_folder
+
+SUFFIX = ".html"
+_TEMPLATES = Path(__file__).parent
+
+
+def is_page(path: Path) -> bool:
+    """Whether the suffix of `path` asks for a page."""
+    return path.suffix.lower() == SUFFIX
+
+
+def check_page(path: Path, flag: str) -> None:
+    """Refuse, before any work, a file that cannot become a page; `flag` is the flag that named it.
+
+    Raises:
+        InputError: its suffix is not .html, or it is a folder.
+        StorageError: its folder does not exist.
+    """
+    if not is_page(path):
+        raise InputError(f"{path}: not the name of a page; give a {flag} that ends in {SUFFIX}")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give another {flag}")
+    check_folder(path, flag)
+
+
+def rendered(template: str, values: Mapping[str, Any], script: str = "") -> str:
+    """The page that `template` makes of `values`, with the file `script` in it if one is named.
+
+    Text in `values` is escaped. The page's own policy forbids every request, and every script but that one.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    # Prompts, answers and paths come from outside: whatever is put into a page is text, never markup.
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(milliseconds=milliseconds, times=times, size=size, significant=significant, share=share)
+    code = (_TEMPLATES / script).read_text(encoding="utf-8") if script else ""
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    policy = f"'sha256-{digest}'" if code else "'none'"
+    return environment.get_template(template).render(values, code=code, scripts=policy)
+
+
+def save_page(text: str, path: Path, flag: str) -> None:
+    """Write a page to `path`, whole or not at all; `flag` is the flag that named it.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"{path}: {error.strerror or error}; give another {flag}") from error
+
+
+def milliseconds(value: float) -> str:
+    """As `vtexport profile` prints them."""
+    return f"{value:.2f}"
+
+
+def times(value: float) -> str:
+    """A ratio."""
+    return f"{value:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def size(value: int) -> str:
+    """Bytes, in MB or GB."""
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def significant(value: float) -> str:
+    """Four digits."""
+    text = f"{value:.4g}"
+    return f"{value:.0f}" if "e+" in text else text
+
+
+def share(value: float, whole: float) -> str:
+    """`value` in percent of `whole`, for lengths of a drawing."""
+    return f"{100 * value / whole:.3f}" if whole else "0"

@@ -1,0 +1,203 @@
+"""The page of `vtexport show`: the image with its patches, stage by stage."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vtexport.arrays import Array
+from vtexport.measure.pages.page import rendered
+from vtexport.measure.show import Shown
+from vtexport.models.prompt import Prompt
+from vtexport.pruning.plan import VISION
+from vtexport.runtime.answer import StageReport
+from vtexport.runtime.runner import Runner
+
+#: a view's number, and a row and a column of its patches
+Cell = tuple[int, int, int]
+KEPT, MERGED, DROPPED, ABSENT = "kmd-"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The patches before pruning, or behind one stage.
+
+    Attributes:
+        name: what the page calls it.
+        entering: visual tokens that entered the stage; before pruning, all of them.
+        kept: tokens that stay as they were.
+        recycled: tokens made by merging others.
+        own: patches that have a token of their own.
+        merged: patches that a merged token stands for, as far as a debug build tells.
+        scores: the patches' scores in this stage, in a debug build.
+        ranks: the rank of each of them among all tokens rated there, from 1.
+        rated: the number of these tokens.
+    """
+
+    name: str
+    entering: int
+    kept: int
+    recycled: int
+    own: Collection[Cell]
+    merged: Collection[Cell]
+    scores: Mapping[Cell, float]
+    ranks: Mapping[Cell, int]
+    rated: int
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens that go on."""
+        return self.kept + self.recycled
+
+
+def moments(shown: Shown) -> list[Moment]:
+    """The patches before pruning and behind each stage, in order."""
+    cells = [None if cell is None else _with_view(cell) for cell in shown.entering]
+    # The patches that each token stands for: a merged one has several, a newline none.
+    members = [frozenset(() if cell is None else (cell,)) for cell in cells]
+    found = [Moment("before pruning", len(cells), len(cells), 0, {c for c in cells if c}, (), {}, {}, 0)]
+    for stage in shown.stages:
+        score, cluster = (shown.debug.get(f"{kind}.{stage.where}") for kind in ("score", "cluster"))
+        rated = cells if stage.where != VISION else _patches(shown)
+        scores, ranks, number = ({}, {}, 0) if score is None else _ranked(score, rated)
+        members = [members[i] for i in stage.index] + _merged(stage, cluster, members)
+        cells = [cells[i] for i in stage.index] + [None] * stage.recycled
+        merged = frozenset().union(*(m for m, cell in zip(members, cells, strict=True) if cell is None))
+        own = {cell for cell in cells if cell is not None}
+        found.append(
+            Moment(_name(stage), stage.tokens_in, stage.kept, stage.recycled, own, merged, scores, ranks, number)
+        )
+    return found
+
+
+def show_page(runner: Runner, shown: Shown) -> str:
+    """A page of what the bundle of `runner` did with an image."""
+    manifest, found = runner.bundle.manifest, moments(shown)
+    prompt = runner.prompter.prompt(shown.question) if shown.question else None
+    patches = [[_states(shown, moment, view) for moment in found] for view in range(len(shown.views))]
+    values = {
+        "shown": shown,
+        "plan": shown.plan,
+        "bundle": runner.bundle.folder,
+        "manifest": manifest,
+        "moments": found,
+        "pictures": [_data_uri(view) for view in shown.views],
+        "paths": [[{kind: _path(s, kind, shown.grid) for kind in KEPT + MERGED + DROPPED + ABSENT} for s in view]
+                  for view in patches],
+        "words": None if prompt is None else _words(runner, prompt, shown.debug.get("raters")),
+        "raters": None if shown.plan.methods.decoder is None else shown.plan.methods.decoder.raters,
+        "scored": any(moment.scores for moment in found),
+        "tells": any(moment.merged for moment in found),
+        # Only the decoder's stages give out what they merge.
+        "could_tell": not manifest.debug and any(stage.recycled for stage in shown.plan.decoder_stages.values()),
+        "could_score": any(part.scores for part in shown.plan.methods.parts),
+        "data": _data(shown, found, patches),
+    }  # fmt: skip
+    return rendered("show.html.jinja", values, "show.js")
+
+
+def _with_view(cell: tuple[int, ...]) -> Cell:
+    view, row, column = cell if len(cell) == 3 else (0, *cell)
+    return view, row, column
+
+
+def _patches(shown: Shown) -> list[Cell | None]:
+    """Every patch of every view, as a vision stage counts them."""
+    grid = shown.grid
+    return [(view, row, column) for view in range(len(shown.views)) for row in range(grid) for column in range(grid)]
+
+
+def _ranked(score: Array, cells: list[Cell | None]) -> tuple[dict[Cell, float], dict[Cell, int], int]:
+    """Scores and ranks by patch, and the number of tokens that have a score; the padding of a row has none."""
+    values = np.asarray(score, dtype=np.float64)[: len(cells)]
+    order = [int(i) for i in np.argsort(-values, kind="stable") if np.isfinite(values[i])]
+    rank = {place: number for number, place in enumerate(order, start=1)}
+    of_patches = {place: cell for place in order if (cell := cells[place]) is not None}
+    return (
+        {cell: float(f"{values[place]:.4g}") for place, cell in of_patches.items()},
+        {cell: rank[place] for place, cell in of_patches.items()},
+        len(order),
+    )
+
+
+def _merged(stage: StageReport, cluster: Array | None, members: list[frozenset[Cell]]) -> list[frozenset[Cell]]:
+    """The patches of each merged token; none where the build does not say what was merged."""
+    merged: list[frozenset[Cell]] = [frozenset()] * stage.recycled
+    kept = set(stage.index)
+    for place, number in enumerate([] if cluster is None else cluster[: len(members)].tolist()):
+        if number >= 0 and place not in kept:
+            merged[number] |= members[place]
+    return merged
+
+
+def _name(stage: StageReport) -> str:
+    return "vision stage" if stage.where == VISION else f"after decoder layer {stage.where.rpartition('.')[2]}"
+
+
+def _states(shown: Shown, moment: Moment, view: int) -> str:
+    """One letter per patch of a view, row by row."""
+    present = {_with_view(cell) for cell in shown.entering if cell is not None}
+
+    def state(cell: Cell) -> str:
+        if cell in moment.own:
+            return KEPT
+        if cell in moment.merged:
+            return MERGED
+        return DROPPED if cell in present else ABSENT
+
+    return "".join(state((view, row, column)) for row in range(shown.grid) for column in range(shown.grid))
+
+
+def _runs(states: str, kind: str, grid: int) -> Iterator[tuple[int, int, int]]:
+    """Row, first column and length of every run of patches in state `kind`."""
+    for row in range(grid):
+        line, column = states[row * grid : (row + 1) * grid], 0
+        while (column := line.find(kind, column)) >= 0:
+            length = len(line[column:]) - len(line[column:].lstrip(kind))
+            yield row, column, length
+            column += length
+
+
+def _path(states: str, kind: str, grid: int) -> str:
+    """An SVG path around the patches in state `kind`, a patch being one unit wide."""
+    return "".join(f"M{column} {row}h{length}v1h-{length}z" for row, column, length in _runs(states, kind, grid))
+
+
+def _data_uri(view: Any) -> str:
+    file = io.BytesIO()
+    view.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _words(runner: Runner, prompt: Prompt, raters: Array | None) -> list[tuple[str, bool]]:
+    """The pieces of the prompt behind its last image, and whether each of them rates."""
+    pieces, first = runner.prompter.pieces(prompt), prompt.image_positions[-1]
+    return [(piece, raters is not None and bool(raters[place])) for place, piece in enumerate(pieces) if place >= first]
+
+
+def _data(shown: Shown, found: list[Moment], patches: list[list[str]]) -> dict[str, Any]:
+    """What the page's script reads."""
+
+    def listed(values: Mapping[Cell, Any], view: int) -> list[Any]:
+        return [values.get(cell) for cell in _patches(shown) if cell is not None and cell[0] == view]
+
+    return {
+        "grid": shown.grid,
+        "moments": [
+            {"name": m.name, "tokens": m.tokens, "entering": m.entering, "recycled": m.recycled, "rated": m.rated}
+            for m in found
+        ],
+        "views": [
+            {
+                "states": states,
+                "scores": [listed(m.scores, view) if m.scores else None for m in found],
+                "ranks": [listed(m.ranks, view) if m.ranks else None for m in found],
+            }
+            for view, states in enumerate(patches)
+        ],
+    }
