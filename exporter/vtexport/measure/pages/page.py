@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from vtexport.errors import InputError, StorageError
 from vtexport.measure.files import check_folder
+from vtexport.options import Option
 
 SUFFIX = ".html"
 _TEMPLATES = Path(__file__).parent
@@ -50,7 +51,8 @@ def rendered(template: str, values: Mapping[str, Any], script: str = "") -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(milliseconds=milliseconds, times=times, size=size, significant=significant, share=share)
+    filters = (milliseconds, times, size, significant, share, listed, short)
+    environment.filters.update({function.__name__: function for function in filters})
     code = (_TEMPLATES / script).read_text(encoding="utf-8") if script else ""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = f"'sha256-{digest}'" if code else "'none'"
@@ -93,6 +95,21 @@ def significant(value: float) -> str:
     return f"{value:.0f}" if "e+" in text else text
 
 
+def short(name: str) -> str:
+    """A model's name without the folder, or the owner, before it."""
+    return PurePath(name).name or name
+
+
 def share(value: float, whole: float) -> str:
     """`value` in percent of `whole`, for lengths of a drawing."""
     return f"{100 * value / whole:.3f}" if whole else "0"
+
+
+def listed(options: Mapping[str, Option]) -> str:
+    """Options with their values; those that are empty are left out."""
+    shown = {True: "yes", False: "no"}
+    return "; ".join(
+        f"{name.replace('_', ' ')} {shown[value] if isinstance(value, bool) else value}"
+        for name, value in options.items()
+        if value != "" and value is not None
+    )

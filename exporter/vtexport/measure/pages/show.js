@@ -4,7 +4,31 @@
   const slider = document.getElementById("stage");
   const views = [...document.querySelectorAll(".view")];
   const rows = [...document.querySelectorAll("#fate tbody tr")];
+  const patch = document.getElementById("patch");
+  let chosen = null;
+  const shade = document.getElementById("shade");
   const scored = document.querySelectorAll("#fate thead th").length === 4;
+
+  // The patches that a stage rated, the more opaque the higher they rank.
+  const heat = (moment) => {
+    if (!shade) return;
+    for (const svg of views) {
+      const { scores, ranks } = data.views[Number(svg.dataset.view)];
+      const shown = shade.checked && scores[moment];
+      svg.classList.toggle("shaded", Boolean(shown));
+      const layer = svg.querySelector(".heat");
+      layer.replaceChildren();
+      if (!shown) continue;
+      ranks[moment].forEach((rank, place) => {
+        if (rank === null) return;
+        const rect = document.createElementNS(svg.namespaceURI, "rect");
+        const set = { x: place % data.grid, y: Math.floor(place / data.grid), width: 1, height: 1 };
+        for (const [name, value] of Object.entries(set)) rect.setAttribute(name, value);
+        rect.setAttribute("fill-opacity", (0.85 * (1 - (rank - 1) / data.moments[moment].rated) ** 2).toFixed(3));
+        layer.append(rect);
+      });
+    }
+  };
 
   const turnTo = (moment) => {
     for (const group of document.querySelectorAll(".moment")) {
@@ -18,11 +42,13 @@
     const now = document.getElementById("now");
     const strong = document.createElement("strong");
     const value = document.createElement("data");
-    strong.textContent = name;
+    strong.textContent = name[0].toUpperCase() + name.slice(1);
     value.value = value.textContent = String(tokens);
-    const merged = recycled ? `, ${recycled} of them merged` : "";
+    const merged = recycled ? `, ${recycled} merged` : "";
     now.replaceChildren(strong, " ", value, ` of ${data.moments[0].tokens} visual tokens${merged}`);
     slider.setAttribute("aria-valuetext", now.textContent);
+    heat(moment);
+    if (chosen) tell();
   };
 
   // What became of a patch in a stage, given its states before and behind it.
@@ -34,9 +60,34 @@
     return before === "m" ? "dropped, as merged" : "dropped";
   };
 
-  const choose = (view, row, column) => {
-    const place = row * data.grid + column;
+  const digits = (score) => (score !== 0 && Math.abs(score) < 0.001 ? score.toExponential(2) : score.toPrecision(3));
+
+  // What there is to say of the chosen patch: at the stage shown in one line, at all of them in the table.
+  const tell = () => {
+    const { view, row, column } = chosen;
     const { states, scores, ranks } = data.views[view];
+    const place = row * data.grid + column;
+    const title = `${views.length > 1 ? `View ${view + 1}, row` : "Row"} ${row + 1}, column ${column + 1}`;
+    const facts = (moment) => {
+      const became = fate(states[moment - 1][place], states[moment][place]);
+      const score = scores[moment] ? scores[moment][place] : null;
+      if (score === null) return [became, "", ""];
+      return [became, digits(score), `${ranks[moment][place]} of ${data.moments[moment].rated}`];
+    };
+    document.getElementById("where").textContent = title;
+    rows.forEach((line, number) => {
+      const cells = line.querySelectorAll("td");
+      const [became, score, rank] = facts(number + 1);
+      (scored ? [score, rank, became] : [became]).forEach((text, cell) => { cells[cell].textContent = text; });
+    });
+    const moment = Number(slider.value);
+    const [became, score, rank] = moment ? facts(moment) : ["", "", ""];
+    const said = moment ? `: ${became || "gone before"}${score && `, score ${score}, rank ${rank}`}` : "";
+    patch.textContent = title + said;
+  };
+
+  const choose = (view, row, column) => {
+    chosen = { view, row, column };
     for (const svg of views) {
       const cursor = svg.querySelector(".cursor");
       const here = Number(svg.dataset.view) === view;
@@ -46,21 +97,17 @@
         cursor.setAttribute("y", row);
       }
     }
-    const title = `Row ${row + 1}, column ${column + 1}`;
-    document.getElementById("where").textContent = views.length > 1 ? `View ${view + 1}, ${title.toLowerCase()}` : title;
-    rows.forEach((line, number) => {
-      const moment = number + 1;
-      const cells = line.querySelectorAll("td");
-      cells[cells.length - 1].textContent = fate(states[moment - 1][place], states[moment][place]);
-      if (!scored) return;
-      const score = scores[moment] ? scores[moment][place] : null;
-      cells[0].textContent = score === null ? "" : String(score);
-      cells[1].textContent = score === null ? "" : `${ranks[moment][place]} of ${data.moments[moment].rated}`;
-    });
-    document.getElementById("hint").hidden = true;
-    document.getElementById("fate").hidden = rows.length === 0;
+    tell();
   };
 
+  slider.addEventListener("input", () => turnTo(Number(slider.value)));
+  if (shade) shade.addEventListener("change", () => heat(Number(slider.value)));
+  // A reloaded page may come back with the slider where it was.
+  turnTo(Number(slider.value));
+
+  // Where nothing is pruned, there is nothing to choose.
+  if (rows.length === 0) return;
+  for (const hidden of [".control", ".readout", ".patch"]) document.querySelector(hidden).hidden = false;
   const last = data.grid - 1;
   const within = (number) => Math.min(Math.max(number, 0), last);
   for (const svg of views) {
@@ -93,10 +140,4 @@
       move(at[0] + step[0], at[1] + step[1]);
     });
   }
-
-  slider.addEventListener("input", () => turnTo(Number(slider.value)));
-  document.querySelector(".readout").hidden = false;
-  if (data.moments.length > 1) document.querySelector(".control").hidden = false;
-  // A reloaded page may come back with the slider where it was.
-  turnTo(Number(slider.value));
 })();

@@ -50,6 +50,11 @@ class Moment:
     rated: int
 
     @property
+    def short(self) -> str:
+        """The name in a table."""
+        return self.name.removeprefix("after decoder ")
+
+    @property
     def tokens(self) -> int:
         """Visual tokens that go on."""
         return self.kept + self.recycled
@@ -174,10 +179,14 @@ def _data_uri(view: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _words(runner: Runner, prompt: Prompt, raters: Array | None) -> list[tuple[str, bool]]:
-    """The pieces of the prompt behind its last image, and whether each of them rates."""
-    pieces, first = runner.prompter.pieces(prompt), prompt.image_positions[-1]
-    return [(piece, raters is not None and bool(raters[place])) for place, piece in enumerate(pieces) if place >= first]
+def _words(runner: Runner, prompt: Prompt, raters: Array | None) -> list[tuple[str, str, bool]]:
+    """The pieces of the prompt behind its last image: the space before each, its text, and whether it rates."""
+    first, words = prompt.image_positions[-1], []
+    for place, piece in enumerate(runner.prompter.pieces(prompt)[first:], start=first):
+        text = piece.lstrip()
+        space = piece[: len(piece) - len(text)] if place > first else ""
+        words.append((space, text, raters is not None and bool(raters[place])))
+    return words
 
 
 def _data(shown: Shown, found: list[Moment], patches: list[list[str]]) -> dict[str, Any]:
