@@ -630,6 +630,25 @@ def test_patches_tell_their_score_by_pointer_tap_and_key(browser, written: dict[
     visit.leave(written["kept"])
 
 
+def test_patches_are_shaded_by_rank(browser, written: dict[str, Path]) -> None:
+    visit = Visit(browser, written["kept"], 1280)
+    page, data = visit.page, data_of(Page(written["kept"].read_text(encoding="utf-8")))
+    assert page.locator(".heat rect").count() == 0
+    page.locator("#shade").check()
+    for moment in range(len(data["moments"])):
+        page.locator("#stage").fill(str(moment))
+        ranks = [rank for rank in (data["views"][0]["ranks"][moment] or []) if rank is not None]
+        rects = page.locator(".heat rect")
+        shades = rects.evaluate_all("all => all.map(rect => Number(rect.getAttribute('fill-opacity')))")
+        assert len(shades) == len(ranks)
+        # The better the rank, the stronger the shade.
+        ordered = [shade for _, shade in sorted(zip(ranks, shades, strict=True))]
+        assert ordered == sorted(shades, reverse=True)
+    page.locator("#shade").uncheck()
+    assert page.locator(".heat rect").count() == 0
+    visit.leave(written["kept"])
+
+
 def test_without_javascript_the_last_stage_is_there(browser, written: dict[str, Path]) -> None:
     context = browser.new_context(java_script_enabled=False, viewport={"width": 360, "height": 800})
     page = context.new_page()
