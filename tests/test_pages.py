@@ -351,7 +351,8 @@ def test_a_debug_build_shows_scores_raters_and_what_was_merged(debug_bundle: Pat
     entering: list[Any] = [divmod(i, 12) for i in range(144)]
     for number, stage in enumerate(stages, start=1):
         score = np.asarray(shown.debug[f"score.{stage.where}"], dtype=float)
-        assert len(score) == len(entering) == data["moments"][number]["rated"]
+        assert len(score) == len(entering)
+        assert data["moments"][number]["rated"] == [len(entering)]
         order = list(np.argsort(-score, kind="stable"))
         for place, cell in enumerate(entering):
             if cell is None:
@@ -416,6 +417,12 @@ def test_tiles_lie_as_in_the_image_each_with_its_own_patches(build_bundle, tmp_p
         assert bool(absent) == (view > 0)
         assert {i for i, score in enumerate(data["views"][view]["scores"][1]) if score is None} == absent
         assert all({i for i, state in enumerate(row) if state == ABSENT} == absent for row in states)
+        # Every view is pruned by itself: the ranks of its patches, padding aside, start at 1, and the first ones stay.
+        ranks = [rank for rank in data["views"][view]["ranks"][1] if rank is not None]
+        assert sorted(ranks) == list(range(1, data["moments"][1]["rated"][view] + 1))
+        kept = [state == KEPT for state in states[1]]
+        best = [rank is not None and rank <= sum(kept) for rank in data["views"][view]["ranks"][1]]
+        assert kept == best
     # Newlines are tokens without a patch.
     assert data["moments"][0]["tokens"] > sum(view["states"][0].count(KEPT) for view in data["views"])
 

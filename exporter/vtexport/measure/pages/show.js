@@ -13,7 +13,8 @@
   const heat = (moment) => {
     if (!shade) return;
     for (const svg of views) {
-      const { scores, ranks } = data.views[Number(svg.dataset.view)];
+      const view = Number(svg.dataset.view);
+      const { scores, ranks } = data.views[view];
       const shown = shade.checked && scores[moment];
       svg.classList.toggle("shaded", Boolean(shown));
       const layer = svg.querySelector(".heat");
@@ -24,7 +25,7 @@
         const rect = document.createElementNS(svg.namespaceURI, "rect");
         const set = { x: place % data.grid, y: Math.floor(place / data.grid), width: 1, height: 1 };
         for (const [name, value] of Object.entries(set)) rect.setAttribute(name, value);
-        rect.setAttribute("fill-opacity", (0.85 * (1 - (rank - 1) / data.moments[moment].rated) ** 2).toFixed(3));
+        rect.setAttribute("fill-opacity", (0.85 * (1 - (rank - 1) / data.moments[moment].rated[view]) ** 2).toFixed(3));
         layer.append(rect);
       });
     }
@@ -72,7 +73,7 @@
       const became = fate(states[moment - 1][place], states[moment][place]);
       const score = scores[moment] ? scores[moment][place] : null;
       if (score === null) return [became, "", ""];
-      return [became, digits(score), `${ranks[moment][place]} of ${data.moments[moment].rated}`];
+      return [became, digits(score), `${ranks[moment][place]} of ${data.moments[moment].rated[view]}`];
     };
     document.getElementById("where").textContent = title;
     rows.forEach((line, number) => {

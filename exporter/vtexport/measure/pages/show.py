@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,9 @@ class Moment:
         own: patches that have a token of their own.
         merged: patches that a merged token stands for, as far as a debug build tells.
         scores: the patches' scores in this stage, in a debug build.
-        ranks: the rank of each of them among all tokens rated there, from 1.
-        rated: the number of these tokens.
+        ranks: the rank of each of them, from 1: in the vision stage among the patches of its view, which is pruned by
+            itself, in the decoder among all visual tokens.
+        rated: by view, the number of tokens that these ranks are of.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Moment:
     merged: Collection[Cell]
     scores: Mapping[Cell, float]
     ranks: Mapping[Cell, int]
-    rated: int
+    rated: Sequence[int]
 
     @property
     def short(self) -> str:
@@ -65,17 +66,16 @@ def moments(shown: Shown) -> list[Moment]:
     cells = [None if cell is None else _with_view(cell) for cell in shown.entering]
     # The patches that each token stands for: a merged one has several, a newline none.
     members = [frozenset(() if cell is None else (cell,)) for cell in cells]
-    found = [Moment("before pruning", len(cells), len(cells), 0, {c for c in cells if c}, (), {}, {}, 0)]
+    found = [Moment("before pruning", len(cells), len(cells), 0, {c for c in cells if c}, (), {}, {}, ())]
     for stage in shown.stages:
         score, cluster = (shown.debug.get(f"{kind}.{stage.where}") for kind in ("score", "cluster"))
-        rated = cells if stage.where != VISION else _patches(shown)
-        scores, ranks, number = ({}, {}, 0) if score is None else _ranked(score, rated)
+        scores, ranks, rated = ({}, {}, ()) if score is None else _rated(shown, stage, score, cells)
         members = [members[i] for i in stage.index] + _merged(stage, cluster, members)
         cells = [cells[i] for i in stage.index] + [None] * stage.recycled
         merged = frozenset().union(*(m for m, cell in zip(members, cells, strict=True) if cell is None))
         own = {cell for cell in cells if cell is not None}
         found.append(
-            Moment(_name(stage), stage.tokens_in, stage.kept, stage.recycled, own, merged, scores, ranks, number)
+            Moment(_name(stage), stage.tokens_in, stage.kept, stage.recycled, own, merged, scores, ranks, rated)
         )
     return found
 
@@ -111,23 +111,38 @@ def _with_view(cell: tuple[int, ...]) -> Cell:
     return view, row, column
 
 
-def _patches(shown: Shown) -> list[Cell | None]:
+def _patches(shown: Shown) -> list[Cell]:
     """Every patch of every view, as a vision stage counts them."""
     grid = shown.grid
     return [(view, row, column) for view in range(len(shown.views)) for row in range(grid) for column in range(grid)]
 
 
-def _ranked(score: Array, cells: list[Cell | None]) -> tuple[dict[Cell, float], dict[Cell, int], int]:
-    """Scores and ranks by patch, and the number of tokens that have a score; the padding of a row has none."""
-    values = np.asarray(score, dtype=np.float64)[: len(cells)]
+def _rated(
+    shown: Shown, stage: StageReport, score: Array, cells: Sequence[Cell | None]
+) -> tuple[dict[Cell, float], dict[Cell, int], tuple[int, ...]]:
+    """Scores, ranks and numbers for a `Moment`, from a stage's scores; `cells` are those of the tokens that entered."""
+    views, values = len(shown.views), np.asarray(score, dtype=np.float64)
+    if stage.where != VISION:
+        scores, ranks, number = _ranked(values[: len(cells)], cells)
+        return scores, ranks, (number,) * views
+    of_views = [
+        _ranked(part, [cell for cell in _patches(shown) if cell[0] == view])
+        for view, part in enumerate(values.reshape(views, -1))
+    ]
+    scores = {cell: value for part, _, _ in of_views for cell, value in part.items()}
+    ranks = {cell: rank for _, part, _ in of_views for cell, rank in part.items()}
+    return scores, ranks, tuple(number for _, _, number in of_views)
+
+
+def _ranked(values: Array, cells: Sequence[Cell | None]) -> tuple[dict[Cell, float], dict[Cell, int], int]:
+    """Scores and ranks by patch, and the number of tokens that have a score; padding has none."""
     order = [int(i) for i in np.argsort(-values, kind="stable") if np.isfinite(values[i])]
-    rank = {place: number for number, place in enumerate(order, start=1)}
-    of_patches = {place: cell for place in order if (cell := cells[place]) is not None}
-    return (
-        {cell: float(f"{values[place]:.4g}") for place, cell in of_patches.items()},
-        {cell: rank[place] for place, cell in of_patches.items()},
-        len(order),
-    )
+    scores, ranks = {}, {}
+    for rank, place in enumerate(order, start=1):
+        cell = cells[place]
+        if cell is not None:
+            scores[cell], ranks[cell] = float(f"{values[place]:.4g}"), rank
+    return scores, ranks, len(order)
 
 
 def _merged(stage: StageReport, cluster: Array | None, members: list[frozenset[Cell]]) -> list[frozenset[Cell]]:
@@ -193,7 +208,7 @@ def _data(shown: Shown, found: list[Moment], patches: list[list[str]]) -> dict[s
     """What the page's script reads."""
 
     def listed(values: Mapping[Cell, Any], view: int) -> list[Any]:
-        return [values.get(cell) for cell in _patches(shown) if cell is not None and cell[0] == view]
+        return [values.get(cell) for cell in _patches(shown) if cell[0] == view]
 
     return {
         "grid": shown.grid,
