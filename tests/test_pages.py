@@ -48,7 +48,7 @@ FETCHING = {
 class Page(HTMLParser):
     """A page as elements: (tag, attributes, text inside without that of elements in it)."""
 
-    VOID = frozenset({"meta", "link", "input", "br", "img"})
+    VOID = frozenset({"meta", "link", "input", "wbr"})
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -212,8 +212,10 @@ def test_text_in_the_report_is_no_markup() -> None:
     made = report()
     made.this.bundle = '</title></td><script>alert("1")</script>'
     made.this.model = "<b>'model'&amp;"
+    made.this.method = "<i>a+b"
     page = check_asks_for_nothing(profile_page(made), scripts=0)
-    assert page.one("h1") == "<b>'model'&amp;: sparsevlm, keep 0.25, against dense"
+    assert page.one("h1") == "<b>'model'&amp;: <i>a+b, keep 0.25, against dense"
+    assert page.find("i") == []
     assert ({}, made.this.bundle) in page.find("td")
 
 
