@@ -7,8 +7,9 @@ from pathlib import Path
 from vtexport.bundle.folder import Bundle
 from vtexport.bundle.writing import check_destination, write_folder
 from vtexport.deploy.base import Road
+from vtexport.deploy.triton.road import TritonRoad
 
-_ALL: tuple[Road, ...] = ()
+_ALL: tuple[Road, ...] = (TritonRoad(),)
 #: roads by name
 ROADS = {road.name: road for road in _ALL}
 
