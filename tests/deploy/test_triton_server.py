@@ -6,6 +6,7 @@ What is named takes tritonserver's options, and its Python backend finds vtexpor
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import os
@@ -20,14 +21,17 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.deploy.model_config import parsed
 from vtexport.bundle.folder import Bundle
+from vtexport.bundle.manifest import MANIFEST, encode
 from vtexport.deploy.roads import ROADS, deploy
 from vtexport.micro import heldout
 from vtexport.models.prompt import open_image
@@ -61,6 +65,23 @@ class Running:
         data = None if body is None else json.dumps(body).encode()
         with urllib.request.urlopen(f"http://localhost:{self.http}/{path}", data, timeout=60) as reply:
             return bytes(reply.read())
+
+    @contextmanager
+    def reply(self, **inputs: Any) -> Iterator[http.client.HTTPResponse]:
+        """The reply to a request about the first example, to be read piece by piece; its connection closes behind it."""
+        body = {"IMAGE": url(EXAMPLES[0].image), "PROMPT": EXAMPLES[0].question.text, **inputs}
+        with closing(http.client.HTTPConnection("localhost", self.http, timeout=60)) as connection:
+            connection.request("POST", "/v2/models/vtexport/generate_stream", json.dumps(body))
+            with connection.getresponse() as reply:
+                yield reply
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
     def stream(self, **inputs: Any) -> list[dict[str, Any]]:
         """The responses to a request, as they came."""
@@ -100,8 +121,27 @@ def server(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     deploy(Bundle.open(micro_bundle), ROADS["triton"], folder / "out")
     running = started(folder / "out" / "models", folder / "log")
     yield running
-    running.process.kill()
-    running.process.wait()
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def endless_bundle(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose answers end at their limit alone."""
+    folder = tmp_path_factory.mktemp("endless") / "bundle"
+    shutil.copytree(micro_bundle, folder)
+    manifest = Bundle.open(folder).manifest
+    model = msgspec.structs.replace(manifest.model, eos_token_ids=[])
+    (folder / MANIFEST).write_bytes(encode(msgspec.structs.replace(manifest, model=model)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endless(endless_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("triton")
+    deploy(Bundle.open(endless_bundle), ROADS["triton"], folder / "out")
+    running = started(folder / "out" / "models", folder / "log")
+    yield running
+    running.stop()
 
 
 def url(image: Any) -> str:
@@ -203,16 +243,39 @@ def test_the_client_of_the_page_gets_its_answer(server: Running, micro_runner: R
     assert (done.returncode, done.stdout) == (0, answer.text), done.stderr
 
 
-def test_the_server_stops_when_it_is_told_to(micro_bundle: Path, tmp_path: Path) -> None:
-    """It finishes what it was asked, and ends with exit code 0."""
-    deploy(Bundle.open(micro_bundle), ROADS["triton"], tmp_path / "out")
+def test_pieces_come_while_the_answer_is_made(endless: Running) -> None:
+    start = time.monotonic()
+    with endless.reply(MAX_NEW_TOKENS=400) as reply:
+        reply.readline()
+        first = time.monotonic() - start
+        rest = reply.read()
+    assert rest.count(b"TOKEN_IDS") > 100
+    assert first < 0.5 * (time.monotonic() - start)
+
+
+def test_a_client_that_goes_away_holds_up_nobody(endless: Running) -> None:
+    def seconds(reading: bool) -> float:
+        start = time.monotonic()
+        with endless.reply(MAX_NEW_TOKENS=1600) as reply:
+            reply.read() if reading else reply.readline()
+        with endless.reply(MAX_NEW_TOKENS=1) as reply:
+            assert b"length" in reply.read()
+        return time.monotonic() - start
+
+    whole = seconds(reading=True)
+    assert seconds(reading=False) < 0.5 * whole
+
+
+def test_the_server_finishes_what_it_was_asked_and_stops(endless_bundle: Path, tmp_path: Path) -> None:
+    deploy(Bundle.open(endless_bundle), ROADS["triton"], tmp_path / "out")
     running = started(tmp_path / "out" / "models", tmp_path / "log")
-    example = EXAMPLES[1]
-    with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(running.stream, IMAGE=url(example.image), PROMPT=example.question.text) for _ in range(4)]
-        answers = [one.result() for one in asked]
+    with ExitStack() as stack:
+        replies = [stack.enter_context(running.reply(MAX_NEW_TOKENS=400)) for _ in range(4)]
+        for reply in replies:
+            reply.readline()
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(STOP_S) == 0
-    assert all(answer[-1]["FINISHED"] for answer in answers)
-    log = running.log.read_text(errors="replace")
-    assert "Traceback" not in log
+        for reply in replies:
+            events = reply.read().decode().strip().split("\n\n")
+            assert json.loads(events[-1].removeprefix("data:"))["FINISH_REASON"] == "length"
+    assert running.process.wait(STOP_S) == 0
+    assert "Traceback" not in running.log.read_text(errors="replace")
