@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import noise_images
 from tests.deploy import triton_stand_in as triton
@@ -48,14 +49,16 @@ def request(image: Any, question: str | list[Any] | None, count: int | None = No
     return Request({**inputs, **more}, sender)
 
 
-def opened(bundle: Path) -> Answering:
+def opened(bundle: Path, **args: str) -> Answering:
+    """A model that was initialised with `args` besides those of a CPU."""
+
     class Model(Answering):
         pass
 
     Model.bundle = bundle
     model = Model()
     parameters = {"threads": {"string_value": "1"}}
-    model.initialize({"model_instance_kind": "CPU", "model_config": json.dumps({"parameters": parameters})})
+    model.initialize({"model_instance_kind": "CPU", "model_config": json.dumps({"parameters": parameters}), **args})
     return model
 
 
@@ -221,6 +224,15 @@ def test_every_image_gets_its_own_plan(adaptive_bundle: Path) -> None:
     for one, answer in zip(requests, runner.ask(PAIRS), strict=True):
         assert one.joined() == (answer.text, answer.token_ids)
         assert one.last["VISUAL_TOKENS"][0] == pytest.approx(answer.visual_tokens["mean"])
+
+
+def test_an_instance_works_on_its_own_gpu(micro_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    opened(micro_bundle, model_instance_kind="GPU", model_instance_device_id="1")
+    assert chosen == [1]
+    opened(micro_bundle)
+    assert chosen == [1]
 
 
 def test_a_bundle_that_cannot_be_opened_is_not_ready(bundle_copy: Path) -> None:

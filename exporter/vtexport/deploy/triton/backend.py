@@ -159,7 +159,7 @@ class Answering:
         for bucket in map(int, np.unique(buckets)):
             numbers = np.flatnonzero(buckets == bucket)
             seen = vision if len(numbers) == len(rows) else vision.rows(numbers)
-            self._decode([rows[number] for number in numbers], bucket, seen)
+            self._decode([rows[number] for number in numbers.tolist()], bucket, seen)
 
     def _decode(self, rows: Sequence[Row], bucket: int, vision: VisionOutput) -> None:
         runner, plan = self._runner, self._runner.plans[bucket]

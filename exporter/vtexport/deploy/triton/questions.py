@@ -15,9 +15,7 @@ import numpy as np
 from vtexport.arrays import Array
 from vtexport.errors import InputError, first_line
 from vtexport.models.conversation import Question
-
-#: tokens per answer at most, if a request does not say
-MAX_NEW_TOKENS = 64
+from vtexport.runtime.runner import MAX_NEW_TOKENS
 
 
 @dataclass(frozen=True)

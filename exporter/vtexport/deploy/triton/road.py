@@ -53,8 +53,8 @@ class TritonRoad(Road):
         manifest = bundle.manifest
         if manifest.target.name not in _BACKENDS:
             raise InputError(
-                f"{bundle.folder} was built for {manifest.target.name}, which has no place in Triton's repository; build "
-                f"it with --target {', '.join(list(_BACKENDS)[:-1])} or {list(_BACKENDS)[-1]}"
+                f"{bundle.folder} was built for {manifest.target.name}, which has no road to Triton; build it with "
+                "--target onnxruntime, openvino or tensorrt"
             )
         for part in manifest.pruning_plans()[0].methods.parts:
             for extra in part.extras:
