@@ -69,20 +69,48 @@ def build_dense_twin(bundle: Bundle, out: Path, progress: Progress | None = None
     There is no self-check: transformers also needs the weights of layers that no engine runs, which no bundle holds.
 
     Raises:
-        InputError: `bundle` is dense itself, or its target keeps weights inside its engines.
+        InputError: see `check_twin`.
     """
-    manifest = bundle.manifest
-    plans = manifest.pruning_plans()
-    if not plans[0].stages:
-        raise InputError(f"{bundle.folder} is dense itself; give another bundle to compare it with")
-    weights = sorted((bundle.folder / ENGINE_FOLDER).glob("*.safetensors"))
-    if not weights:
+    check_twin(bundle, "dense")
+    return _twin(bundle, dense_plan(bundle.manifest.pruning_plans()[0]), out, progress)
+
+
+def build_random_twin(bundle: Bundle, keep: float, out: Path, progress: Progress | None = None) -> Bundle:
+    """As `build_dense_twin`, a bundle of method `random` at keep ratio `keep`.
+
+    Raises:
+        InputError: see `check_twin`; or a ratio that leaves no token.
+    """
+    check_twin(bundle, "random")
+    return _twin(bundle, make_plan("random", Geometry.of(bundle.spec()), keep=keep), out, progress)
+
+
+def check_twin(bundle: Bundle, method: str) -> None:
+    """Refuse a bundle of which no twin of `method`, dense or random, can be built, or none that differs from it.
+
+    Raises:
+        InputError: it is such a bundle itself, it prunes nothing, or its target keeps weights inside its engines.
+    """
+    plan = bundle.manifest.pruning_plans()[0]
+    if not plan.stages or plan.method == method:
+        itself = method if plan.method == method else "dense"
+        raise InputError(f"{bundle.folder} is {itself} itself; give another bundle to compare it with")
+    if not _weights(bundle):
         raise InputError(
-            f"{bundle.folder} holds compiled engines, not weights; build a dense bundle and give its folder"
+            f"{bundle.folder} holds compiled engines, not weights; build a {method} bundle and give its folder"
         )
-    checkpoint = Checkpoint.of_files(bundle.folder, weights)
+
+
+def _weights(bundle: Bundle) -> list[Path]:
+    return sorted((bundle.folder / ENGINE_FOLDER).glob("*.safetensors"))
+
+
+def _twin(bundle: Bundle, plan: PruningPlan, out: Path, progress: Progress | None) -> Bundle:
+    """The bundle of the same model, target and dtype with another plan."""
+    manifest = bundle.manifest
+    checkpoint = Checkpoint.of_files(bundle.folder, _weights(bundle))
     source = Source(manifest.model.name, bundle.folder, bundle.processor_folder, checkpoint, bundle.spec())
-    engines = EngineSpec([dense_plan(plans[0])], manifest.target.dtype)
+    engines = EngineSpec([plan], manifest.target.dtype)
     return assemble(source, engines, bundle.target(), out, progress or Silent(), self_check=False)
 
 

@@ -16,7 +16,7 @@ COMMANDS = {
     "run": ("vtexport.cli.ask", "Answer questions about images."),
     "show": ("vtexport.cli.ask", "Draw which parts of an image a bundle keeps."),
     "profile": ("vtexport.cli.measure", "Measure latency by stage, alone or alternating with another bundle."),
-    "eval": ("vtexport.cli.measure", "Count exact matches on micro-llava's held-out questions."),
+    "eval": ("vtexport.cli.evaluate", "Score a bundle's answers to questions, beside those of other bundles."),
     "serve": ("vtexport.cli.serve", "Serve a bundle to clients of OpenAI's API."),
     "deploy": ("vtexport.cli.deploy", "Write a bundle as another server or runtime loads it."),
     "calibrate": ("vtexport.cli.calibrate", "Measure a model: what schedules and --keep auto rest on."),

@@ -1,4 +1,4 @@
-"""vtexport profile and vtexport eval."""
+"""vtexport profile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import cloup
 
-from vtexport.cli.arguments import BUNDLE, JSON, PATH, RANKING
+from vtexport.cli.arguments import BUNDLE, PATH
 
 
 @cloup.command("profile")
@@ -82,32 +82,4 @@ def profile(
         stdout.print(layer_table(report, layers))
 
 
-@cloup.command("eval")
-@BUNDLE
-@cloup.option("--limit", type=int, help="Ask only this many of the questions, the first ones.")
-@RANKING
-@JSON
-def evaluate(bundle: Path, limit: int | None, ranking_from: Path | None, as_json: bool) -> None:
-    """Count exact matches on micro-llava's held-out questions.
-
-    \b
-    vtexport eval micro --limit 200
-    """
-    from vtexport.cli.console import stage_progress, stdout
-    from vtexport.cli.report.profile import score_table
-    from vtexport.measure.evaluate import evaluate as evaluate_bundle
-    from vtexport.micro.heldout import NUM_QUESTIONS
-    from vtexport.runtime.runner import Runner
-
-    number = NUM_QUESTIONS if limit is None else limit
-    runner = Runner.open(bundle, ranking_from=ranking_from)
-    with stage_progress() as progress:
-        progress.stage("ask held-out questions", number)
-        score = evaluate_bundle(runner, number, progress.advance)
-    if as_json:
-        click.echo(json.dumps(score.to_json()))
-    else:
-        stdout.print(score_table(score))
-
-
-COMMANDS = {"profile": profile, "eval": evaluate}
+COMMANDS = {"profile": profile}

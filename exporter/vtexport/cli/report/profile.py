@@ -1,11 +1,10 @@
-"""The output of `vtexport profile` and `vtexport eval`."""
+"""The output of `vtexport profile`."""
 
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
 
 from vtexport.cli.report.layout import facts, make_table, megabytes
-from vtexport.measure.evaluate import Score
 from vtexport.measure.profile import STAGES, Report, Side
 
 
@@ -61,15 +60,3 @@ def _conditions(report: Report) -> str:
         f"tokens, {report.runs} runs after {report.warm_up} to warm up; first token = preprocess + vision + prefill, "
         "pruning included"
     )
-
-
-def score_table(score: Score) -> RenderableType:
-    """The table that `vtexport eval` prints."""
-    table = make_table("questions", "right", "of", "accuracy")
-    for kind, (right, total) in score.by_kind.items():
-        table.add_row(kind, str(right), str(total), f"{right / total:.1%}")
-    table.add_row("all", str(score.right), str(score.total), f"{score.accuracy:.1%}")
-    if len(score.by_keep) == 1:
-        return table
-    shares = ", ".join(f"keep {keep:g} for {count / score.total:.0%}" for keep, count in score.by_keep.items())
-    return Group(table, "", f"{shares} of the questions, {score.mean_visual_tokens:.4g} visual tokens on average")
