@@ -223,7 +223,7 @@ def ask(
                     metric.score(answer.text, item.answers),
                     answer.keep,
                     answer.visual_tokens["mean"],
-                    _first_token(times),
+                    first_token(times),
                     times["per_token"],
                     warm_up=start == 0 and batch < len(items),
                 )
@@ -245,5 +245,6 @@ def _answers(runner: Runner, items: Sequence[Item], max_new_tokens: int) -> list
         raise InputError(f"{where}: {error}") from error
 
 
-def _first_token(times: Mapping[str, float | None]) -> float:
+def first_token(times: Mapping[str, float | None]) -> float:
+    """Milliseconds to the first token, of an answer's `timings_ms`."""
     return sum(spent for stage, spent in times.items() if stage != "per_token" and spent is not None)

@@ -7,6 +7,8 @@ Only lmms-eval imports this module; vtexport does without it.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -18,18 +20,20 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 
 from vtexport.errors import InputError
+from vtexport.measure.evaluate import first_token
 from vtexport.runtime.answer import Answer
 from vtexport.runtime.runner import MAX_NEW_TOKENS, Runner
 
-_GREEDY = {"temperature": (0, None), "do_sample": (False, None), "num_beams": (1, None)}
+#: options of a task by which it would not decode greedily, and their value if it does
+_GREEDY = {"temperature": 0, "do_sample": False, "num_beams": 1}
 
 
 def manifest() -> ModelManifest:
     """What lmms-eval's registry knows the model by."""
-    return ModelManifest(model_id="vtexport", chat_class_path=f"{__name__}.{VtexportModel.__name__}")
+    return ModelManifest(model_id="vtexport", chat_class_path=f"{__name__}.{BundleModel.__name__}")
 
 
-class VtexportModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
+class BundleModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
     """A bundle that answers lmms-eval's requests.
 
     Args:
@@ -37,7 +41,7 @@ class VtexportModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         batch_size: prompts per batch.
         threads: threads of the runtime; 0 leaves the number to it.
         ranking_from: a bundle that ranks visual tokens, for method sgl.
-        others: none; lmms-eval passes whatever stands in its command line.
+        others: whatever else stands in lmms-eval's command line.
 
     Raises:
         VtexportError: the bundle cannot be opened or cannot answer, or an argument has no effect.
@@ -56,11 +60,13 @@ class VtexportModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         super().__init__()
         if not bundle:
             raise InputError("no bundle is given; write --model_args bundle=DIR")
-        given = [name for name, value in others.items() if value is not None]
-        if given:
-            raise InputError(f"{given[0]} has no effect on a bundle; leave it out (known: bundle, threads, ranking_from)")
+        for name, value in others.items():
+            if value is not None:
+                raise InputError(f"{name} has no effect on a bundle; leave it out, or give threads or ranking_from")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise InputError(f"--batch_size {batch_size} is no number of prompts; give 1 or more")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("a bundle answers in one process; start lmms-eval without accelerate or torchrun")
         self._batch = int(batch_size)
         # Nothing is kept of an image, so that times are those of new images.
         self.runner = Runner.open(bundle, int(threads), ranking_from, vision_cache=0)
@@ -74,14 +80,17 @@ class VtexportModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         """
         texts: list[str] = []
         answers: list[Answer] = []
+        spent = 0.0
         for batch in _batches(requests, self._batch):
             options = batch[0].args[1]
-            _check_greedy(options)
+            _check_greedy(options, batch[0].task_name)
             pairs = [self._pair(request) for request in batch]
+            start = time.perf_counter()
             answered = self.runner.ask(pairs, int(options.get("max_new_tokens") or MAX_NEW_TOKENS))
+            spent += time.perf_counter() - start
             answers += answered
             texts += [_cut(answer.text, options.get("until")) for answer in answered]
-        _log(answers, self._batch)
+        _report(answers, spent)
         return texts
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
@@ -91,17 +100,18 @@ class VtexportModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
             InputError: always.
         """
         raise InputError(
-            f"task {requests[0].task_name} scores likelihoods, which a bundle does not give; choose a task that generates"
+            f"task {requests[0].task_name} scores likelihoods, and a bundle, which decodes greedily, gives none; choose a "
+            "task that generates"
         )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not there: these tasks make each prompt out of the answer before.
+        """Not there: in these tasks, prompts depend on the answers before.
 
         Raises:
             InputError: always.
         """
         raise InputError(
-            f"task {requests[0].task_name} asks in several rounds, which this model class does not; choose another task"
+            f"task {requests[0].task_name} asks in rounds, which a bundle is not asked in; choose another task"
         )
 
     def _pair(self, request: Instance) -> tuple[Any, Any]:
@@ -109,20 +119,31 @@ class VtexportModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         to_messages, _, number, task, split = request.args
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][number]))
         images, videos, audios = messages.extract_media()
+        where = f"task {task}, document {number}"
         if videos or audios:
-            raise InputError(f"task {task} has {'videos' if videos else 'sound'}; a bundle takes images here")
-        pictures = [image.convert("RGB") for image in images]
-        if len(pictures) != self.runner.prompter.images:
+            raise InputError(f"{where} has a video or sound, and a bundle is asked about images; choose another task")
+        if len(images) != self.runner.prompter.images:
             raise InputError(
-                f"task {task}, document {number}: it has {len(pictures)} images, but the bundle takes "
-                f"{self.runner.prompter.images} per prompt"
+                f"{where} has {len(images)} images, but the bundle takes {self.runner.prompter.images} per prompt; choose "
+                "another task, or build with another --images"
             )
-        turns = [message.model_dump(include={"role", "content"}) for message in messages.messages]
+        pictures = [image.convert("RGB") for image in images]
+        # What stands in an image's place is its mark alone; the images come beside the messages.
+        turns = [
+            {
+                "role": message.role,
+                "content": [
+                    {"type": "text", "text": part.text} if part.type == "text" else {"type": part.type}
+                    for part in message.content
+                ],
+            }
+            for message in messages.messages
+        ]
         return pictures[0] if len(pictures) == 1 else pictures, turns
 
 
 def _batches(requests: Sequence[Instance], size: int) -> Iterator[list[Instance]]:
-    """Up to `size` requests at a time, in their order, whose options are the same."""
+    """Up to `size` requests at a time, in their order, all with the same options."""
     batch: list[Instance] = []
     for request in requests:
         if batch and (len(batch) == size or request.args[1] != batch[0].args[1]):
@@ -133,20 +154,32 @@ def _batches(requests: Sequence[Instance], size: int) -> Iterator[list[Instance]
         yield batch
 
 
-def _check_greedy(options: Mapping[str, Any]) -> None:
-    for name, plain in _GREEDY.items():
-        if options.get(name) not in plain:
-            raise InputError(f"the task wants {name}={options[name]}, but bundles decode greedily; give --gen_kwargs {name}={plain[0]}")
+def _check_greedy(options: Mapping[str, Any], task: str) -> None:
+    for name, greedy in _GREEDY.items():
+        if options.get(name) not in (None, greedy):
+            raise InputError(
+                f"task {task} has {name}={options[name]}, but a bundle decodes greedily; give --gen_kwargs {name}={greedy}"
+            )
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:
     """`text` up to the first of the stop texts."""
     stops = [until] if isinstance(until, str) else until or []
-    for stop in stops:
-        if stop:
-            text = text.split(stop)[0]
-    return text.strip()
+    return min((text.split(stop)[0] for stop in stops if stop), key=len, default=text).strip()
 
 
-def _log(answers: Sequence[Answer], batch: int) -> None:
-    """Report speed where lmms-eval reports that of its other models."""
+def _report(answers: Sequence[Answer], spent: float) -> None:
+    """Speed, where lmms-eval reports that of its other models; medians in milliseconds, `spent` in seconds."""
+    tokens = sum(len(answer.token_ids) for answer in answers)
+    steps = [step for answer in answers if (step := answer.timings_ms["per_token"]) is not None]
+    log_metrics(
+        total_elapsed_time=spent,
+        total_gen_tokens=tokens,
+        avg_speed=tokens / spent if spent else 0.0,
+        additional_metrics={
+            "num_requests": len(answers),
+            "first_token_ms": median(first_token(answer.timings_ms) for answer in answers),
+            **({"per_token_ms": median(steps)} if steps else {}),
+            "mean_visual_tokens": sum(answer.visual_tokens["mean"] for answer in answers) / len(answers),
+        },
+    )
