@@ -135,7 +135,7 @@ IMPORTS = {
     "serve": "errors models pruning runtime targets",
     "micro": "arrays errors",
     "measure": "arrays builder check errors micro models native options pruning runtime targets",
-    "cli": "builder bundle deploy errors measure micro models options pruning runtime serve targets",
+    "cli": "builder bundle deploy errors measure models options pruning runtime serve targets",
     "vtexport": "",
     "__main__": "cli",
 }

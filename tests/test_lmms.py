@@ -100,7 +100,9 @@ def opened(lmms: ModuleType, bundle: Path, documents: list[dict[str, Any]] | Non
 
 def requests(count: int, options: dict[str, Any] | None = None) -> list[Any]:
     return [
-        SimpleNamespace(args=(messages, options or {"max_new_tokens": 6}, number, "micro", "test"), task_name="micro")
+        SimpleNamespace(
+            args=("", messages, options or {"max_new_tokens": 6}, number, "micro", "test"), task_name="micro"
+        )
         for number in range(count)
     ]
 
@@ -180,6 +182,6 @@ def test_what_a_bundle_cannot_do_is_refused(
 def test_videos_are_refused(lmms: ModuleType, micro_bundle: Path) -> None:
     model = opened(lmms, micro_bundle, [{}])
     video = [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "what?"}]}]
-    request = SimpleNamespace(args=(lambda _document: video, {}, 0, "micro", "test"), task_name="micro")
+    request = SimpleNamespace(args=("", lambda _document: video, {}, 0, "micro", "test"), task_name="micro")
     with pytest.raises(InputError, match="document 0 has a video or sound"):
         model.generate_until([request])

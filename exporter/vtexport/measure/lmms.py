@@ -82,7 +82,7 @@ class BundleModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         answers: list[Answer] = []
         spent = 0.0
         for batch in _batches(requests, self._batch):
-            options = batch[0].args[1]
+            options = _options(batch[0])
             _check_greedy(options, batch[0].task_name)
             pairs = [self._pair(request) for request in batch]
             start = time.perf_counter()
@@ -116,7 +116,7 @@ class BundleModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
 
     def _pair(self, request: Instance) -> tuple[Any, Any]:
         """The pictures and the messages of a request, as `Runner.ask` takes them."""
-        to_messages, _, number, task, split = request.args
+        _, to_messages, _, number, task, split = request.args
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][number]))
         images, videos, audios = messages.extract_media()
         where = f"task {task}, document {number}"
@@ -142,11 +142,17 @@ class BundleModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         return pictures[0] if len(pictures) == 1 else pictures, turns
 
 
+def _options(request: Instance) -> Mapping[str, Any]:
+    """How its task wants answers generated."""
+    options: Mapping[str, Any] = request.args[2]
+    return options
+
+
 def _batches(requests: Sequence[Instance], size: int) -> Iterator[list[Instance]]:
     """Up to `size` requests at a time, in their order, all with the same options."""
     batch: list[Instance] = []
     for request in requests:
-        if batch and (len(batch) == size or request.args[1] != batch[0].args[1]):
+        if batch and (len(batch) == size or _options(request) != _options(batch[0])):
             yield batch
             batch = []
         batch.append(request)

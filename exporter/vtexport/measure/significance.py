@@ -76,7 +76,7 @@ def mcnemar(better: int, worse: int) -> float:
     for successes in range(min(better, worse) + 1):
         tail += term
         term = term * (total - successes) // (successes + 1)
-    return min(1.0, 2 * tail / 2**total)
+    return min(1.0, float(2 * tail / 2**total))
 
 
 def sign_flips(differences: Sequence[float]) -> float:

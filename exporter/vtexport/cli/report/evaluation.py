@@ -26,8 +26,8 @@ def _scores(score: Score) -> RenderableType:
     """Scores by kind of question, of one bundle."""
     table = make_table("questions", "right", "of", "accuracy")
     for kind, (right, total) in score.by_kind.items():
-        table.add_row(kind, f"{right:g}", str(total), f"{right / total:.1%}")
-    table.add_row("all", f"{sum(score.scores):.5g}", str(score.total), f"{score.accuracy:.1%}")
+        table.add_row(kind, _marks(right), str(total), f"{right / total:.1%}")
+    table.add_row("all", _marks(sum(score.scores)), str(score.total), f"{score.accuracy:.1%}")
     return table
 
 
@@ -81,6 +81,10 @@ def _shares(score: Score) -> str:
 def _speed(score: Score) -> str:
     step = "" if score.per_token is None else f", {score.per_token:.2f} ms per token"
     return f"{score.mean_visual_tokens:.4g} visual tokens, {score.first_token:.2f} ms to the first token{step}"
+
+
+def _marks(score: float) -> str:
+    return f"{score:.1f}".removesuffix(".0")
 
 
 def _milliseconds(spent: float | None) -> str:
