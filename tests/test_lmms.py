@@ -179,6 +179,13 @@ def test_what_a_bundle_cannot_do_is_refused(
         opened(lmms, micro_bundle)
 
 
+def test_tasks_without_messages_are_refused(lmms: ModuleType, micro_bundle: Path) -> None:
+    """lmms-eval gives such requests for a task whose path stands in place of its name."""
+    request = SimpleNamespace(args=("what?", {}, lambda _document: [], 0, "micro", "test"), task_name="micro")
+    with pytest.raises(InputError, match="task micro comes without messages"):
+        opened(lmms, micro_bundle).generate_until([request])
+
+
 def test_videos_are_refused(lmms: ModuleType, micro_bundle: Path) -> None:
     model = opened(lmms, micro_bundle, [{}])
     video = [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "what?"}]}]

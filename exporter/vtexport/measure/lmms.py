@@ -143,8 +143,17 @@ class BundleModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
 
 
 def _options(request: Instance) -> Mapping[str, Any]:
-    """How its task wants answers generated."""
-    options: Mapping[str, Any] = request.args[2]
+    """How its task wants answers generated.
+
+    Raises:
+        InputError: a task in the form for models that take no messages.
+    """
+    options = request.args[2]
+    if not isinstance(options, Mapping):
+        raise InputError(
+            f"task {request.task_name} comes without messages, as lmms-eval reads it from a path; give its name as --tasks, and "
+            "its folder as --include_path"
+        )
     return options
 
 

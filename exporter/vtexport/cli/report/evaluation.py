@@ -10,15 +10,15 @@ from vtexport.measure.sides import Results, Side
 
 
 def evaluation_table(results: Results) -> RenderableType:
-    """The tables that `vtexport eval` prints."""
+    """The table that `vtexport eval` prints, and under which conditions it holds."""
     this, *others = results.sides
-    parts: list[RenderableType] = [_scores(this.score) if not others else _sides(results.sides)]
+    parts: list[RenderableType] = [_sides(this, others) if others else _scores(this.score), ""]
     if others:
-        parts += ["", _comparisons(this, others), "", _legend(results)]
+        parts.append(_legend(results))
+    else:
+        parts.append(_speed(this.score))
     if len(this.score.by_keep) > 1:
-        parts += ["", _shares(this.score)]
-    if not others:
-        parts += ["", _speed(this.score)]
+        parts.append(_shares(this.score))
     return Group(*parts, _conditions(results))
 
 
@@ -31,46 +31,37 @@ def _scores(score: Score) -> RenderableType:
     return table
 
 
-def _sides(sides: tuple[Side, ...]) -> RenderableType:
-    """One row per bundle: scores, and the times beside them."""
-    kinds = list(sides[0].score.by_kind)
-    table = make_table("bundle", "method", "visual tokens", *kinds, "accuracy", "first token, ms", "per token, ms")
-    for side in sides:
-        by_kind = [f"{right / total:.1%}" for right, total in side.score.by_kind.values()]
-        table.add_row(
-            side.name,
-            side.method,
-            f"{side.score.mean_visual_tokens:.4g}",
-            *by_kind,
-            f"{side.score.accuracy:.1%}",
-            f"{side.score.first_token:.2f}",
-            _milliseconds(side.score.per_token),
-        )
-    return table
-
-
-def _comparisons(this: Side, others: list[Side]) -> RenderableType:
-    """One row per other bundle: how the first one compares with it."""
-    table = make_table(f"{this.name} against", "difference", "95% interval", "better on", "worse on", "p")
-    for side in others:
-        found = side.comparison
-        assert found is not None, "every side but the first is compared with it"
-        table.add_row(
-            side.name,
-            f"{100 * found.difference:+.1f} points",
-            f"{100 * found.low:+.1f} to {100 * found.high:+.1f}",
-            str(found.better),
-            str(found.worse),
-            f"{found.p:.2g}",
-        )
+def _sides(this: Side, others: list[Side]) -> RenderableType:
+    """One column per bundle: scores, the times beside them, and how the first bundle compares with each other one."""
+    sides = [this, *others]
+    table = make_table("", *(side.name for side in sides))
+    for column in table.columns:
+        column.overflow = "fold"
+    table.add_row("method", *(side.method for side in sides))
+    table.add_row("visual tokens", *(f"{side.score.mean_visual_tokens:.4g}" for side in sides))
+    for kind in this.score.by_kind:
+        pairs = [side.score.by_kind[kind] for side in sides]
+        table.add_row(kind, *(f"{right / total:.1%}" for right, total in pairs))
+    table.add_row("accuracy", *(f"{side.score.accuracy:.1%}" for side in sides))
+    table.add_row("first token, ms", *(f"{side.score.first_token:.2f}" for side in sides))
+    table.add_row("per token, ms", *(_milliseconds(side.score.per_token) for side in sides))
+    found = [side.comparison for side in others if side.comparison is not None]
+    table.add_row("difference, points", "", *(f"{100 * one.difference:+.1f}" for one in found))
+    table.add_row("95% interval", "", *(f"{100 * one.low:+.1f} to {100 * one.high:+.1f}" for one in found))
+    table.add_row("better on", "", *(str(one.better) for one in found))
+    table.add_row("worse on", "", *(str(one.worse) for one in found))
+    table.add_row("p", "", *(f"{one.p:.2g}" for one in found))
     return table
 
 
 def _legend(results: Results) -> str:
     this, *others = results.sides
-    assert others[0].comparison is not None, "every side but the first is compared with it"
+    tests = {side.comparison.test for side in others if side.comparison is not None}
     meaning = "a higher score" if results.settings.metric.graded else "the only right answer of the two"
-    return f"better on: questions to which {this.name} gave {meaning}; worse on: the other bundle; p: {others[0].comparison.test}"
+    return (
+        f"difference: {this.name} minus the other bundle; better on: questions to which it gave {meaning}, worse on: to which "
+        f"the other did; p: {', '.join(sorted(tests))}"
+    )
 
 
 def _shares(score: Score) -> str:
@@ -95,6 +86,10 @@ def _conditions(results: Results) -> str:
     settings = results.settings
     return (
         f"{results.device}; metric {settings.metric.name}, {results.sides[0].score.total} questions, batch "
-        f"{settings.batch}, at most {settings.max_new_tokens} new tokens; times are medians over the questions, bundles "
-        "answer one after the other"
+        f"{settings.batch}, at most {settings.max_new_tokens} new tokens; times are medians over the questions"
+        + (
+            "; bundles answer one after the other, vtexport profile compares their speed in turns"
+            if results.sides[1:]
+            else ""
+        )
     )
