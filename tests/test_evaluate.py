@@ -175,8 +175,8 @@ def flipped(differences: Sequence[float]) -> float:
 
 @given(st.lists(st.integers(-30, 30).map(lambda n: n / 30), min_size=1, max_size=9))
 def test_sign_flips_are_those_of_all_signs(differences: list[float]) -> None:
-    # Four standard errors of 100,000 draws.
-    assert sign_flips(differences) == pytest.approx(flipped(differences), abs=0.0064)
+    # Six standard errors of 100,000 draws.
+    assert sign_flips(differences) == pytest.approx(flipped(differences), abs=0.01)
     assert sign_flips(differences) == sign_flips([-one for one in differences])
 
 
@@ -426,6 +426,9 @@ def test_graded_scores_are_compared_by_sign_flips(vtexport, write: Write, micro_
     )
     assert report["accuracy"] == pytest.approx((3 * 2 / 3 + 1) / 4)
     assert report["against"][0]["comparison"]["test"].startswith("sign flips")
+    lettered = write({"image": "photo.png", "prompt": asked.text, "answer": "(b)"})
+    chosen = json.loads(vtexport("eval", micro_bundle, "--data", lettered, "--metric", "choice", "--json").out)
+    assert (chosen["accuracy"], chosen["metric"]) == (0, "choice")
 
 
 def test_held_out_questions_compare_by_kind(vtexport, micro_bundle: Path) -> None:
@@ -513,3 +516,14 @@ def test_the_first_batch_does_not_count_for_times(micro_runner: Runner, monkeypa
     assert (score.first_token, score.per_token) == (3, 2)
     asked.clear()
     assert evaluation.ask(micro_runner, items, METRICS["exact"], 5, 4).first_token == 1002
+
+
+def test_random_beside_keep_auto_has_the_mean_budget(vtexport, build_bundle: BuildBundle) -> None:
+    bundle = build_bundle("micro-llava", "auto", "sparsevlm", target_accuracy=0.95)
+    report = json.loads(vtexport("eval", bundle, "--limit", 32, "--against", "random", "--json").out)
+    (drawn,) = report["against"]
+    assert sum(report["by_keep"].values()) == 32
+    assert sum(count > 0 for count in report["by_keep"].values()) > 1
+    assert len(drawn["by_keep"]) == 1
+    assert drawn["mean_visual_tokens"] == pytest.approx(report["mean_visual_tokens"], abs=0.5)
+    assert "of the questions" in vtexport("eval", bundle, "--limit", 4, "--against", "random").out

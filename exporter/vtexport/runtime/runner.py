@@ -71,7 +71,8 @@ class Runner:
         self._ranker: Ranker | None = None
         if ranking_from is not None:
             check_needed(self.plan, self.given)
-            self._ranker = Ranker(Runner(ranking_from, threads), self.plan, bundle.folder)
+            ranking = Runner(ranking_from, threads, vision_cache=vision_cache)
+            self._ranker = Ranker(ranking, self.plan, bundle.folder)
 
     @classmethod
     def open(
