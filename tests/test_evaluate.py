@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import combinations, product
@@ -281,6 +282,30 @@ def test_every_line_is_checked_before_the_engine_is_opened(
     refused("line 1: it has the answer '7', which is no option", RIGHT, flags=["--metric", "choice"])
     for path, message in (("nowhere.jsonl", "No such file"), (tmp_path, "Is a directory")):
         check_refused(vtexport("eval", micro_bundle, "--data", path), message, tmp_path, left)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["photo.png", "7"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+LINES = st.dictionaries(st.sampled_from(["image", "prompt", "answer", "answers", "id", "more"]), JSON).map(json.dumps)
+
+
+@given(st.binary(max_size=60) | st.lists(LINES, max_size=3).map(lambda lines: "\n".join(lines).encode()))
+def test_whatever_the_file_holds_it_is_questions_or_an_error(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "questions.jsonl"
+        path.write_bytes(data)
+        Image.new("RGB", (4, 4)).save(path.parent / "photo.png")
+        said, items = "", list[Item]()
+        try:
+            items = read_items(path, METRICS["exact"])
+        except InputError as error:
+            said = str(error)
+        assert all(item.prompt.strip() and item.answers and item.images for item in items)
+        assert bool(items) != bool(said)
+        assert not said or (said.startswith(str(path)) and len(said.splitlines()) == 1)
 
 
 def test_flags_without_effect_and_bad_outputs_are_refused(

@@ -130,6 +130,16 @@ def test_answers_are_the_runners(lmms: ModuleType, micro_bundle: Path, micro_run
     assert 0 < more["per_token_ms"] < more["first_token_ms"]
 
 
+def test_images_may_come_as_paths(lmms: ModuleType, micro_bundle: Path, photo: Path) -> None:
+    question = EXAMPLES[0].question.text
+    documents = [{"images": [image], "question": question} for image in (str(photo), Image.open(photo))]
+    first, second = opened(lmms, micro_bundle, documents).generate_until(requests(2))
+    assert first == second
+    missing = opened(lmms, micro_bundle, [{"images": ["nowhere.png"], "question": question}])
+    with pytest.raises(InputError, match="no such image"):
+        missing.generate_until(requests(1))
+
+
 def test_requests_with_other_options_are_not_in_the_same_batch(lmms: ModuleType, micro_bundle: Path) -> None:
     asked = [*requests(2), *requests(5, {"max_new_tokens": 1})[2:]]
     assert [len(batch) for batch in lmms._batches(asked, 4)] == [2, 3]
@@ -156,6 +166,7 @@ def test_what_a_bundle_cannot_do_is_refused(
         ({"bundle": micro_bundle, "device": "cuda:0"}, "device has no effect on a bundle"),
         ({"bundle": micro_bundle, "batch_size": "auto"}, "--batch_size auto is no number of prompts"),
         ({"bundle": micro_bundle, "batch_size": 0}, "--batch_size 0 is no number of prompts"),
+        ({"bundle": micro_bundle, "threads": "many"}, "threads=many is no number of threads"),
         ({"bundle": micro_bundle, "ranking_from": micro_bundle}, "has no effect with method fastervlm"),
     ):
         with pytest.raises(InputError, match=message):

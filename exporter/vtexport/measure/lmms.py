@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,6 +22,7 @@ from lmms_eval.protocol import ChatMessages
 
 from vtexport.errors import InputError
 from vtexport.measure.evaluate import first_token
+from vtexport.models.prompt import open_image
 from vtexport.runtime.answer import Answer
 from vtexport.runtime.runner import MAX_NEW_TOKENS, Runner
 
@@ -53,7 +55,7 @@ class BundleModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         self,
         bundle: str = "",
         batch_size: int | str = 1,
-        threads: int = 0,
+        threads: int | str = 0,
         ranking_from: str | None = None,
         **others: Any,
     ) -> None:
@@ -65,6 +67,8 @@ class BundleModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
                 raise InputError(f"{name} has no effect on a bundle; leave it out, or give threads or ranking_from")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise InputError(f"--batch_size {batch_size} is no number of prompts; give 1 or more")
+        if not str(threads).isdecimal():
+            raise InputError(f"threads={threads} is no number of threads; give 0 or more")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("a bundle answers in one process; start lmms-eval without accelerate or torchrun")
         self._batch = int(batch_size)
@@ -127,7 +131,8 @@ class BundleModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
                 f"{where} has {len(images)} images, but the bundle takes {self.runner.prompter.images} per prompt; choose "
                 "another task, or build with another --images"
             )
-        pictures = [image.convert("RGB") for image in images]
+        # A task gives images, or their paths.
+        pictures = [open_image(Path(image)) if isinstance(image, str) else image.convert("RGB") for image in images]
         # What stands in an image's place is its mark alone; the images come beside the messages.
         turns = [
             {

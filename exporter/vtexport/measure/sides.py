@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtexport.builder.build import build_dense_twin, build_random_twin, check_twin
 from vtexport.errors import InputError
-from vtexport.measure.evaluate import Score, ask, check_items
+from vtexport.measure.evaluate import Reply, Score, ask, check_items
 from vtexport.measure.machine import device_name
 from vtexport.measure.questions import Item
 from vtexport.measure.scoring import Metric
@@ -72,24 +72,17 @@ class Results:
 
     def lines(self) -> list[dict[str, Any]]:
         """One object per question, with the answers and scores of all sides."""
-        objects = []
-        for number, reply in enumerate(self.sides[0].score.replies):
-            replies = {side.name: side.score.replies[number] for side in self.sides[1:]}
-            objects.append(
-                {
-                    "id": reply.item.id,
-                    "prompt": reply.item.prompt,
-                    "answers": list(reply.item.answers),
-                    "answer": reply.text,
-                    "score": reply.score,
-                    **(
-                        {"against": {name: {"answer": one.text, "score": one.score} for name, one in replies.items()}}
-                        if replies
-                        else {}
-                    ),
-                }
-            )
-        return objects
+        this, *others = self.sides
+        return [
+            {
+                "id": reply.item.id,
+                "prompt": reply.item.prompt,
+                "answers": list(reply.item.answers),
+                **_said(reply),
+                **({"against": {one.name: _said(one.score.replies[number]) for one in others}} if others else {}),
+            }
+            for number, reply in enumerate(this.score.replies)
+        ]
 
 
 def evaluate_sides(
@@ -155,6 +148,10 @@ def _opened(
         dense = runner is this and "dense" in against
         check_items(runner, items, settings.max_new_tokens, progress.advance, dense=dense)
     return runners
+
+
+def _said(reply: Reply) -> dict[str, Any]:
+    return {"answer": reply.text, "score": reply.score}
 
 
 def _twin(bundle: Bundle, method: str, score: Score, scratch: Path, progress: Progress) -> Bundle:
