@@ -249,7 +249,19 @@ def test_commands_that_do_not_parse_are_noticed() -> None:
 
 def test_the_pages_have_commands_to_check() -> None:
     found = [words[0] for page in PAGES for _, text in blocks(page) for words in commands(text)]
-    assert set(found) == {"build", "calibrate", "run", "show", "profile", "eval", "inspect", "list", "doctor", "serve", "deploy"}
+    assert set(found) == {
+        "build",
+        "calibrate",
+        "run",
+        "show",
+        "profile",
+        "eval",
+        "inspect",
+        "list",
+        "doctor",
+        "serve",
+        "deploy",
+    }
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
