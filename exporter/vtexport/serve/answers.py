@@ -148,7 +148,7 @@ class Answering:
         self._job.cancelled = True
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The answer's text, piece by piece.
+        """The answer's text, piece by piece; the first may be empty.
 
         Raises:
             Refused: it ends without an answer.
@@ -175,7 +175,8 @@ class Answering:
                 # What may be the beginning of a stop text waits for the rest of it.
                 kept = 0 if isinstance(event, End) else _begun(held, self._stops)
                 ready, held = held[: len(held) - kept], held[len(held) - kept :]
-                if ready:
+                # The first token is told even if it is no text yet, so that clients know that their answer has begun.
+                if ready or self.tokens == 1:
                     yield ready
                 if isinstance(event, End):
                     return
