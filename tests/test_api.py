@@ -131,7 +131,7 @@ IMPORTS = {
     "runtime": "arrays bundle errors models pruning targets",
     "check": "arrays bundle errors models pruning runtime targets",
     "builder": "bundle check errors graph models options progress pruning targets",
-    "deploy": "arrays bundle errors models runtime targets",
+    "deploy": "arrays bundle errors graph models pruning runtime targets",
     "serve": "errors models pruning runtime targets",
     "micro": "arrays errors",
     "measure": "arrays builder check errors micro models native options pruning runtime targets",

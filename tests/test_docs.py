@@ -40,6 +40,7 @@ FOREIGN_FLAGS = {
     "--backend-config",
     "--check",
     "--config",
+    "--enable-mm-embeds",
     "--extra_llm_api_options",
     "--geometry",
     "--json",
@@ -47,6 +48,7 @@ FOREIGN_FLAGS = {
     "--max_multimodal_len",
     "--max_num_tokens",
     "--no-deps",
+    "--prefix",
     "--target",
 }
 

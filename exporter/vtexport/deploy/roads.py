@@ -7,9 +7,10 @@ from pathlib import Path
 from vtexport.bundle.folder import Bundle
 from vtexport.bundle.writing import check_destination, write_folder
 from vtexport.deploy.base import Road
+from vtexport.deploy.transformers_js.road import TransformersJs
 from vtexport.deploy.triton.road import TritonRoad
 
-_ALL: tuple[Road, ...] = (TritonRoad(),)
+_ALL: tuple[Road, ...] = (TritonRoad(), TransformersJs())
 #: roads by name
 ROADS = {road.name: road for road in _ALL}
 

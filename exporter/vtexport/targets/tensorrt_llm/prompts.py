@@ -136,7 +136,7 @@ def _without_marks(text: str, mark: str) -> str:
         text = text.removeprefix(mark).lstrip()
     if mark in text:
         raise InputError(
-            f"trtllm-serve puts images before the text, and the prompt has a {mark} mark behind text; put the marks first, "
+            f"the server puts images before the text, and the prompt has a {mark} mark behind text; put the marks first, "
             "or leave them out"
         )
     return text
