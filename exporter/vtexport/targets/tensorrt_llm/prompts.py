@@ -114,8 +114,8 @@ def reached(runner: Embedder, question: Question, prompt_tokens: int) -> int:
     exact = runner.plans[0].newlines == 0
     if tokens <= 0 or tokens > planned[-1] or (exact and tokens not in planned):
         raise VerificationError(
-            f"{tokens} visual tokens reached the decoder, the bundle's plan has {' or '.join(map(str, planned))}; give "
-            "TensorRT-LLM the prompts or messages of this bundle"
+            f"{tokens} visual tokens reached the decoder, the bundle's plan has {' or '.join(map(str, planned))}; give it "
+            "the prompts or messages of this bundle, with the special tokens that its tokenizer adds"
         )
     return tokens
 
