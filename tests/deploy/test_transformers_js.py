@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from tests.checkpoints import MICRO
-from tests.conftest import BuildBundle, Outcome, check_refused
+from tests.checkpoints import MICRO, family_checkpoint
+from tests.conftest import BuildBundle, Outcome, check_refused, noise_images
 from vtexport.bundle.folder import Bundle
 from vtexport.deploy.roads import ROADS, deploy
 from vtexport.deploy.transformers_js import weights
@@ -90,8 +90,7 @@ class StandIn:
         rows = features.reshape(-1, features.shape[-1])
         assert len(places) == len(rows)
         embeds[0, places] = rows
-        decoder = self.sessions["decoder_model_merged"]
-        past = {port.name: _empty(port) for port in decoder.get_inputs() if port.name != "inputs_embeds"}
+        decoder, past = self.sessions["decoder_model_merged"], self._nothing()
         names = [port.name for port in decoder.get_outputs()]
         tokens: list[int] = []
         while len(tokens) < new_tokens:
@@ -103,6 +102,17 @@ class StandIn:
             embeds = self._embed(np.array([[tokens[-1]]], dtype=np.int64))
         self.cached = [past[f"past_key_values.{layer}.key"].shape[2] for layer in range(len(past) // 2)]
         return tokens
+
+    def logits(self, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Logits of the token behind prompts of text alone."""
+        feeds = {"inputs_embeds": self._embed(ids.astype(np.int64)), **self._nothing()}
+        found: np.ndarray[Any, Any] = self.sessions["decoder_model_merged"].run(["logits"], feeds)[0]
+        return found
+
+    def _nothing(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Caches before the prompt."""
+        ports = self.sessions["decoder_model_merged"].get_inputs()
+        return {port.name: _empty(port) for port in ports if port.name != "inputs_embeds"}
 
     def _embed(self, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         embeds: np.ndarray[Any, Any] = self.sessions["embed_tokens"].run(["inputs_embeds"], {"input_ids": ids})[0]
@@ -129,6 +139,33 @@ def test_the_graphs_answer_as_the_bundle_does(
     text = len(runner.prompter.prompt(question).token_ids)
     generated = len(answer.token_ids) - 1
     assert stand_in.cached == [text + generated + visual for visual in runner.plan.per_layer]
+
+
+@pytest.mark.parametrize("method", ["fastervlm", "sparsevlm"])
+def test_a_head_that_is_the_embedding_stays_in_the_decoder(
+    method: str, build_bundle: BuildBundle, tmp_path: Path
+) -> None:
+    folder = family_checkpoint(tmp_path, "llava", tie_word_embeddings=True)
+    bundle = build_bundle(folder, 0.5, method, self_check=False)
+    deploy(Bundle.open(bundle), ROAD, tmp_path / "out")
+    runner, photo = Runner.open(bundle), tmp_path / "photo.png"
+    noise_images(1)[0].save(photo)
+    (answer,) = runner.ask([(runner.prompter.open_pictures([photo]), QUESTION)], 12)
+    assert StandIn(tmp_path / "out").answer(photo, QUESTION, 12) == answer.token_ids
+
+
+def test_a_prompt_without_an_image_is_not_pruned(build_bundle: BuildBundle, tmp_path: Path) -> None:
+    logits = []
+    for method in ("fastervlm", "sparsevlm"):
+        deploy(Bundle.open(build_bundle(MICRO, 0.25, method, self_check=False)), ROAD, tmp_path / method)
+        logits.append(StandIn(tmp_path / method).logits(np.arange(5, 25)[None]))
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4)
+
+
+def test_several_prompts_at_once_are_an_error(micro_bundle: Path, tmp_path: Path) -> None:
+    deploy(Bundle.open(micro_bundle), ROAD, tmp_path / "out")
+    with pytest.raises(Exception, match="invalid dimensions for input: inputs_embeds"):
+        StandIn(tmp_path / "out").logits(np.full((2, 9), 7))
 
 
 @needs_node
@@ -184,6 +221,10 @@ def test_weights_are_split_into_files_of_a_size(
         ({"target": "openvino"}, "was built for openvino, and transformers.js runs ONNX Runtime; build with --target"),
         ({"views": ViewChoice(images=2)}, "is of 2 images per prompt, and transformers.js's LLaVA takes one view"),
         ({"method": "sgl", "keep": 0.5}, "needs ranking besides image and prompt (method sgl)"),
+        (
+            {"keep": "auto", "method": "sparsevlm", "calibration": MICRO / "calibration.toml"},
+            "has several plans, and transformers.js takes one; build with --keep RATIO",
+        ),
     ],
 )
 def test_what_it_cannot_take_is_refused(

@@ -38,7 +38,8 @@ def vision_encoder(model: ir.Model, plan: PruningPlan) -> None:
     if marked(plan):
         features = tape.marked(features, 1.0)
     graph.extend(tape.nodes)
-    _output(graph, [features], ["image_features"])
+    channels = _extent(visual, 2) + marked(plan)
+    _output(graph, "image_features", features, ["images", plan.vision_tokens, channels])
     RemoveUnusedNodesPass()(model)
 
 
@@ -51,7 +52,7 @@ def embed_tokens(language: ir.Model, plan: PruningPlan) -> ir.Model:
     assert table is not None, "an embedding has a table"
     assert table.const_value is not None, "which is a weight"
     weight = ir.Value(name=table.name, shape=table.shape, type=table.type, const_value=table.const_value)
-    vocabulary = int(table.const_value.shape.numpy()[0])
+    vocabulary, width = _extent(table, 0), _extent(table, 1)
     ids = ir.Value(name="input_ids", shape=ir.Shape(["batch_size", "sequence_length"]), type=_INT64)
     tape = _Tape()
     known = tape.op("Min", ids, tape.constant([vocabulary - 1]))
@@ -59,7 +60,7 @@ def embed_tokens(language: ir.Model, plan: PruningPlan) -> ir.Model:
     if marked(plan):
         rows = tape.marked(rows, 0.0)
     graph = ir.Graph([ids], [], nodes=tape.nodes, initializers=[weight], opset_imports={"": OPSET}, name="embed_tokens")
-    _output(graph, [rows], ["inputs_embeds"])
+    _output(graph, "inputs_embeds", rows, ["batch_size", "sequence_length", width + marked(plan)])
     return ir.Model(graph, ir_version=_IR_VERSION, producer_name="vtexport")
 
 
@@ -88,7 +89,8 @@ def decoder(model: ir.Model, plan: PruningPlan) -> None:
     names = cache_names("present", plan.num_layers)
     for name in names:
         present[name].shape = _cache_shape(present[name], name)
-    _output(graph, [steps, *(present[name] for name in names)], ["logits", *names])
+    _output(graph, "logits", steps, [1, 1, _extent(logits, 1)])
+    graph.outputs.extend(present[name] for name in names)
     RemoveUnusedNodesPass()(model)
 
 
@@ -107,8 +109,9 @@ def _rows(tape: _Tape, graph: ir.Graph, plan: PruningPlan) -> dict[str, ir.Value
     gather = _embedding(graph)
     table, embedded = gather.inputs[0], gather.outputs[0]
     assert table is not None, "an embedding has a table"
-    width, dtype = int(table.shape[1]), int(table.dtype)  # type: ignore[arg-type, index]
-    channels = width + 1 if marked(plan) else width
+    assert table.dtype is not None, "which has a dtype"
+    width, dtype = _extent(table, 1), int(table.dtype)
+    channels = width + marked(plan)
     embeds = ir.Value(name="inputs_embeds", shape=ir.Shape([1, "sequence_length", channels]), type=_FLOAT)
     parts = _parted(tape, embeds, width) if marked(plan) else _all_text(tape, embeds)
     text = tape.op("Cast", parts.text, to=dtype)
@@ -214,8 +217,15 @@ def _cache_shape(value: ir.Value, name: str) -> ir.Shape:
     return ir.Shape([1, heads, f"{kind}_length_{layer}", size])
 
 
-def _output(graph: ir.Graph, values: Sequence[ir.Value], names: Sequence[str]) -> None:
-    """Let `graph` give `values` under `names` and nothing else."""
-    graph.outputs[:] = list(values)
-    for value, name in zip(values, names, strict=True):
-        value.name = name
+def _extent(value: ir.Value, axis: int) -> int:
+    """An extent of `value` that is known."""
+    assert value.shape is not None, "compiled graphs have shapes"
+    extent = value.shape[axis]
+    assert isinstance(extent, int), "only rows and batch are dynamic"
+    return extent
+
+
+def _output(graph: ir.Graph, name: str, value: ir.Value, shape: Sequence[int | str]) -> None:
+    """Let `graph` give nothing but `value`, fp32 of `shape`, as `name`."""
+    value.name, value.shape, value.type = name, ir.Shape(shape), _FLOAT
+    graph.outputs[:] = [value]
