@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.conftest import BuildBundle, Outcome, check_refused, noise_images
 from vtexport.bundle.folder import Bundle
 from vtexport.deploy.roads import ROADS, deploy
 from vtexport.deploy.transformers_js import weights
+from vtexport.deploy.transformers_js.files import write_files
 from vtexport.micro import heldout
 from vtexport.models.spec import ViewChoice
 from vtexport.runtime.runner import Runner
@@ -201,6 +203,16 @@ def test_its_script_answers(
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     (answer,) = micro_runner.ask([(micro_runner.prompter.open_pictures([photo]), QUESTION)])
     assert ran.stdout == f"{answer.text}\n"
+
+
+def test_sizes_that_a_checkpoint_leaves_out_are_written(micro_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(micro_bundle)
+    spec, (plan,) = bundle.spec(), bundle.manifest.pruning_plans()
+    write_files(bundle, plan, replace(spec, config={**spec.config, "text_config": {}}), {}, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    full = spec.config["text_config"]
+    assert written == {name: full[name] for name in written}
+    assert {"model_type", "num_hidden_layers", "num_key_value_heads", "head_dim"} <= set(written)
 
 
 def test_weights_are_split_into_files_of_a_size(

@@ -50,9 +50,18 @@ def write_files(bundle: Bundle, plan: PruningPlan, spec: ModelSpec, loading: Map
     for name in _COPIED:
         if (folder / name).is_file():
             (out / name).write_bytes((folder / name).read_bytes())
-    decoder = spec.decoder
+    _write_configs(folder, spec, loading, out)
+    _write_processor(folder, plan, spec, out)
+    package = {"private": True, "type": "module", "dependencies": {"@huggingface/transformers": VERSION}}
+    _write(out / "package.json", package)
+
+
+def _write_configs(folder: Path, spec: ModelSpec, loading: Mapping[str, Any], out: Path) -> None:
+    """The model's configuration, and that of its generation."""
+    decoder, ends = spec.decoder, list(spec.eos_token_ids)
     # Checkpoints leave out what their model type has as a default, and transformers.js knows no defaults.
     text = {
+        "model_type": "llama",
         **spec.config.get("text_config", {}),
         "hidden_size": decoder.hidden_size,
         "num_hidden_layers": decoder.num_layers,
@@ -61,7 +70,6 @@ def write_files(bundle: Bundle, plan: PruningPlan, spec: ModelSpec, loading: Map
         "head_dim": decoder.head_size,
         "vocab_size": decoder.vocab_size,
     }
-    ends = list(spec.eos_token_ids)
     config = {
         **spec.config,
         "text_config": text,
@@ -71,25 +79,23 @@ def write_files(bundle: Bundle, plan: PruningPlan, spec: ModelSpec, loading: Map
     }
     _write(out / "config.json", config)
     _write(out / "generation_config.json", {**_read(folder / "generation_config.json"), "eos_token_id": ends})
+
+
+def _write_processor(folder: Path, plan: PruningPlan, spec: ModelSpec, out: Path) -> None:
+    """The configurations of tokenizer, image processor, and the processor that has both."""
     template = {"chat_template": chat_template(folder)}
     _write(out / "tokenizer_config.json", {**_read(folder / "tokenizer_config.json"), **template})
-    image = {**_image_processor(folder), "processor_class": "LlavaProcessor"}
-    _write(out / "preprocessor_config.json", image)
+    _write(out / "preprocessor_config.json", {**_image_processor(folder), "processor_class": "LlavaProcessor"})
+    own = _read(folder / "processor_config.json")
     processor = {
-        **{name: value for name, value in _read(folder / "processor_config.json").items() if name != "image_processor"},
+        **{name: value for name, value in own.items() if name != "image_processor"},
         "processor_class": "LlavaProcessor",
         "image_token": _image_token(folder, spec.image_token_id),
         "patch_size": spec.vision.patch_size,
-        # It repeats the image token as often as there are patches, and this often more: the tokens that are pruned away.
+        # It repeats the image token as often as there are patches, and this often more: fewer times, where tokens left.
         "num_additional_image_tokens": plan.vision_tokens - spec.vision.num_patches,
     }
     _write(out / "processor_config.json", processor)
-    package = {
-        "private": True,
-        "type": "module",
-        "dependencies": {"@huggingface/transformers": VERSION},
-    }
-    _write(out / "package.json", package)
 
 
 def _image_processor(folder: Path) -> dict[str, Any]:
