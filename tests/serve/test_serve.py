@@ -413,3 +413,57 @@ def test_images_are_seen_once(running: Running) -> None:
         running.ask(picture, question, max_tokens=2)
     assert looks == [1]
     assert data_uri(picture).startswith("data:image/png;base64,")
+
+
+def resident(pid: int) -> int:
+    """Megabytes of a process's memory."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) >> 10
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_of_64_clients_none_is_lost_or_mixed_up_and_memory_stays(bundle: Path) -> None:
+    """Four rounds of 5 requests per client, about 16 images."""
+    runner, pictures = Runner.open(bundle), noise_images(16)
+    expected = {
+        (number, question): runner.ask([(picture, question)], 16)[0].text
+        for number, picture in enumerate(pictures)
+        for question in QUESTIONS
+    }
+    assert len(set(expected.values())) > 8
+    command = [
+        sys.executable,
+        "-m",
+        "vtexport",
+        "serve",
+        str(bundle),
+        "--port",
+        "0",
+        "--queue",
+        "400",
+        "--name",
+        "micro",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        url = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+/v1", line)))
+
+        def wrong(number: int) -> int:
+            """How many of a client's requests got another answer than theirs."""
+            client, count = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300), 0
+            for turn in range(5):
+                which, question = (7 * number + turn) % 16, QUESTIONS[(number + turn) % 4]
+                answer = client.chat.completions.create(
+                    model="micro", messages=[message(question, pictures[which])], max_tokens=16
+                )
+                count += answer.choices[0].message.content != expected[which, question]
+            return count
+
+        memory = []
+        for _ in range(4):
+            with ThreadPoolExecutor(64) as pool:
+                assert sum(pool.map(wrong, range(64))) == 0
+            memory.append(resident(process.pid))
+        process.terminate()
+    assert memory[-1] < memory[1] + 40, memory
