@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -150,13 +151,15 @@ def test_function_names_are_no_standard_ops() -> None:
     assert not standard & {function.name for function in FUNCTIONS}
 
 
-def test_graphs_of_a_bundle_are_valid_onnx(micro_bundle: Path) -> None:
+def test_graphs_of_a_bundle_are_valid_onnx(micro_bundle: Path, tmp_path: Path) -> None:
+    # The checker takes no file that has another name elsewhere, as what is deployed of a bundle gives it.
+    copy = shutil.copytree(micro_bundle, tmp_path / "copy")
     # Fused kernels are ONNX Runtime's; everything else must be the standard's.
     for name in ("engine/vision.onnx", "engine/language.onnx"):
-        model = onnx.load(micro_bundle / name, load_external_data=False)
+        model = onnx.load(copy / name, load_external_data=False)
         assert {opset.domain for opset in model.opset_import} <= {"", "vtexport", "vtexport.nn", "com.microsoft"}
         assert all(init.data_location == onnx.TensorProto.EXTERNAL for init in model.graph.initializer)
-        onnx.checker.check_model(str(micro_bundle / name))
+        onnx.checker.check_model(str(copy / name))
 
 
 def test_onnxruntime_fuses_every_norm(micro_bundle: Path, tmp_path: Path) -> None:

@@ -334,7 +334,7 @@ def test_a_request_that_takes_too_long_is_given_up(bundle: Path) -> None:
         slowed(running, 0.2)
         with pytest.raises(openai.InternalServerError, match="longer than the server's --timeout"):
             running.ask(noise_images(1)[0], "what?", max_tokens=64, extra_body={"ignore_eos": True})
-        assert running.server.scheduler.decoding == 0
+        wait(lambda: running.server.scheduler.decoding == 0)
         stream = running.ask(noise_images(1)[0], "what?", max_tokens=64, stream=True, extra_body={"ignore_eos": True})
         with pytest.raises(openai.APIError, match="longer than"):
             list(stream)

@@ -101,7 +101,7 @@ def test_a_head_of_tied_weights_is_rounded_and_the_embeddings_are_not(
     choice = ViewChoice(grid="2x2")
     assert read_spec(model, choice).decoder.tied_embeddings
     options: dict[str, Any] = {"target": target, "target_options": {"quantize": "int8"}}
-    bundle = Bundle.open(build_bundle(model, method="dense", views=choice, **options))
+    bundle = Bundle.open(build_bundle(model, None, "dense", views=choice, **options))
     names = set(ir.load(bundle.folder / "engine/language.onnx").graph.initializers)
     assert "decoder.embed_tokens.weight" in names
     assert any(name.startswith("decoder.embed_tokens.weight.") for name in names)

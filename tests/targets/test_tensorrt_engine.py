@@ -154,12 +154,12 @@ def test_answers_that_are_made_at_the_same_time_have_caches_of_their_own(
         for step in steps:
             next(step, None)
     assert [generation.results[0].token_ids for generation in both] == wanted
-    lanes = [id(generation._cache.lane) for generation in both]
+    lanes = [id(generation._batch.cache.lane) for generation in both]
     assert lanes[0] != lanes[1]
     del both, steps
     gc.collect()
     third = Generation(runner.engine, runner.plan, asked[:1], runner.decoding(2))
-    assert id(third._cache.lane) in lanes
+    assert id(third._batch.cache.lane) in lanes
 
 
 def test_rows_that_have_ended_stay_in_their_lane(debug_bundle: Bundle, machine: Machine) -> None:
