@@ -136,7 +136,6 @@ class Answering:
 
         ends = () if chat.ignore_eos else runner.bundle.manifest.model.eos_token_ids
         self._job = Job(prepared.request, prepared.new_tokens, ends, time.monotonic() + seconds, deliver)
-        self._ends = ends
         scheduler.submit(self._job)
         #: tokens so far
         self.tokens = 0

@@ -142,15 +142,12 @@ class _Store:
         self._request, self._ports = request, ports
         self.block = int(ports[0].get_partial_shape()[2].get_length())
         self._arrays = {entry.get_any_name(): self._zeros(entry, 0) for entry in ports}
+        #: bytes of a block in all these layers
+        self.block_bytes = sum(int(self._zeros(entry, 1).nbytes) for entry in ports)
         self._free: list[int] = []
         # Batches end whenever Python finds it out, maybe in the middle of `take`.
         self._returned: list[Array] = []
         self._total = 0
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block in all these layers."""
-        return sum(int(self._zeros(entry, 1).nbytes) for entry in self._ports)
 
     def take(self, rows: int, tokens: int) -> list[Array]:
         """Blocks for `tokens` tokens of each of `rows` rows; a table [blocks] int32 per row."""

@@ -1,8 +1,9 @@
 """KV caches as OpenVINO's own state: two variables per layer, each of its layer's length.
 
-Every device has them, and they give rankings; on the CPU, `vtexport.targets.openvino.pages` is faster. New keys and values are appended on the sequence axis, in the form that the CPU plugin fuses with attention
-(ReadValue, Gather by `beam_idx`, Concat, attention and Assign), so that a step copies no cache. Prompts are padded on the
-right, so a batch of unequal prompts has padding inside its caches, and every layer hides it by a mask.
+Every device has them, and they give rankings; on the CPU, `vtexport.targets.openvino.pages` is faster. New keys and
+values are appended on the sequence axis, in the form that the CPU plugin fuses with attention (ReadValue, Gather by
+`beam_idx`, Concat, attention and Assign), so that a step copies no cache. Prompts are padded on the right, so a batch of
+unequal prompts has padding inside its caches, and every layer hides it by a mask.
 """
 
 from __future__ import annotations
