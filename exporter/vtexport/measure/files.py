@@ -51,8 +51,8 @@ def check_file(path: Path, flag: str) -> None:
         raise StorageError(f"{path}: {error.strerror or error}; give another {flag}") from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` beside `path` and rename it, so that no one sees half of it.
+def write_whole(path: Path, text: str, remedy: str = "free some space or give another file") -> None:
+    """Write `text` beside `path` and rename it, so that no one sees half of it; `remedy` ends the line of an error.
 
     Raises:
         StorageError: the disk is full or read-only, or permission is missing.
@@ -62,6 +62,6 @@ def write_whole(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}; free some space or give another file") from error
+        raise StorageError(f"{path}: {error.strerror or error}; {remedy}") from error
     finally:
         beside.unlink(missing_ok=True)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from vtexport.errors import InputError, StorageError
-from vtexport.measure.files import check_folder
+from vtexport.errors import InputError
+from vtexport.measure.files import check_folder, write_whole
 from vtexport.options import Option
 
 SUFFIX = ".html"
@@ -65,13 +65,7 @@ def save_page(text: str, path: Path, flag: str) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path}: {error.strerror or error}; give another {flag}") from error
+    write_whole(path, text, f"give another {flag}")
 
 
 def milliseconds(value: float) -> str:
