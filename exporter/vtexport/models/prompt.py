@@ -286,12 +286,21 @@ def open_image(path: Path) -> Any:
     Raises:
         InputError: no such file, or not an image.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     if not path.is_file():
         raise InputError(f"{path}: no such image; check the path given with --image")
+    return read_image(path, f"{path}: not a readable image; give a PNG or JPEG file")
+
+
+def read_image(file: Any, otherwise: str) -> Any:
+    """The image in `file`, a path or a binary stream, as an RGB PIL image, turned as its EXIF says.
+
+    Raises:
+        InputError: not an image; the line is `otherwise`.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image; give a PNG or JPEG file") from error
+        raise InputError(otherwise) from error

@@ -15,6 +15,7 @@ import numpy as np
 from vtexport.arrays import Array
 from vtexport.errors import InputError, first_line
 from vtexport.models.conversation import Question
+from vtexport.models.prompt import read_image
 from vtexport.runtime.runner import MAX_NEW_TOKENS
 
 
@@ -77,18 +78,14 @@ def _messages(text: str) -> Sequence[Mapping[str, Any]]:
 
 def _picture(data: bytes, number: int) -> Any:
     """The picture in the bytes of an image file or in a data URL, RGB, turned as its EXIF says."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        if data.startswith(b"data:"):
-            # JSON has no bytes.
+    wrong = f"IMAGE {number} is not a readable image; give the bytes of a PNG or JPEG file, or a base64 data URL"
+    if data.startswith(b"data:"):
+        # JSON has no bytes.
+        try:
             data = base64.b64decode(data.partition(b",")[2], validate=True)
-        with Image.open(io.BytesIO(data)) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, binascii.Error, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"IMAGE {number} is not a readable image; give the bytes of a PNG or JPEG file, or a base64 data URL"
-        ) from error
+        except binascii.Error as error:
+            raise InputError(wrong) from error
+    return read_image(io.BytesIO(data), wrong)
 
 
 def texts(*values: bytes) -> Array:
