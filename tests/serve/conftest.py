@@ -39,6 +39,11 @@ class Running:
             model=self.server.name, messages=[message(question, picture)], **options
         )
 
+    def idle(self) -> bool:
+        """Whether no request has a place, a slot or a turn; a place is given back after its slot, or before it."""
+        scheduler = self.server.scheduler
+        return scheduler.taken == scheduler.decoding == scheduler.waiting == 0
+
 
 Serving = Callable[..., AbstractContextManager[Running]]
 

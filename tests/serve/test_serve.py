@@ -314,7 +314,7 @@ def test_a_client_that_leaves_frees_its_slot(bundle: Path) -> None:
         next(iter(stream))
         assert running.server.scheduler.decoding == 1
         stream.close()
-        wait(lambda: running.server.scheduler.decoding == 0)
+        wait(running.idle)
         assert count(running, 'vtexport_requests_total{outcome="cancelled"}') == 1
         # The same without a stream: the client gives up by itself.
         hasty = running.client.with_options(timeout=0.5)
@@ -325,7 +325,7 @@ def test_a_client_that_leaves_frees_its_slot(bundle: Path) -> None:
                 max_tokens=64,
                 extra_body={"ignore_eos": True},
             )
-        wait(lambda: running.server.scheduler.decoding == 0)
+        wait(running.idle)
         assert running.ask(noise_images(1)[0], "what?", max_tokens=2).choices
 
 
@@ -334,7 +334,7 @@ def test_a_request_that_takes_too_long_is_given_up(bundle: Path) -> None:
         slowed(running, 0.2)
         with pytest.raises(openai.InternalServerError, match="longer than the server's --timeout"):
             running.ask(noise_images(1)[0], "what?", max_tokens=64, extra_body={"ignore_eos": True})
-        wait(lambda: running.server.scheduler.decoding == 0)
+        wait(running.idle)
         stream = running.ask(noise_images(1)[0], "what?", max_tokens=64, stream=True, extra_body={"ignore_eos": True})
         with pytest.raises(openai.APIError, match="longer than"):
             list(stream)

@@ -132,6 +132,11 @@ class Scheduler:
         return sum(job is not None for running in list(self._running) for job in running.jobs)
 
     @property
+    def taken(self) -> int:
+        """Places that `reserve` has given and `release` has not taken back."""
+        return self._reserved
+
+    @property
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
         return self._thread.is_alive()
