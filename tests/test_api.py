@@ -122,6 +122,7 @@ IMPORTS = {
     "errors": "",
     "progress": "",
     "options": "errors",
+    "reading": "errors",
     "native": "errors",
     "models": "arrays errors options",
     "pruning": "arrays errors models native options",
