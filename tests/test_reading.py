@@ -17,7 +17,7 @@ from vtexport.reading import Unreadable, parse_json, read_bytes, read_json, read
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a": ' * 100_000, "nested too deeply"),
         (b"\xff\xfe{}", "byte 0 is not UTF-8"),
-        (b'"\\ud800"', "surrogate"),
+        (b'"\\ud800"', "truncated"),
         (b"{", "truncated"),
         (b"NaN", "malformed"),
         (b"", "truncated"),
