@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,7 @@ from vtexport.runtime.generate import generate
 from vtexport.runtime.inputs import look
 from vtexport.runtime.request import Decoding
 from vtexport.runtime.runner import Runner
+from vtexport.stopping import die_with
 
 STAGES = ("preprocess", "vision", "prefill", "first_token", "per_token")
 QUESTION = "What is shown in this image?"
@@ -280,7 +282,7 @@ def _compare(report: Report, other: Side) -> None:
 
 def peak_memory(folder: Path, settings: Settings) -> int:
     """Peak resident bytes of a fresh process that opens the bundle and answers once."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=die_with, initargs=(os.getpid(),)) as pool:
         return pool.submit(_answer_once, folder, settings).result()
 
 

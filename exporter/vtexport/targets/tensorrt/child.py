@@ -1,11 +1,12 @@
 """Compiles a TensorRT plan in a process of its own: a crash of TensorRT ends that process, not this one.
 
-The parent writes a job as JSON to the child's stdin. The child reports progress, warnings and errors as lines of JSON on
+The parent writes a job as JSON to the child's stdin; the child ends when the parent does. The child reports progress, warnings and errors as lines of JSON on
 its stdout, and writes the plan to a file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 from vtexport import errors
 from vtexport.errors import TargetError, VtexportError
+from vtexport.stopping import die_with, undisturbed
 from vtexport.targets.tensorrt.builder import Build, Settings, build_plan
 
 
@@ -46,6 +48,7 @@ def compile_apart(package: str, plugins: Path | None, source: Path, plan: Path, 
         "name": build.name,
         "profiles": build.profiles,
         "settings": settings,
+        "parent": os.getpid(),
     }
     with tempfile.TemporaryFile() as said:
         child = subprocess.Popen(
@@ -54,15 +57,19 @@ def compile_apart(package: str, plugins: Path | None, source: Path, plan: Path, 
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            child.stdin.write(json.dumps(job))
-            child.stdin.close()
+            # A child that ends before it has read its job says why by how it ends.
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(json.dumps(job))
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
             for line in child.stdout:
                 _hear(json.loads(line), build)
             status = child.wait()
         finally:
-            child.kill()
-            child.wait()
-            child.stdout.close()
+            with undisturbed():
+                child.kill()
+                child.wait()
+                child.stdout.close()
         if status != 0:
             said.seek(0)
             last = said.read().decode(errors="replace").strip().splitlines()[-1:]
@@ -102,7 +109,10 @@ def main() -> None:
     def say(*report: object) -> None:
         print(json.dumps(report), file=reports, flush=True)
 
+    # Ctrl-C reaches every process of the terminal; the parent ends this one when it has stopped itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     job = json.load(sys.stdin)
+    die_with(job["parent"])
     cache = job["settings"]["timing_cache"]
     build = Build(
         job["name"],
