@@ -25,12 +25,12 @@ from vtexport.bundle.folder import Bundle
 from vtexport.errors import InputError, StorageError
 from vtexport.measure import evaluate as evaluation
 from vtexport.measure.evaluate import check_items, evaluate
-from vtexport.measure.files import check_file, write_whole
 from vtexport.measure.questions import Item, heldout_items, read_items
 from vtexport.measure.scoring import METRICS, choice, exact, option, plain, vqa, vqa_plain
 from vtexport.measure.significance import compare, interval, mcnemar, sign_flips
 from vtexport.micro import heldout
 from vtexport.runtime.runner import Runner
+from vtexport.writing import check_file, write_whole
 
 RIGHT = {"image": "photo.png", "prompt": "what digit is red?", "answer": "7"}
 
@@ -321,7 +321,7 @@ def test_flags_without_effect_and_bad_outputs_are_refused(
         ([*data, "--ranking-from", micro_bundle], "--ranking-from has no effect with method fastervlm"),
         ([*data, "--output", "nowhere/answers.jsonl"], "is not a folder; give another --output"),
         ([*data, "--output", tmp_path], "is a folder; give a file as --output"),
-        ([*data, "--output", tmp_path / ".." / tmp_path.name / path.name], "holds the questions themselves"),
+        ([*data, "--output", tmp_path / ".." / tmp_path.name / path.name], "is an input"),
         ([*data, "--against", "nowhere"], "nowhere is not a folder"),
         ([*data, "--against", "dense", "--against", "dense"], "--against dense is given twice"),
     ):
@@ -371,8 +371,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         check_file(path / "below", "--output")
     with pytest.raises(StorageError, match="give another --output"):
         check_file(Path("/proc/answers.jsonl"), "--output")
-    with pytest.raises(StorageError, match="free some space"):
-        write_whole(Path("/proc/answers.jsonl"), "")
+    with pytest.raises(StorageError, match="give another --output"):
+        write_whole(Path("/proc/answers.jsonl"), "", "--output")
 
 
 # Answering

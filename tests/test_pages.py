@@ -19,8 +19,7 @@ from PIL import Image
 
 from tests.checkpoints import MICRO, family_checkpoint
 from tests.conftest import check_refused, noise_images
-from vtexport.errors import StorageError
-from vtexport.measure.pages.page import rendered, save_page
+from vtexport.measure.pages.page import rendered
 from vtexport.measure.pages.profile import labels, profile_page, steps
 from vtexport.measure.pages.show import ABSENT, DROPPED, KEPT, MERGED, moments, show_page
 from vtexport.measure.profile import STAGES, Report, Side, Stats
@@ -260,19 +259,6 @@ def test_pages_that_cannot_be_written_are_refused_before_any_work(
         ([*show, "folder.html"], "folder.html is a folder; give another -o"),
     ):
         check_refused(vtexport(*command), message, tmp_path, ["folder.html"])
-
-
-def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "page.html"
-    save_page("first", path, "-o")
-    (tmp_path / "folder.html").mkdir()
-    for refused in (tmp_path / "nowhere" / "page.html", tmp_path / "folder.html"):
-        with pytest.raises(StorageError, match="give another -o"):
-            save_page("second", refused, "-o")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder.html", "page.html"]
-    assert path.read_text() == "first"
-    save_page("second", path, "-o")
-    assert path.read_text() == "second"
 
 
 def test_templates_are_package_data() -> None:

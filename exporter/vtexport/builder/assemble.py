@@ -36,11 +36,21 @@ from vtexport.targets.base import Target
 
 
 def assemble(
-    source: Source, engines: EngineSpec, target: Target, out: Path, progress: Progress, *, self_check: bool
+    source: Source,
+    engines: EngineSpec,
+    target: Target,
+    out: Path,
+    progress: Progress,
+    *,
+    self_check: bool,
+    force: bool = False,
 ) -> Bundle:
-    """Write the bundle `out`; with `self_check`, compare it with the reference before it gets its name."""
+    """Write the bundle `out`; with `self_check`, compare it with the reference before it gets its name.
+
+    With `force`, a bundle at `out` is replaced (`vtexport.bundle.writing.write_folder`).
+    """
     check_space(out, _needed_bytes(source, engines, target, out))
-    with write_folder(out) as building, contextlib.ExitStack() as stack:
+    with write_folder(out, force) as building, contextlib.ExitStack() as stack:
         made = make_engines(source, engines, target, building, progress)
         _copy_processor(source, building)
         hashes = stack.enter_context(Hashes(building))

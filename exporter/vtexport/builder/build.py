@@ -48,7 +48,7 @@ def build(options: BuildOptions, out: Path | str, *, force: bool = False, progre
     engines = _engine_spec(options, model)
     source = Source(options.model, model.folder, model.folder, model.checkpoint, model.spec, model.clip)
     target = options.chosen_target
-    return assemble(source, engines, target, out, progress or Silent(), self_check=options.self_check)
+    return assemble(source, engines, target, out, progress or Silent(), self_check=options.self_check, force=force)
 
 
 def dry_run(options: BuildOptions) -> Estimate:

@@ -80,20 +80,20 @@ def show(bundle: Path, images: tuple[Path, ...], prompt: str | None, ranking_fro
     vtexport show micro --image photo.png --prompt "what digit is red?" -o kept.png
     vtexport show micro --image photo.png --prompt "what digit is red?" -o kept.html
     """
-    from vtexport.measure.files import check_picture
-    from vtexport.measure.pages.page import check_page, is_page, save_page
+    from vtexport.measure.pages.page import is_page
     from vtexport.measure.pages.show import show_page
-    from vtexport.measure.show import draw, look_at, save
+    from vtexport.measure.show import draw, look_at, picture_format, saved
     from vtexport.runtime.runner import Runner
+    from vtexport.writing import check_file, write_whole
 
-    page = is_page(out)
-    (check_page if page else check_picture)(out, "-o")
+    picture = None if is_page(out) else picture_format(out)
+    check_file(out, "-o", images)
     runner = Runner.open(bundle, ranking_from=ranking_from)
     shown = look_at(runner, runner.prompter.open_pictures(images), prompt)
-    if page:
-        save_page(show_page(runner, shown), out, "-o")
+    if picture is None:
+        write_whole(out, show_page(runner, shown), "-o")
     else:
-        save(draw(shown, runner.bundle.manifest.model.name), out)
+        write_whole(out, saved(draw(shown, runner.bundle.manifest.model.name), picture), "-o")
     click.echo(out)
 
 

@@ -58,23 +58,25 @@ def calibrate(
     from vtexport.cli.console import stage_progress, stdout
     from vtexport.cli.report.calibration import calibration_table
     from vtexport.measure import calibrate as calibration
-    from vtexport.measure.files import check_folder
-    from vtexport.measure.plots import check_plot, plot_calibration
+    from vtexport.measure.plots import calibration_plot, check_plot
+    from vtexport.writing import Output, check_apart, check_file, write_all
 
     if buckets is not None and not methods:
         raise InputError("--buckets has no effect without --method; leave it out")
     trials = calibration.Trials.parse(methods, buckets, exit_tolerance)
-    check_folder(out, "-o")
+    check_apart([("-o", out), ("--plot", plot_file)])
+    check_file(out, "-o", [data])
     if plot_file is not None:
-        check_plot(plot_file)
+        check_plot(plot_file, [data])
     pairs = calibration.read_pairs(data)
     views = parse_options(ViewChoice, options.given(values, [ViewChoice]), "vtexport calibrate")
     with stage_progress() as progress:
         progress.stage("measure pairs, try layers and methods", calibration.steps(pairs, trials))
         measured = calibration.calibrate_model(model, pairs, trials, progress.advance, views)
-    measured.save(out)
+    outputs = [Output(out, measured.to_toml(), "-o")]
     if plot_file is not None:
-        plot_calibration(measured, plot_file)
+        outputs.append(Output(plot_file, calibration_plot(measured, plot_file), "--plot"))
+    write_all(outputs)
     stdout.print(calibration_table(measured))
 
 

@@ -79,17 +79,15 @@ def evaluate(
     from vtexport.cli.console import stage_progress, stdout
     from vtexport.cli.report.evaluation import evaluation_table
     from vtexport.measure import evaluate as evaluation
-    from vtexport.measure.files import check_file, write_whole
     from vtexport.measure.sides import Settings, evaluate_sides
+    from vtexport.writing import check_file, write_whole
 
     if data is None and metric is not None:
         raise InputError(
             "--metric has no effect without --data, as the held-out questions have one answer; leave it out"
         )
     if output is not None:
-        check_file(output, "--output")
-        if data is not None and output.exists() and data.exists() and output.samefile(data):
-            raise InputError(f"{output} holds the questions themselves; give another --output")
+        check_file(output, "--output", [] if data is None else [data])
     own, chosen = data is not None, METRICS[metric or "exact"]
     settings = Settings(
         chosen,
@@ -102,7 +100,7 @@ def evaluate(
         results = evaluate_sides(bundle, against, items, settings, progress)
     if output is not None:
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in results.lines()]
-        write_whole(output, "".join(lines))
+        write_whole(output, "".join(lines), "--output")
     if as_json:
         click.echo(json.dumps(results.to_json()))
     else:

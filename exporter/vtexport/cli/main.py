@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import sys
 from importlib import import_module
 
@@ -9,6 +12,8 @@ import click
 import cloup
 
 from vtexport.errors import VtexportError
+from vtexport.stopping import Stopped, Stopping, ignore
+from vtexport.writing import journal
 
 #: command -> its module, and its line in the list of commands
 COMMANDS = {
@@ -60,21 +65,69 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors meant for the user become one line and exit code 2."""
+    """Run the command line; errors meant for the user become one line and exit code 2, signals one and 128 + number."""
+    journal.clear()
+    with Stopping() as stopping:
+        try:
+            code = _run(stopping)
+            stopping.end()
+        except (Stopped, KeyboardInterrupt, click.Abort) as stop:
+            stopping.end()
+            _say(_stopped())
+            code = getattr(stop, "exit_code", 130)
+    # Whatever is to stop the process now finds its work done; only Python itself is still to end.
+    atexit.unregister(ignore)
+    atexit.register(ignore)
+    if code:
+        sys.exit(code)
+
+
+def _run(stopping: Stopping) -> int:
+    """Run the command line and report errors; the exit code."""
     try:
         cli.main(standalone_mode=False)
+        sys.stdout.flush()
     except VtexportError as error:
-        _refuse(str(error))
+        return _refuse(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-        sys.exit(2)
+        return 2
     except click.ClickException as error:
-        _refuse(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; nothing was written", err=True)
-        sys.exit(130)
+        return _refuse(error.format_message())
+    except Exception as error:
+        if stopping.number:
+            raise Stopped(stopping.number) from error
+        if not isinstance(error, OSError) or error.errno is None:
+            raise
+        return _refuse(_of_system(error))
+    return 0
 
 
-def _refuse(message: str) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+def _refuse(message: str) -> int:
+    _say(f"error: {' '.join(message.split())}")
+    return 2
+
+
+def _say(line: str) -> None:
+    # The terminal may be gone, which is why the process was stopped.
+    with contextlib.suppress(OSError):
+        click.echo(line, err=True)
+
+
+def _of_system(error: OSError) -> str:
+    """One line about an error of the system that nothing has handled: an odd path, or stdout that takes no more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would try it once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"stdout: {error.strerror}; print to another file"
+    where = "the system" if error.filename is None else os.fsdecode(error.filename)
+    return f"{where}: {error.strerror}; see whether the path and its permissions are right"
+
+
+def _stopped() -> str:
+    """What a stopped process says, which only mentions writing if it was to write."""
+    if journal.written:
+        return f"stopped; {', '.join(map(str, journal.written))} had been written"
+    return "stopped; nothing was written" if journal.planned else "stopped"

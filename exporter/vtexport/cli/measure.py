@@ -6,11 +6,16 @@ import contextlib
 import json
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import cloup
 
 from vtexport.cli.arguments import BUNDLE, PATH
+
+if TYPE_CHECKING:
+    from vtexport.measure.profile import Report
+    from vtexport.writing import Output
 
 
 @cloup.command("profile")
@@ -48,13 +53,13 @@ def profile(
     from vtexport.cli.console import stage_progress, stdout
     from vtexport.cli.report.profile import layer_table, profile_table
     from vtexport.measure import profile as profiling
-    from vtexport.measure.files import check_folder
-    from vtexport.measure.pages.page import check_page, save_page
-    from vtexport.measure.pages.profile import profile_page
-    from vtexport.measure.plots import check_plot, plot_profile
+    from vtexport.measure.pages.page import check_page
+    from vtexport.measure.plots import check_plot
+    from vtexport.writing import check_apart, check_file, write_all
 
+    check_apart([("--json", json_file), ("--plot", plot_file), ("--html", html_file)])
     if json_file is not None:
-        check_folder(json_file, "--json")
+        check_file(json_file, "--json")
     if plot_file is not None:
         check_plot(plot_file)
     if html_file is not None:
@@ -71,15 +76,28 @@ def profile(
         if layers is not None:
             progress.stage("measure layers")
             report.layers = profiling.layer_times(bundle, settings)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    if plot_file is not None:
-        plot_profile(report, plot_file)
-    if html_file is not None:
-        save_page(profile_page(report, layers), html_file, "--html")
+    write_all(_outputs(report, layers, json_file, plot_file, html_file))
     stdout.print(profile_table(report))
     if layers is not None:
         stdout.print(layer_table(report, layers))
+
+
+def _outputs(
+    report: Report, layers: int | None, json_file: Path | None, plot_file: Path | None, html_file: Path | None
+) -> list[Output]:
+    """The files that were asked for."""
+    from vtexport.measure.pages.profile import profile_page
+    from vtexport.measure.plots import profile_plot
+    from vtexport.writing import Output
+
+    outputs = []
+    if json_file is not None:
+        outputs.append(Output(json_file, json.dumps(report.to_json(), indent=2) + "\n", "--json"))
+    if plot_file is not None:
+        outputs.append(Output(plot_file, profile_plot(report, plot_file), "--plot"))
+    if html_file is not None:
+        outputs.append(Output(html_file, profile_page(report, layers), "--html"))
+    return outputs
 
 
 COMMANDS = {"profile": profile}

@@ -11,6 +11,7 @@ import cloup
 
 from vtexport.cli.arguments import BUNDLE
 from vtexport.errors import InputError, MissingDependencyError
+from vtexport.stopping import Stopped
 
 _AT_LEAST_1 = click.IntRange(1)
 
@@ -94,7 +95,7 @@ def serve(
     where = f"http://{host}:{listener.getsockname()[1]}/v1"
     click.echo(f"serve model {server.name} at {where}; Ctrl-C ends, after the answers that have begun", err=True)
     # It raises the signal again that it ended by, after the answers that had begun.
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt, Stopped):
         uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -22,11 +22,11 @@ def deploy(bundle: Bundle, road: Road, out: Path) -> str:
         the command that starts it.
 
     Raises:
-        InputError: the road cannot take the bundle, or `out` is not empty.
+        InputError: the road cannot take the bundle, or `out` is not empty, or another process writes there.
         StorageError: `out` cannot be written.
     """
     check_destination(out, force=False, name="OUT")
     road.check(bundle)
-    with write_folder(out) as folder:
+    with write_folder(out, name="OUT") as folder:
         command = road.write(bundle, folder)
     return command.replace("OUT", str(out))

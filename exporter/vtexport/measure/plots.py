@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vtexport.errors import MissingDependencyError
-from vtexport.measure.files import check_picture
+from vtexport.errors import InputError, MissingDependencyError
 from vtexport.measure.profile import STAGES, Report
 from vtexport.pruning.calibration import Calibration
+from vtexport.writing import check_file
+
+#: the formats that matplotlib draws in with nothing but what it brings itself
+FORMATS = ("png", "svg", "pdf", "jpg", "jpeg", "webp", "tif", "tiff")
 
 
-def check_plot(path: Path) -> None:
-    """Refuse, before any work, a plot that cannot be drawn.
+def check_plot(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Refuse, before any work, a plot that cannot be drawn; `inputs` as in `vtexport.writing.check_file`.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
-        InputError: the suffix of `path` names no image format.
-        StorageError: the folder of `path` does not exist.
+        InputError: the suffix of `path` names no format of a plot, or see `check_file`.
+        StorageError: see `check_file`.
     """
     if find_spec("matplotlib") is None:
         raise MissingDependencyError("matplotlib", extra="plots")
-    check_picture(path, "--plot")
+    if _format(path) not in FORMATS:
+        raise InputError(f"{path}: unknown image format; give a name that ends in .png, .svg or .pdf")
+    check_file(path, "--plot", inputs)
+
+
+def _format(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")
+
+
+def _drawn(figure: Any, path: Path, dpi: int) -> bytes:
+    """The file of a figure, in the format that the suffix of `path` asks for."""
+    file = io.BytesIO()
+    figure.savefig(file, format=_format(path), dpi=dpi)
+    return file.getvalue()
 
 
 def _pyplot() -> Any:
@@ -34,8 +52,8 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def plot_profile(report: Report, path: Path) -> None:
-    """Draw the medians as bars, one row per stage, into `path` (see `check_plot`)."""
+def profile_plot(report: Report, path: Path) -> bytes:
+    """The medians as bars, one row per stage, in the format of `path` (see `check_plot`)."""
     pyplot = _pyplot()
     sides = [side for side in (report.this, report.against) if side is not None]
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
@@ -53,12 +71,13 @@ def plot_profile(report: Report, path: Path) -> None:
     axes.margins(x=0.15)
     axes.set_xlabel(f"median ms, whisker to p90; batch {report.batch}, {report.runs} runs; {report.device}")
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+    drawn = _drawn(figure, path, dpi=150)
     pyplot.close(figure)
+    return drawn
 
 
-def plot_calibration(calibration: Calibration, path: Path) -> None:
-    """Draw rank and attention mass by layer into `path` (see `check_plot`)."""
+def calibration_plot(calibration: Calibration, path: Path) -> bytes:
+    """Rank and attention mass by layer, in the format of `path` (see `check_plot`)."""
     pyplot = _pyplot()
     figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(7, 5), sharex=True, layout="constrained")
     layers = range(len(calibration.ranks))
@@ -71,5 +90,6 @@ def plot_calibration(calibration: Calibration, path: Path) -> None:
     lower.set_ylabel("attention of raters\non the image")
     lower.set_xlabel("decoder layer; dotted: visual tokens may leave after it")
     upper.set_title(f"{calibration.pairs} pairs")
-    figure.savefig(path, dpi=120)
+    drawn = _drawn(figure, path, dpi=120)
     pyplot.close(figure)
+    return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vtexport.arrays import Array
-from vtexport.errors import InputError, StorageError
+from vtexport.errors import InputError
 from vtexport.models.prompt import Prompt
 from vtexport.models.spec import ViewSpec
 from vtexport.models.views import Views
@@ -157,16 +158,30 @@ def _mosaic(views: Sequence[Any], lines: Sequence[Sequence[int]]) -> Any:
     return picture
 
 
-def save(picture: Any, path: Path) -> None:
-    """Write `picture` to `path`; see `vtexport.measure.files.check_picture`.
+def picture_format(path: Path) -> str:
+    """The image format that the suffix of `path` asks for.
 
     Raises:
-        StorageError: the file cannot be written.
+        InputError: it asks for none, or for one that such a picture cannot be saved in.
     """
+    from PIL import Image
+
+    # Pillow also lists suffixes of formats that it reads only, or writes with other programs or other colours.
+    known = Image.registered_extensions().get(path.suffix.lower())
     try:
-        picture.save(path)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}; give another -o") from error
+        if known is None:
+            raise ValueError("no format")
+        saved(Image.new("RGB", (2 * _PANEL, _PANEL)), known)
+    except Exception as error:
+        raise InputError(f"{path}: unknown image format; give a name that ends in .png") from error
+    return known
+
+
+def saved(picture: Any, kind: str) -> bytes:
+    """The file of `picture` in the format `kind`."""
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
 
 
 def _describe(stage: StageReport) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def resolve_model(model: str, config_only: bool = False) -> Path:
         InputError: `model` is none of the three.
         ModelError: the hub could not be reached or has no such model.
     """
-    folder = Path(model).expanduser()
+    folder = _folder(model)
     if folder.is_dir():
         return folder
     if model in recipe_names():
@@ -65,7 +66,7 @@ def resolve_model(model: str, config_only: bool = False) -> Path:
 
 def recipe_calibration(model: str) -> Path | None:
     """The calibration file that recipe `model` carries, or None if it is no recipe or carries none."""
-    if Path(model).expanduser().is_dir() or model not in recipe_names():
+    if _folder(model).is_dir() or model not in recipe_names():
         return None
     name = read_recipe(model).get("calibration")
     return None if name is None else engines_folder() / str(name)
@@ -73,10 +74,15 @@ def recipe_calibration(model: str) -> Path | None:
 
 def recipe_dtype(model: str) -> str | None:
     """The dtype that recipe `model` is built in, or None if it is no recipe or leaves it to the checkpoint."""
-    if Path(model).expanduser().is_dir() or model not in recipe_names():
+    if _folder(model).is_dir() or model not in recipe_names():
         return None
     name = read_recipe(model).get("dtype")
     return None if name is None else str(name)
+
+
+def _folder(model: str) -> Path:
+    # As a shell does it: what names no user stays as it is.
+    return Path(os.path.expanduser(model))
 
 
 def _download(hub_id: str, config_only: bool) -> Path:

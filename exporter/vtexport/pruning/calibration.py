@@ -11,6 +11,7 @@ import msgspec
 
 from vtexport.errors import InputError
 from vtexport.pruning.adaptive import AdaptiveTable
+from vtexport.writing import write_whole
 
 #: singular values below this share of the greatest do not count towards the rank
 RANK_TOLERANCE = 0.01
@@ -57,10 +58,18 @@ class Calibration:
         place = min(range(len(self.keeps)), key=lambda i: abs(math.log(self.keeps[i] / keep)))
         return self.layers[place]
 
-    def save(self, path: Path) -> None:
-        """Write it as TOML."""
+    def to_toml(self) -> str:
+        """What `save` writes."""
         about = "# Written by vtexport calibrate; see vtexport.pruning.calibration for what the values are.\n"
-        path.write_text(about + msgspec.toml.encode(self).decode(), encoding="utf-8")
+        return about + msgspec.toml.encode(self).decode()
+
+    def save(self, path: Path) -> None:
+        """Write it as TOML, whole or not at all.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        write_whole(path, self.to_toml())
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 from vtexport.errors import InputError
-from vtexport.measure.files import check_folder, write_whole
 from vtexport.options import Option
+from vtexport.writing import check_file
 
 SUFFIX = ".html"
 _TEMPLATES = Path(__file__).parent
@@ -21,18 +21,16 @@ def is_page(path: Path) -> bool:
     return path.suffix.lower() == SUFFIX
 
 
-def check_page(path: Path, flag: str) -> None:
-    """Refuse, before any work, a file that cannot become a page; `flag` is the flag that named it.
+def check_page(path: Path, flag: str, inputs: Iterable[Path] = ()) -> None:
+    """Refuse, before any work, a file that cannot become a page; for the arguments see `vtexport.writing.check_file`.
 
     Raises:
-        InputError: its suffix is not .html, or it is a folder.
-        StorageError: its folder does not exist.
+        InputError: its suffix is not .html, or see `check_file`.
+        StorageError: see `check_file`.
     """
     if not is_page(path):
         raise InputError(f"{path}: not the name of a page; give a {flag} that ends in {SUFFIX}")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give another {flag}")
-    check_folder(path, flag)
+    check_file(path, flag, inputs)
 
 
 def rendered(template: str, values: Mapping[str, Any], script: str = "") -> str:
@@ -57,15 +55,6 @@ def rendered(template: str, values: Mapping[str, Any], script: str = "") -> str:
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = f"'sha256-{digest}'" if code else "'none'"
     return environment.get_template(template).render(values, code=code, scripts=policy)
-
-
-def save_page(text: str, path: Path, flag: str) -> None:
-    """Write a page to `path`, whole or not at all; `flag` is the flag that named it.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
-    write_whole(path, text, f"give another {flag}")
 
 
 def milliseconds(value: float) -> str:
