@@ -99,5 +99,5 @@ def read_toml(path: Path, most: int = TEXT_BYTES, kind: Any = Any) -> Any:
         return msgspec.convert(tomllib.loads(text), kind)
     except RecursionError as error:
         raise Unreadable("nested too deeply") from error
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+    except (ValueError, msgspec.ValidationError) as error:  # tomllib lets a number of 5000 digits fail as int() does
         raise Unreadable(first_line(error)) from error

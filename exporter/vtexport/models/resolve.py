@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from pathlib import Path
-from typing import Any
 
 from vtexport.errors import InputError, ModelError, first_line
+from vtexport.reading import Unreadable, read_toml
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What vtexport reads of a hub repository: never pickled weights.
 _CONFIG_PATTERNS = ["config.json", "generation_config.json"]
+_RECIPE_KEYS = {"summary", "checkpoint", "hub", "calibration", "dtype"}
+_RECIPE_BYTES, _RECIPE_TEXT = 64 << 10, 200
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
@@ -26,14 +27,29 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in engines_folder().glob("*.toml"))
 
 
-def read_recipe(name: str) -> dict[str, Any]:
+def read_recipe(name: str) -> dict[str, str]:
     """The recipe `name`.
 
     Its keys are `summary`, `checkpoint` (a folder beside the recipe) or `hub` (an id), `calibration` (a file beside the
     recipe), and `dtype`.
+
+    Raises:
+        InputError: it is not TOML, has other keys or values that are no text, or lacks one.
     """
     path = engines_folder() / f"{name}.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    try:
+        recipe: dict[str, str] = read_toml(path, _RECIPE_BYTES, dict[str, str])
+    except Unreadable as error:
+        raise InputError(f"{path} is not a recipe ({error}); correct it or install vtexport again") from error
+    unknown = sorted(set(recipe) - _RECIPE_KEYS)
+    if unknown:
+        raise InputError(f"{path} has the unknown key {unknown[0]!r}; a recipe has {', '.join(sorted(_RECIPE_KEYS))}")
+    if "summary" not in recipe or ("hub" in recipe) == ("checkpoint" in recipe):
+        raise InputError(f"{path} lacks something; give summary, and either hub or checkpoint")
+    for key, value in recipe.items():
+        if not value.isprintable() or len(value) > _RECIPE_TEXT:
+            raise InputError(f"{path} has no usable text as {key}; give at most {_RECIPE_TEXT} printable characters")
+    return recipe
 
 
 def resolve_model(model: str, config_only: bool = False) -> Path:
@@ -54,8 +70,8 @@ def resolve_model(model: str, config_only: bool = False) -> Path:
     if model in recipe_names():
         recipe = read_recipe(model)
         if "checkpoint" in recipe:
-            return engines_folder() / str(recipe["checkpoint"])
-        return _download(str(recipe["hub"]), config_only)
+            return engines_folder() / recipe["checkpoint"]
+        return _download(recipe["hub"], config_only)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not folder.exists():
         return _download(model, config_only)
     raise InputError(
@@ -69,15 +85,14 @@ def recipe_calibration(model: str) -> Path | None:
     if _folder(model).is_dir() or model not in recipe_names():
         return None
     name = read_recipe(model).get("calibration")
-    return None if name is None else engines_folder() / str(name)
+    return None if name is None else engines_folder() / name
 
 
 def recipe_dtype(model: str) -> str | None:
     """The dtype that recipe `model` is built in, or None if it is no recipe or leaves it to the checkpoint."""
     if _folder(model).is_dir() or model not in recipe_names():
         return None
-    name = read_recipe(model).get("dtype")
-    return None if name is None else str(name)
+    return read_recipe(model).get("dtype")
 
 
 def _folder(model: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,14 @@ import msgspec
 
 from vtexport.errors import InputError
 from vtexport.pruning.adaptive import AdaptiveTable
+from vtexport.reading import Unreadable, read_toml
 from vtexport.writing import write_whole
 
 #: singular values below this share of the greatest do not count towards the rank
 RANK_TOLERANCE = 0.01
+# Far above any model and any calibration; a policy compares all ways to give bins to plans.
+_MOST_TOKENS, _MOST_LAYERS, _MOST_KEEPS, _MOST_BINS = 1 << 20, 1024, 256, 64
+_LEAST_KEEP = 1e-6
 
 
 @dataclass(frozen=True)
@@ -79,20 +83,48 @@ class Calibration:
             InputError: no such file, or not a calibration.
         """
         try:
-            calibration = msgspec.toml.decode(path.read_bytes(), type=cls)
-        except OSError as error:
-            raise InputError(f"{path}: no such calibration file; write one with vtexport calibrate") from error
-        except (tomllib.TOMLDecodeError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            calibration: Calibration = read_toml(path, kind=cls)
+            calibration._check_numbers()
+        except Unreadable as error:
+            if not path.exists():
+                raise InputError(f"{path}: no such calibration file; write one with vtexport calibrate") from error
             raise InputError(f"{path} is not a calibration ({error}); write it anew with vtexport calibrate") from error
-        lengths = [
-            {len(calibration.ranks), len(calibration.rank_spread), len(calibration.mass)},
-            {len(calibration.keeps), len(calibration.layers)},
-        ]
-        for table in calibration.adaptive:
-            lengths += [{len(table.keeps), len(table.agreement)}, {len(table.spread), *map(len, table.agreement)}]
-        if any(len(same) != 1 for same in lengths) or not calibration.keeps:
-            raise InputError(f"{path} has lists of unequal length; write it anew with vtexport calibrate")
         return calibration
+
+    def _check_numbers(self) -> None:
+        """Refuse what `vtexport calibrate` never writes, before anything is planned with it.
+
+        Raises:
+            Unreadable: lists of unequal length, or a number that is out of range or not finite.
+        """
+        tokens, last_layer = self.num_visual_tokens, len(self.ranks) - 1
+        _alike([self.ranks, self.rank_spread, self.mass], _MOST_LAYERS)
+        _alike([self.keeps, self.layers, self.agreement], _MOST_KEEPS)
+        _within("num_visual_tokens", [tokens], 1, _MOST_TOKENS)
+        _within("pairs", [self.pairs], 1, math.inf)
+        _within("ranks", self.ranks, 0, tokens)
+        _within("rank_spread", self.rank_spread, 0, tokens)
+        # A share that was computed in float32 may be a little above one.
+        _within("mass", self.mass, 0, 1.001)
+        _within("keeps", self.keeps, _LEAST_KEEP, 1)
+        _within("agreement", self.agreement, 0, 1)
+        _within("exit_layer", [self.exit_layer], 0, last_layer)
+        _within("exit_tolerance", [self.exit_tolerance], 0, 1)
+        for layers in self.layers:
+            _within("layers", layers, 0, last_layer)
+            if not layers or list(layers) != sorted(set(layers)):
+                raise Unreadable(f"layers {list(layers)[:10]} do not ascend")
+        if len({table.method for table in self.adaptive}) != len(self.adaptive):
+            raise Unreadable("two adaptive tables of one method")
+        for table in self.adaptive:
+            _alike([table.keeps, table.agreement], _MOST_KEEPS)
+            _alike([table.spread, *table.agreement], _MOST_BINS)
+            _within("keeps", table.keeps, _LEAST_KEEP, 1)
+            _within("spread", table.spread, 0, _MOST_TOKENS)
+            if list(table.spread) != sorted(table.spread):
+                raise Unreadable("spread does not ascend")
+            for row in table.agreement:
+                _within("agreement", row, 0, 1)
 
     def check(self, path: Path, model: str, num_visual_tokens: int, num_layers: int) -> None:
         """Refuse a model other than the measured one.
@@ -107,3 +139,19 @@ class Calibration:
             )
         if self.model != model:
             raise InputError(f"{path} was calibrated on another checkpoint of this size; calibrate this one")
+
+
+def _alike(lists: Sequence[Sequence[object]], most: int) -> None:
+    """Refuse lists that are empty, too long or of unequal length."""
+    lengths = {len(one) for one in lists}
+    if len(lengths) != 1 or 0 in lengths:
+        raise Unreadable("empty lists, or lists of unequal length")
+    if max(lengths) > most:
+        raise Unreadable(f"lists of more than {most} values")
+
+
+def _within(name: str, values: Sequence[float], least: float, most: float) -> None:
+    """Refuse a value outside [least, most]; nan is outside."""
+    for value in values:
+        if not least <= value <= most:
+            raise Unreadable(f"{name} {value:g} is not within {least:g} and {most:g}")

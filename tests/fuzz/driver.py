@@ -1,0 +1,175 @@
+"""Runs targets on damaged files, under limits of time and memory, and says what broke."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import resource
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tests.fuzz.mutations import mutate
+from tests.fuzz.targets import Target, load
+from vtexport.errors import VtexportError
+
+SLOW_SECONDS = 2.0
+#: growth of the largest resident set by one execution that is a finding
+GROWTH_BYTES = 256 << 20
+#: address space that a run may add to what it began with
+SPACE_BYTES = 3 << 30
+PACKAGE = "vtexport/"
+
+
+class TooSlow(BaseException):
+    """An execution ran out of time; no `except Exception` may swallow it."""
+
+
+class TooLarge(Exception):
+    """An execution took too much memory."""
+
+
+@dataclass
+class Finding:
+    """Executions that failed in the same way at the same line; `number` is the first of them."""
+
+    kind: str
+    line: str
+    message: str
+    number: int
+    count: int = 1
+
+
+@dataclass
+class Summary:
+    """What happened to a target."""
+
+    target: str
+    executions: int = 0
+    seconds: float = 0.0
+    refused: int = 0
+    accepted: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    def add(self, found: Finding) -> None:
+        """Count `found`, with those before it that are the same."""
+        for known in self.findings:
+            if (known.kind, known.line) == (found.kind, found.line):
+                known.count, known.number = known.count + found.count, min(known.number, found.number)
+                return
+        self.findings.append(found)
+
+    def merge(self, other: Summary) -> None:
+        """Add another part of the same target's executions."""
+        self.executions, self.seconds = self.executions + other.executions, self.seconds + other.seconds
+        self.refused, self.accepted = self.refused + other.refused, self.accepted + other.accepted
+        for found in other.findings:
+            self.add(found)
+
+    def report(self) -> dict[str, Any]:
+        """As it is printed."""
+        per_second = round(self.executions / self.seconds, 1) if self.seconds else None
+        return {**asdict(self), "seconds": round(self.seconds, 1), "executions_per_second": per_second}
+
+
+def input_of(seeds: list[bytes], seed: int, number: int) -> bytes:
+    """Input `number` of a run with `seed`: one of the valid files itself first, then damaged ones."""
+    if number < len(seeds):
+        return seeds[number]
+    return mutate(seeds, random.Random(f"{seed} {number}"))
+
+
+def attempt(target: Target, data: bytes, place: Path, seconds: float = SLOW_SECONDS) -> bool:
+    """Whether `data` was accepted; False if it was refused in one printable line.
+
+    Raises:
+        BaseException: what is a bug in the target: any other exception, too much time or too much memory.
+    """
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    accepted = True
+    with _time_limit(seconds):
+        try:
+            target.one(data, place)
+        except VtexportError as error:
+            accepted = False
+            if len(str(error).splitlines()) != 1:
+                raise ValueError(f"the refusal has several lines: {str(error)!r}") from error
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    if grown > GROWTH_BYTES:
+        raise TooLarge(f"{grown >> 20} MiB for {len(data)} bytes")
+    return accepted
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise TooSlow(f"more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def limit_memory() -> None:
+    """Let this process grow by `SPACE_BYTES` only, so that a huge allocation fails and does not take the machine."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    space = pages * resource.getpagesize() + SPACE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (space, resource.RLIM_INFINITY))
+
+
+@contextlib.contextmanager
+def prepared(name: str) -> Iterator[tuple[Target, list[bytes], Path]]:
+    """The target, its valid files, and an empty folder."""
+    target = load(name)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        made, place = Path(folder, "seeds"), Path(folder, "place")
+        made.mkdir()
+        seeds = target.seeds(made)
+        place.mkdir()
+        yield target, seeds, place
+
+
+def run(name: str, numbers: range, seed: int, seconds: float, begin: Callable[[int], None] | None = None) -> Summary:
+    """Execute inputs `numbers` of target `name`, for at most `seconds`; `begin` is told each number before it runs."""
+    summary = Summary(name)
+    with prepared(name) as (target, seeds, place):
+        # Whatever is loaded on first use is no growth that an input causes.
+        with contextlib.suppress(VtexportError):
+            target.one(seeds[0], place)
+        limit_memory()
+        started = time.monotonic()
+        for number in numbers:
+            if time.monotonic() - started > seconds:
+                break
+            if begin is not None:
+                begin(number)
+            try:
+                accepted = attempt(target, input_of(seeds, seed, number), place)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001 - whatever else comes out of a target is what we look for
+                summary.add(finding(error, number))
+            else:
+                summary.accepted += accepted
+                summary.refused += not accepted
+            summary.executions += 1
+        summary.seconds = time.monotonic() - started
+    return summary
+
+
+def finding(error: BaseException, number: int) -> Finding:
+    """Where `error` came from: the innermost line of the package, or of anything else if it never got there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if PACKAGE in frame.filename] or frames
+    line = f"{own[-1].filename.rpartition(PACKAGE)[2]}:{own[-1].lineno}" if own else "?"
+    return Finding(type(error).__name__, line, str(error)[:200], number)

@@ -1,0 +1,107 @@
+"""A sample of what `python -m tests.fuzz` runs, and every input that once failed."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz import driver
+from tests.fuzz.mutations import mutate
+from tests.fuzz.targets import Target, load, names
+from vtexport.errors import InputError
+
+KEPT = Path(__file__).parent / "kept"
+#: for one input; generous, because tests share their cores
+SECONDS = 30
+Prepared = tuple[Target, list[bytes], Path]
+
+
+@pytest.fixture(scope="module", params=names())
+def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
+    with driver.prepared(request.param) as found:
+        yield found
+
+
+def test_valid_files_are_accepted(prepared: Prepared) -> None:
+    target, seeds, place = prepared
+    for data in seeds:
+        assert driver.attempt(target, data, place)
+    assert list(place.iterdir()) == []
+
+
+@settings(max_examples=60, phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
+@given(rng=st.randoms(use_true_random=False))
+def test_damaged_files_are_refused_in_one_line_or_used(prepared: Prepared, rng: random.Random) -> None:
+    target, seeds, place = prepared
+    driver.attempt(target, mutate(seeds, rng), place, SECONDS)
+
+
+@pytest.mark.parametrize("path", sorted(KEPT.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_what_once_failed_does_not(path: Path) -> None:
+    with driver.prepared(path.parent.name) as (target, _, place):
+        driver.attempt(target, path.read_bytes(), place, SECONDS)
+
+
+# The driver itself
+
+
+class Stub:
+    """A target that does what the first byte says."""
+
+    @staticmethod
+    def seeds(_place: Path) -> list[bytes]:
+        return [b"good"]
+
+    @staticmethod
+    def one(data: bytes, _place: Path) -> None:
+        if data[:1] == b"r":
+            raise InputError("refused; give another")
+        if data[:1] == b"l":
+            raise InputError("two\nlines")
+        if data[:1] == b"b":
+            raise KeyError("broken")
+        if data[:1] == b"s":
+            time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [(b"l", "several lines"), (b"b", "broken"), (b"s", "more than 0.1 s")],
+    ids=["line", "bug", "slow"],
+)
+def test_bugs_come_out_of_an_attempt(data: bytes, error: str, tmp_path: Path) -> None:
+    with pytest.raises(BaseException, match=error):
+        driver.attempt(Stub, data, tmp_path, 0.1)
+    assert driver.attempt(Stub, b"good", tmp_path)
+    assert not driver.attempt(Stub, b"refused", tmp_path)
+
+
+def test_a_run_counts_what_happens_and_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "load", lambda _name: Stub)
+    monkeypatch.setattr(driver, "limit_memory", lambda: None)
+    inputs = [b"good", b"refused", b"broken", b"bad"]
+    monkeypatch.setattr(driver, "input_of", lambda _seeds, _seed, number: inputs[number])
+    summary = driver.run("stub", range(4), seed=0, seconds=60)
+    assert (summary.executions, summary.accepted, summary.refused) == (4, 1, 1)
+    assert [(found.kind, found.number, found.count) for found in summary.findings] == [("KeyError", 2, 2)]
+
+
+def test_inputs_are_known_by_seed_and_number() -> None:
+    seeds = [b'{"a": [1, 2.5, "b"], "c": {"d": null}}', b'a = 1\nb = ["c"]\n', b"\x89PNG\r\n\x1a\n" + bytes(64)]
+    inputs = [driver.input_of(seeds, 3, number) for number in range(300)]
+    assert inputs == [driver.input_of(seeds, 3, number) for number in range(300)]
+    assert inputs[:3] == seeds
+    assert len(set(inputs)) > 250
+    assert inputs[3:] != [driver.input_of(seeds, 4, number) for number in range(3, 300)]
+
+
+def test_targets_are_found() -> None:
+    assert {"manifest", "calibration", "recipe"} <= set(names())
+    for name in names():
+        assert callable(load(name).one)
