@@ -116,8 +116,10 @@ def _write_weights(
     weights = Weights([graph.model for graph in graphs], source.checkpoint, computed)
     progress.stage(
         f"weights: {weights.bytes_referenced / 1e6:.0f} MB as they are, {weights.bytes_written / 1e6:.0f} MB written",
-        weights.bytes_written,
+        weights.bytes_read + weights.bytes_written,
     )
+    # Before anything is compiled: the self-check would only find that the answers are no numbers, not why.
+    weights.check(progress.advance)
     weights.write(place, progress.advance)
 
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from vtexport.arrays import Array
 from vtexport.errors import ModelError
+from vtexport.graph.finite import check_arrays, check_records
 from vtexport.models.checkpoint import Checkpoint, TensorRecord
 from vtexport.models.names import PREFIXES
 
@@ -143,6 +144,17 @@ class Weights:
             )
         return _Slot(name, tensor.dtype, shape, source)
 
+    def _read(self) -> list[TensorRecord]:
+        """The checkpoint's tensors that any graph needs, each once, as they lie in their files."""
+        sources = [slot.source.record if isinstance(slot.source, _Made) else slot.source for slot in self._slots]
+        records = {source for source in sources if isinstance(source, TensorRecord)}
+        return sorted(records, key=lambda record: (record.path, record.start))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the checkpoint that `check` reads."""
+        return sum(record.end - record.start for record in self._read())
+
     @property
     def bytes_written(self) -> int:
         """Bytes that `write` puts into a file of their own."""
@@ -152,6 +164,19 @@ class Weights:
     def bytes_referenced(self) -> int:
         """Bytes that stay as the checkpoint has them."""
         return sum(slot.length for slot in self._slots if self._reference(slot) is not None)
+
+    def check(self, advance: Callable[[int], None]) -> None:
+        """Refuse weights that are NaN or infinite; those that no graph needs are not read.
+
+        Args:
+            advance: called with the number of bytes read.
+
+        Raises:
+            ModelError: a weight is no number.
+        """
+        check_records(self._read(), advance)
+        arrays = {slot.name: slot.source for slot in self._slots if isinstance(slot.source, np.ndarray)}
+        check_arrays(arrays, self._folder)
 
     def write(self, folder: Path, advance: Callable[[int], None]) -> None:
         """Put the weights into `folder`, and let every graph, which will lie there too, point at them.
