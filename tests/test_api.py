@@ -122,6 +122,7 @@ IMPORTS = {
     "errors": "",
     "progress": "",
     "options": "errors",
+    "figures": "",
     "reading": "errors",
     "stopping": "",
     "writing": "errors stopping",
@@ -137,8 +138,8 @@ IMPORTS = {
     "deploy": "arrays bundle errors graph models pruning runtime targets",
     "serve": "errors models pruning runtime targets",
     "micro": "arrays errors",
-    "measure": "arrays builder check errors micro models native options pruning runtime stopping targets writing",
-    "cli": "builder bundle deploy errors measure models options pruning runtime serve stopping targets writing",
+    "measure": "arrays builder check errors figures micro models native options pruning runtime stopping targets writing",
+    "cli": "builder bundle deploy errors figures measure models options pruning runtime serve stopping targets writing",
     "vtexport": "",
     "__main__": "cli",
 }

@@ -14,6 +14,8 @@ Messages are one line: what is wrong, where, and what to do about it.
 
 from __future__ import annotations
 
+import re
+
 
 class VtexportError(Exception):
     """The root of all errors below. `str(error)` is one line that ends with the remedy."""
@@ -55,3 +57,26 @@ class StorageError(VtexportError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the name of its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+#: what a terminal acts upon or shows out of order: control characters (C0, DEL and C1), marks that force the
+#: direction of text, separators of lines and paragraphs, and halves of surrogate pairs, which have no encoding
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text from outside as a terminal may get it: what it would act upon is escaped, as in Python's strings.
+
+    Names, prompts and answers may come from anyone: none of them may move the cursor, colour what follows, set a
+    window's title or make a line read otherwise than it is.
+
+    Args:
+        text: any text.
+        keep: control characters to leave as they are, such as a newline.
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        character = found.group()
+        return character if character in keep else character.encode("unicode_escape").decode("ascii")
+
+    return _UNPRINTABLE.sub(escaped, text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import click
 import cloup
 
 from vtexport.cli.arguments import BUNDLE, JSON
+from vtexport.cli.streams import say_json
 
 
 @cloup.command("inspect")
@@ -46,7 +46,7 @@ def list_(as_json: bool) -> None:
     from vtexport.cli.report.catalogue import catalogue, catalogue_tables
 
     if as_json:
-        click.echo(json.dumps(catalogue()))
+        say_json(catalogue())
     else:
         stdout.print(catalogue_tables())
 
@@ -62,7 +62,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         health = {"versions": versions(), "targets": [asdict(target) for target in examine()]}
         native = {name.replace(" ", "_").lower(): asdict(state) for name, state in kernels().items()}
-        click.echo(json.dumps({**health, **native}))
+        say_json({**health, **native})
     else:
         stdout.print(health_tables())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 import cloup
 
 from vtexport.cli.arguments import BUNDLE, PATH, RANKING
+from vtexport.cli.streams import say, say_json
 from vtexport.errors import InputError
 
 
@@ -59,12 +59,12 @@ def run(
         pairs = list(runner.prompter.pairs(images, prompts))
     if as_json:
         for answer in runner.ask(pairs, max_new_tokens):
-            click.echo(json.dumps(answer.to_json()))
+            say_json(answer.to_json())
         return
-    printer = Printer(runner.prompter, len(pairs), click.echo)
+    printer = Printer(runner.prompter, len(pairs), say)
     answers = runner.ask(pairs, max_new_tokens, printer.add)
     printer.close()
-    stderr.print(run_summary(answers), style="dim", soft_wrap=True)
+    stderr.print(run_summary(answers))
 
 
 @cloup.command("show")
@@ -94,7 +94,9 @@ def show(bundle: Path, images: tuple[Path, ...], prompt: str | None, ranking_fro
         write_whole(out, show_page(runner, shown), "-o")
     else:
         write_whole(out, saved(draw(shown, runner.bundle.manifest.model.name), picture), "-o")
-    click.echo(out)
+    say(out)
+    if shown.answer:
+        say(shown.answer, err=True)
 
 
 COMMANDS = {"run": run, "show": show}

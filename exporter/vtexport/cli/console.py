@@ -1,16 +1,49 @@
-"""Progress and warnings of the command line, on stderr and never on stdout."""
+"""What the command line prints on: reports on stdout, progress and warnings on stderr and never on stdout."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-stdout = Console(highlight=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False)
+from vtexport.errors import printable
+
+#: columns of what is no terminal: a pipe, a file, the log of a build server
+_UNBOUNDED = 1_000_000
+
+
+class _Output(Console):
+    """A console that prints text as it is, in lines as long as they are unless a terminal shows them.
+
+    Rich takes 80 columns where it knows no better, cuts tables to them, and reads [names] and :names: as its markup.
+    """
+
+    def __init__(self, *, stderr: bool) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=not stderr)
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        if not self.file.isatty():
+            return ConsoleDimensions(_UNBOUNDED, 25)
+        if self.is_dumb_terminal and self._width is None:
+            # It knows no colours, but has a width.
+            with contextlib.suppress(OSError, ValueError):
+                columns, lines = os.get_terminal_size(self.file.fileno())
+                return ConsoleDimensions(columns or 80, lines or 25)
+        return super().size
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text, keep="\n"), **options)
+
+
+stdout = _Output(stderr=False)
+stderr = _Output(stderr=True)
 
 
 class StageProgress:

@@ -8,6 +8,7 @@ import click
 import cloup
 
 from vtexport.cli.arguments import BUNDLE, PATH
+from vtexport.cli.streams import say
 from vtexport.deploy.roads import ROADS
 
 
@@ -25,8 +26,8 @@ def deploy(bundle: Path, road: str, out: Path) -> None:
     from vtexport.deploy.roads import deploy as write
 
     command = write(Bundle.open(bundle), ROADS[road], out)
-    click.echo(out)
-    click.echo(f"start it with: {command}", err=True)
+    say(out)
+    say(f"start it with: {command}", err=True)
 
 
 COMMANDS = {"deploy": deploy}

@@ -10,6 +10,7 @@ import click
 import cloup
 
 from vtexport.cli.arguments import BUNDLE, JSON, PATH, RANKING
+from vtexport.cli.streams import say_json
 from vtexport.errors import InputError
 from vtexport.measure.scoring import METRICS, Metric
 
@@ -102,7 +103,7 @@ def evaluate(
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in results.lines()]
         write_whole(output, "".join(lines), "--output")
     if as_json:
-        click.echo(json.dumps(results.to_json()))
+        say_json(results.to_json())
     else:
         stdout.print(evaluation_table(results))
 

@@ -11,6 +11,7 @@ from importlib import import_module
 import click
 import cloup
 
+from vtexport.cli.streams import checked, say
 from vtexport.errors import VtexportError
 from vtexport.stopping import Stopped, Stopping, ignore
 from vtexport.writing import journal
@@ -85,8 +86,8 @@ def main() -> None:
 def _run(stopping: Stopping) -> int:
     """Run the command line and report errors; the exit code."""
     try:
-        cli.main(standalone_mode=False)
-        sys.stdout.flush()
+        with checked():
+            cli.main(standalone_mode=False)
     except VtexportError as error:
         return _refuse(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -111,17 +112,11 @@ def _refuse(message: str) -> int:
 def _say(line: str) -> None:
     # The terminal may be gone, which is why the process was stopped.
     with contextlib.suppress(OSError):
-        click.echo(line, err=True)
+        say(line, err=True)
 
 
 def _of_system(error: OSError) -> str:
-    """One line about an error of the system that nothing has handled: an odd path, or stdout that takes no more."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # Python would try it once more at its end, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return f"stdout: {error.strerror}; print to another file"
+    """One line about an error of the system that nothing has handled, such as an odd path."""
     where = "the system" if error.filename is None else os.fsdecode(error.filename)
     return f"{where}: {error.strerror}; see whether the path and its permissions are right"
 

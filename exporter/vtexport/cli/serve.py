@@ -10,6 +10,7 @@ import click
 import cloup
 
 from vtexport.cli.arguments import BUNDLE
+from vtexport.cli.streams import say
 from vtexport.errors import InputError, MissingDependencyError
 from vtexport.stopping import Stopped
 
@@ -88,12 +89,12 @@ def serve(
     runner.engine.admit(slots, 1, 1)
     limits = Limits(max_new_tokens, max_megabytes << 20, max_megapixels * 1_000_000, timeout, hosts)
     server = Server(runner, name or bundle.resolve().name, limits, slots, queue)
-    click.echo(f"open {bundle}", err=True)
+    say(f"open {bundle}", err=True)
     runner.engine.load()
     config = uvicorn.Config(make_app(server), host=host, port=port, log_level="warning", access_log=False)
     listener = _listen(host, port)
     where = f"http://{host}:{listener.getsockname()[1]}/v1"
-    click.echo(f"serve model {server.name} at {where}; Ctrl-C ends, after the answers that have begun", err=True)
+    say(f"serve model {server.name} at {where}; Ctrl-C ends, after the answers that have begun", err=True)
     # It raises the signal again that it ended by, after the answers that had begun.
     with contextlib.suppress(KeyboardInterrupt, Stopped):
         uvicorn.Server(config).run(sockets=[listener])

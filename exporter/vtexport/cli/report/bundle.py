@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 
 from vtexport.builder.estimate import Estimate
 from vtexport.bundle.folder import Bundle
-from vtexport.cli.report.layout import facts, make_table, megabytes
+from vtexport.cli.report.layout import Facts, Table, Whole
+from vtexport.figures import number, percent, size
 from vtexport.models.spec import ModelSpec
 from vtexport.pruning import PruningPlan, dense_plan
 from vtexport.pruning.flops import NOMINAL_TEXT_TOKENS, plan_flops
@@ -20,28 +21,28 @@ def build_summary(bundle: Bundle) -> RenderableType:
     rows = [
         *_plan_rows(bundle),
         ("target", f"{target.name}, {target.dtype}"),
-        ("size", ", ".join(f"{name} {megabytes(size)}" for name, size in _sizes(bundle).items())),
+        ("size", ", ".join(f"{name} {size(count)}" for name, count in _sizes(bundle).items())),
         ("verified", _verification(bundle)),
-        ("next", _next(bundle)),
+        ("next", Whole(_next(bundle))),
     ]
-    return facts([("bundle", str(bundle.folder)), *rows])
+    return Facts([("bundle", Whole(bundle.folder)), *rows])
 
 
 def dry_run_summary(estimate: Estimate) -> RenderableType:
     """The output of `vtexport build --dry-run`."""
-    weights = f"{megabytes(estimate.weight_bytes)} of weights " + ("converted" if estimate.converts else "as they are")
+    weights = f"{size(estimate.weight_bytes)} of weights " + ("converted" if estimate.converts else "as they are")
     check = (
         "this model"
         if estimate.checked_in_full
         else "a small model of the same layers, because this one cannot run here"
     )
     rows = [row for plan in estimate.engines.plans for row in _one_plan(plan, estimate.spec)]
-    return facts(
+    return Facts(
         [
             *rows,
             ("target", f"{estimate.target.name}, {estimate.engines.dtype}"),
-            ("size", f"{weights}, about {megabytes(estimate.graph_bytes)} of graphs"),
-            ("peak memory", f"about {megabytes(estimate.peak_memory)}"),
+            ("size", f"{weights}, about {size(estimate.graph_bytes)} of graphs"),
+            ("peak memory", f"about {size(estimate.peak_memory)}"),
             ("checked on", check),
             ("written", "nothing: a dry run"),
         ]
@@ -51,9 +52,9 @@ def dry_run_summary(estimate: Estimate) -> RenderableType:
 def bundle_table(bundle: Bundle, *, verified: bool) -> RenderableType:
     """The output of `vtexport inspect`."""
     manifest = bundle.manifest
-    files = make_table("file", "bytes", "sha256")
+    files = Table("file", "bytes", "sha256")
     for entry in manifest.files:
-        files.add_row(entry.path, f"{entry.bytes:,}", entry.sha256[:16])
+        files.add_row(entry.path, number(entry.bytes), entry.sha256[:16])
     rows = [
         ("model", f"{manifest.model.name} ({manifest.model.family})"),
         *_plan_rows(bundle),
@@ -66,7 +67,7 @@ def bundle_table(bundle: Bundle, *, verified: bool) -> RenderableType:
     ]
     if verified:
         rows.append(("files", "all as they were built"))
-    return Group(facts(rows), "", files)
+    return Group(Facts(rows), "", files)
 
 
 def _plan_rows(bundle: Bundle) -> list[tuple[str, str]]:
@@ -75,10 +76,10 @@ def _plan_rows(bundle: Bundle) -> list[tuple[str, str]]:
     plans = bundle.manifest.pruning_plans()
     rows: list[tuple[str, str]] = []
     if policy is not None:
-        rows.append(("keep auto", f"{policy.accuracy:.1%} of answers as in the dense model at calibration"))
-        for number, plan in enumerate(plans):
-            limit = f"spread up to {policy.limits[number - 1]:.4g} patches" if number else "any other image"
-            rows.append((f"  keep {plan.keep:g}", limit))
+        rows.append(("keep auto", f"{percent(policy.accuracy)} of answers as in the dense model at calibration"))
+        for place, plan in enumerate(plans):
+            limit = f"spread up to {number(policy.limits[place - 1])} patches" if place else "any other image"
+            rows.append((f"  keep {number(plan.keep)}", limit))
     return rows + [row for plan in plans for row in _one_plan(plan, spec)]
 
 
@@ -86,16 +87,19 @@ def _one_plan(plan: PruningPlan, spec: ModelSpec) -> list[tuple[str, str]]:
     dense = dense_plan(plan)
     cost, full = plan_flops(spec, plan), plan_flops(spec, dense)
     flops = (
-        f"{cost.first_token / 1e9:.4g} GFLOPs to the first token, {cost.first_token / full.first_token:.0%} of dense "
-        f"(decoder alone {cost.prefill / full.prefill:.0%}; {NOMINAL_TEXT_TOKENS} text tokens)"
+        f"{number(cost.first_token / 1e9)} GFLOPs to the first token, {percent(cost.first_token / full.first_token, 0)} of dense "
+        f"(decoder alone {percent(cost.prefill / full.prefill, 0)}; {NOMINAL_TEXT_TOKENS} text tokens)"
     )
-    mean = f"{plan.mean_visual_tokens:.5g} of {plan.num_visual_tokens}, mean over decoder layers"
+    mean = f"{number(plan.mean_visual_tokens)} of {number(plan.num_visual_tokens)}, mean over decoder layers"
     if plan.decoder_stages:
-        mean += f" ({plan.mean_visual_tokens_sparsevlm:.5g} by SparseVLM's count)"
+        mean += f" ({number(plan.mean_visual_tokens_sparsevlm)} by SparseVLM's count)"
     options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.options.items() if value != "")
-    rows = [("method", f"{plan.method}, keep {plan.keep:g}" + (f" ({options})" if options else ""))]
+    rows = [("method", f"{plan.method}, keep {number(plan.keep)}" + (f" ({options})" if options else ""))]
     rows.append(("mean visual tokens", mean))
-    rows += [(f"  {s.where}", f"{s.tokens_in} in, {s.kept} kept, {s.recycled} merged") for s in plan.stages]
+    rows += [
+        (f"  {s.where}", f"{number(s.tokens_in)} in, {number(s.kept)} kept, {number(s.recycled)} merged")
+        for s in plan.stages
+    ]
     return [*rows, ("cost", flops)]
 
 

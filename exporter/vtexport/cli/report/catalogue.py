@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Group, RenderableType
 
-from vtexport.cli.report.layout import facts
+from vtexport.cli.report.layout import Facts, Paragraph
 from vtexport.measure.doctor import examine, kernels, versions
 from vtexport.models.families import FAMILIES
 from vtexport.models.resolve import read_recipe, recipe_names
@@ -27,10 +27,13 @@ def catalogue_tables() -> RenderableType:
     parts: list[RenderableType] = []
     for title, entries in catalogue().items():
         rows = [(name, text + (" (default)" if name in defaults else "")) for name, text in entries.items()]
-        parts += [f"[bold]{title}[/bold]", facts([(f"  {name}", text) for name, text in rows]), ""]
+        parts += [Paragraph(title, "bold"), Facts([(f"  {name}", text) for name, text in rows]), ""]
     families = ", ".join(FAMILIES)
     parts.append(
-        f"Other checkpoints in Hugging Face form, of model_type {families}: give the folder or the hub id as --model."
+        Paragraph(
+            f"Other checkpoints in Hugging Face form, of model_type {families}: give the folder or the hub id as "
+            "--model."
+        )
     )
     return Group(*parts)
 
@@ -43,4 +46,4 @@ def health_tables() -> RenderableType:
             rows.append((f"{health.name} {what}", f"{'works' if state.works else 'does not work'}: {state.reason}"))
     for what, state in kernels().items():
         rows.append((what, f"{'built' if state.works else 'not built'}: {state.reason}"))
-    return Group(facts(rows), "", facts(list(versions().items())))
+    return Group(Facts(rows), "", Facts(list(versions().items())))

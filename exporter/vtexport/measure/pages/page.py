@@ -1,4 +1,4 @@
-"""What all pages share: the templates' environment, how numbers are written, and the file."""
+"""What all pages share: the templates' environment and the file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from vtexport import figures
 from vtexport.errors import InputError
 from vtexport.options import Option
 from vtexport.writing import check_file
@@ -49,33 +50,17 @@ def rendered(template: str, values: Mapping[str, Any], script: str = "") -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (milliseconds, times, size, significant, share, listed, short)
-    environment.filters.update({function.__name__: function for function in filters})
+    filters = (figures.milliseconds, figures.percent, figures.size, times, share, listed, short)
+    environment.filters.update({function.__name__: function for function in filters}, significant=figures.number)
     code = (_TEMPLATES / script).read_text(encoding="utf-8") if script else ""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = f"'sha256-{digest}'" if code else "'none'"
     return environment.get_template(template).render(values, code=code, scripts=policy)
 
 
-def milliseconds(value: float) -> str:
-    """As `vtexport profile` prints them."""
-    return f"{value:.2f}"
-
-
 def times(value: float) -> str:
     """A ratio."""
-    return f"{value:.2f}\N{MULTIPLICATION SIGN}"
-
-
-def size(value: int) -> str:
-    """Bytes, in MB or GB."""
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
-
-
-def significant(value: float) -> str:
-    """Four digits."""
-    text = f"{value:.4g}"
-    return f"{value:.0f}" if "e+" in text else text
+    return figures.times(value, "\N{MULTIPLICATION SIGN}")
 
 
 def short(name: str) -> str:

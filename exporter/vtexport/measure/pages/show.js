@@ -6,6 +6,8 @@
   const rows = [...document.querySelectorAll("#fate tbody tr")];
   const patch = document.getElementById("patch");
   let chosen = null;
+  // Counts, as vtexport writes them everywhere.
+  const figure = (count) => count.toLocaleString("en-US");
   const shade = document.getElementById("shade");
   const scored = document.querySelectorAll("#fate thead th").length === 4;
 
@@ -44,9 +46,10 @@
     const strong = document.createElement("strong");
     const value = document.createElement("data");
     strong.textContent = name[0].toUpperCase() + name.slice(1);
-    value.value = value.textContent = String(tokens);
-    const merged = recycled ? `, ${recycled} merged` : "";
-    now.replaceChildren(strong, " ", value, ` of ${data.moments[0].tokens} visual tokens${merged}`);
+    value.value = String(tokens);
+    value.textContent = figure(tokens);
+    const merged = recycled ? `, ${figure(recycled)} merged` : "";
+    now.replaceChildren(strong, " ", value, ` of ${figure(data.moments[0].tokens)} visual tokens${merged}`);
     slider.setAttribute("aria-valuetext", now.textContent);
     heat(moment);
     if (chosen) tell();
@@ -73,7 +76,7 @@
       const became = fate(states[moment - 1][place], states[moment][place]);
       const score = scores[moment] ? scores[moment][place] : null;
       if (score === null) return [became, "", ""];
-      return [became, digits(score), `${ranks[moment][place]} of ${data.moments[moment].rated[view]}`];
+      return [became, digits(score), `${figure(ranks[moment][place])} of ${figure(data.moments[moment].rated[view])}`];
     };
     document.getElementById("where").textContent = title;
     rows.forEach((line, number) => {
