@@ -170,15 +170,13 @@ def test_bad_options(vtexport, arguments: list[str], message: str, tmp_path: Pat
 
 
 def test_calibrate_measures_methods(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    from vtexport.measure.calibrate import Pair, Trials, calibrate_model, steps
+    from vtexport.measure.calibrate import Pair, Trials, calibrate_model
 
     pairs, images = [], [Image.fromarray(example.image) for example in EXAMPLES]
     for number, (image, example) in enumerate(zip(images, EXAMPLES, strict=True)):
         image.save(tmp_path / f"{number}.png")
         pairs.append(Pair((tmp_path / f"{number}.png",), example.question.text))
-    trials, done = Trials(("fastervlm", "sparsevlm"), (0.5, 0.4)), []
-    found = calibrate_model(str(tiny_checkpoint), pairs, trials, lambda: done.append(1))
-    assert len(done) == steps(pairs, trials)
+    found = calibrate_model(str(tiny_checkpoint), pairs, Trials(("fastervlm", "sparsevlm"), (0.5, 0.4)))
     assert [table.method for table in found.adaptive] == ["fastervlm", "sparsevlm"]
     for table in found.adaptive:
         assert table.keeps == (0.5, 0.4)

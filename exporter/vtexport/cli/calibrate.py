@@ -58,6 +58,7 @@ def calibrate(
     from vtexport.cli.console import stage_progress, stdout
     from vtexport.cli.report.calibration import calibration_table
     from vtexport.measure import calibrate as calibration
+    from vtexport.measure.calibration.partial import partial_file
     from vtexport.measure.plots import calibration_plot, check_plot
     from vtexport.writing import Output, check_apart, check_file, write_all
 
@@ -68,15 +69,16 @@ def calibrate(
     check_file(out, "-o", [data])
     if plot_file is not None:
         check_plot(plot_file, [data])
-    pairs = calibration.read_pairs(data)
+    pairs, partial = calibration.read_pairs(data), partial_file(out)
     views = parse_options(ViewChoice, options.given(values, [ViewChoice]), "vtexport calibrate")
     with stage_progress() as progress:
-        progress.stage("measure pairs, try layers and methods", calibration.steps(pairs, trials))
-        measured = calibration.calibrate_model(model, pairs, trials, progress.advance, views)
+        measured = calibration.calibrate_model(model, pairs, trials, progress, views, partial)
     outputs = [Output(out, measured.to_toml(), "-o")]
     if plot_file is not None:
         outputs.append(Output(plot_file, calibration_plot(measured, plot_file), "--plot"))
     write_all(outputs)
+    if partial is not None:
+        partial.unlink(missing_ok=True)
     stdout.print(calibration_table(measured))
 
 

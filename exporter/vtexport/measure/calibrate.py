@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,25 +12,26 @@ import numpy as np
 
 from vtexport.builder.options import BuildOptions
 from vtexport.errors import InputError
-from vtexport.models.prompt import Prompt, Prompter
+from vtexport.measure.calibration.batches import Measured
+from vtexport.measure.calibration.partial import Partial
+from vtexport.measure.calibration.passes import Passes, Subjects
+from vtexport.models.prompt import Prompter
 from vtexport.models.spec import ViewChoice
-from vtexport.models.views import Views
 from vtexport.options import option_fields
-from vtexport.pruning import METHODS, Geometry, PruningPlan, make_plan, parts_of
+from vtexport.progress import Progress, Silent
+from vtexport.pruning import METHODS, PruningPlan, parts_of
 from vtexport.pruning.adaptive import AdaptiveTable, check_buckets
-from vtexport.pruning.calibration import RANK_TOLERANCE, Calibration
+from vtexport.pruning.calibration import Calibration
 from vtexport.pruning.schedule import default_layers
 
 if TYPE_CHECKING:
-    from vtexport.check.reference import ReferenceModel
+    from vtexport.check.batched import BatchedModel
 
 #: keep ratios for which pruning layers are tried
 KEEPS = (0.5, 0.33, 0.25, 0.17, 0.11)
 #: keep ratios at which methods are tried for `--keep auto`
 BUCKETS = (0.5, 0.33, 0.25, 0.17, 0.125)
 _BINS = 8
-# Tokens of the dense model's greedy answer that must come out the same.
-_ANSWER_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,12 @@ def calibrate_model(
     name: str,
     pairs: Sequence[Pair],
     trials: Trials | None = None,
-    advance: Callable[[], None] = lambda: None,
+    progress: Progress | None = None,
     views: ViewChoice | None = None,
+    partial: Path | None = None,
 ) -> Calibration:
     """Measure the model `name` (see `vtexport.models.resolve_model`) on `pairs`; see `calibrate`."""
-    from vtexport.check.reference import ReferenceModel
+    from vtexport.check.batched import BatchedModel
     from vtexport.models import Checkpoint, read_spec, resolve_model
     from vtexport.models.names import fingerprint
 
@@ -123,40 +124,36 @@ def calibrate_model(
     if trials is not None and trials.methods and (spec.views.total > 1 or not spec.vision.class_token):
         raise InputError("--method is for --keep auto, which goes by the CLS attention of a single view; leave it out")
     mark = fingerprint(Checkpoint.open(folder))
-    prompter = Prompter(folder, spec)
-    return calibrate(ReferenceModel(folder, spec), prompter, pairs, mark, trials or Trials(), advance)
+    subjects = Subjects.of(pairs, Prompter(folder, spec))
+    model = BatchedModel(folder, spec)
+    return calibrate(model, subjects, mark, trials or Trials(), progress or Silent(), partial)
 
 
 def calibrate(
-    model: ReferenceModel,
-    prompter: Prompter,
-    pairs: Sequence[Pair],
+    model: BatchedModel,
+    subjects: Subjects,
     fingerprint: str,
     trials: Trials,
-    advance: Callable[[], None] = lambda: None,
+    progress: Progress,
+    partial: Path | None = None,
 ) -> Calibration:
-    """Measure `model` on `pairs`; `Calibration` lists the measurements.
+    """Measure `model`; `Calibration` lists the measurements.
 
     Args:
         model: the dense model.
-        prompter: its processor.
-        pairs: images and prompts, at least one.
+        subjects: images and prompts, at least one.
         fingerprint: of the checkpoint.
         trials: what else to measure.
-        advance: called `steps(pairs, trials)` times.
+        progress: told of every pair in each of the passes over them.
+        partial: file that keeps the results so far; whoever saves the calibration removes it (`partial_file`).
 
     Raises:
-        InputError: a method cannot keep as few tokens as `trials` ask for.
+        InputError: a method cannot keep as few tokens as `trials` ask for, or `partial` is no file.
+        ModelError: a layer gives NaN or infinity.
+        StorageError: `partial` cannot be written.
     """
-    plan = partial(make_plan, geometry=Geometry.of(model.spec))
-    subjects = [
-        _Subject(model, plan, prompter.prompt(p.prompt), prompter.views(prompter.open_pictures(p.images)))
-        for p in pairs
-    ]
-    measured = []
-    for subject in subjects:
-        measured.append(_measure(subject))
-        advance()
+    passes = Passes(model, subjects, fingerprint, Partial(partial, progress.warn), progress)
+    measured = passes.measure(answers=bool(trials.methods))
     ranks = np.array([values.ranks for values in measured])
     calibration = Calibration(
         model=fingerprint,
@@ -174,42 +171,33 @@ def calibrate(
         ),
         exit_tolerance=trials.exit_tolerance,
     )
-    choices = []
-    for keep in KEEPS:
-        choices.append(_best_layers(subjects, calibration, keep))
-        advance()
+    choices = _best_layers(passes, calibration, measured)
     calibration = replace(
         calibration,
         layers=tuple(layers for layers, _ in choices),
         agreement=_rounded([agreement for _, agreement in choices]),
     )
-    tables = [_adaptive_table(subjects, calibration, method, trials.buckets, advance) for method in trials.methods]
-    return replace(calibration, adaptive=tuple(tables))
+    return replace(calibration, adaptive=_adaptive_tables(passes, calibration, trials, measured))
 
 
-def steps(pairs: Sequence[Pair], trials: Trials) -> int:
-    """How often `calibrate` calls `advance`."""
-    return len(pairs) + len(KEEPS) + len(trials.methods) * len(trials.buckets)
-
-
-def _adaptive_table(
-    subjects: Sequence[_Subject],
-    calibration: Calibration,
-    method: str,
-    buckets: Sequence[float],
-    advance: Callable[[], None],
-) -> AdaptiveTable:
-    """How often `method` leaves the dense answer unchanged, by keep ratio and spread of CLS's attention."""
-    spreads = np.array([subject.spread for subject in subjects])
+def _adaptive_tables(
+    passes: Passes, calibration: Calibration, trials: Trials, measured: Sequence[Measured]
+) -> tuple[AdaptiveTable, ...]:
+    """How often each method leaves the dense answer unchanged, by keep ratio and spread of CLS's attention."""
+    if not trials.methods:
+        return ()
+    tried = [(method, keep) for method in trials.methods for keep in trials.buckets]
+    plans = [passes.plan(method, keep=keep, calibration=calibration) for method, keep in tried]
+    same = dict(zip(tried, passes.unchanged(plans, measured).T, strict=True))
+    spreads = np.array([values.spread for values in measured])
     # Bins of equally many pairs; a stable order, so that equal spreads fall into the same bins every time.
-    bins = np.array_split(np.argsort(spreads, kind="stable"), min(_BINS, len(subjects)))
-    rows = []
-    for keep in buckets:
-        plan = subjects[0].plan(method, keep=keep, calibration=calibration)
-        same = np.array([subject.same_answer(plan) for subject in subjects])
-        rows.append(_rounded([same[members].mean() for members in bins]))
-        advance()
-    return AdaptiveTable(method, tuple(buckets), _rounded([spreads[members].max() for members in bins]), tuple(rows))
+    bins = np.array_split(np.argsort(spreads, kind="stable"), min(_BINS, len(measured)))
+    limits = _rounded([spreads[members].max() for members in bins])
+    tables = []
+    for method in trials.methods:
+        rows = [_rounded([same[method, keep][members].mean() for members in bins]) for keep in trials.buckets]
+        tables.append(AdaptiveTable(method, trials.buckets, limits, tuple(rows)))
+    return tuple(tables)
 
 
 def _candidates(num_layers: int) -> list[tuple[int, ...]]:
@@ -222,81 +210,29 @@ def _candidates(num_layers: int) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(candidates))
 
 
-def _best_layers(subjects: Sequence[_Subject], calibration: Calibration, keep: float) -> tuple[tuple[int, ...], float]:
-    """The layers that keep the dense model's next token likeliest at `keep`, and how often it stays the next token."""
-    best: tuple[float, tuple[int, ...], float] = (-np.inf, calibration.layers[0], 0.0)
-    for layers in _candidates(len(calibration.ranks)):
-        options = {"layers": ",".join(map(str, layers))}
-        try:
-            plan = subjects[0].plan("sparsevlm", keep=keep, options=options, calibration=calibration)
-        except InputError:  # out of reach with these layers
-            continue
-        chances = np.array([subject.chance(plan) for subject in subjects])
+def _best_layers(
+    passes: Passes, calibration: Calibration, measured: Sequence[Measured]
+) -> list[tuple[tuple[int, ...], float]]:
+    """By keep ratio, the layers that keep the dense model's next token likeliest, and how often it stays the next."""
+    tried: list[tuple[float, tuple[int, ...]]] = []
+    plans: list[PruningPlan] = []
+    for keep in KEEPS:
+        for layers in _candidates(len(calibration.ranks)):
+            options = {"layers": ",".join(map(str, layers))}
+            try:
+                plans.append(passes.plan("sparsevlm", keep=keep, options=options, calibration=calibration))
+            except InputError:  # out of reach with these layers
+                continue
+            tried.append((keep, layers))
+    best = dict.fromkeys(KEEPS, (-np.inf, calibration.layers[0], 0.0))
+    chances = passes.chances(plans, measured) if plans else np.zeros((len(measured), 0, 2))
+    for (keep, layers), of_plan in zip(tried, chances.transpose(1, 0, 2), strict=True):
         # With equal likelihoods the first candidate wins, so that the choice is reproducible.
-        likelihood = float(np.log(chances[:, 0] + 1e-9).mean())
-        if likelihood > best[0]:
-            best = likelihood, layers, float(chances[:, 1].mean())
-    return best[1], best[2]
+        likelihood = float(np.log(of_plan[:, 0] + 1e-9).mean())
+        if likelihood > best[keep][0]:
+            best[keep] = likelihood, layers, float(of_plan[:, 1].mean())
+    return [best[keep][1:] for keep in KEEPS]
 
 
 def _rounded(values: Any) -> tuple[float, ...]:
     return tuple(float(f"{value:.4g}") for value in values)
-
-
-class _Subject:
-    """One pair on the model: its visual tokens, and the dense model's greedy next token."""
-
-    def __init__(self, model: ReferenceModel, plan: Callable[..., PruningPlan], prompt: Prompt, views: Views) -> None:
-        self.model, self.plan, self.prompt, self.views = model, plan, prompt, views
-        self.dense = self.plan("dense", keep=1.0)
-        seen = model.vision(views, self.dense)
-        self.visual, self.length, self.spread = seen.visual, seen.length, seen.spread
-        self.token = int(self.answer((), self.dense)[0].argmax())
-
-    def answer(self, new_tokens: Sequence[int], plan: PruningPlan) -> Any:
-        """The logits of `plan` after the prompt and each of `new_tokens`."""
-        seen = self if plan.vision_stage is None else self.model.vision(self.views, plan)
-        return self.model.answer(self.prompt, seen.visual, new_tokens, plan, length=seen.length).logits
-
-    def chance(self, plan: PruningPlan) -> tuple[float, bool]:
-        """The probability of the dense model's token under `plan`, and whether it is the greedy one."""
-        logits = self.answer((), plan)[0].astype(np.float64)
-        weights = np.exp(logits - logits.max())
-        return float(weights[self.token] / weights.sum()), int(logits.argmax()) == self.token
-
-    @cached_property
-    def dense_answer(self) -> list[int]:
-        """The dense model's greedy answer, up to its end token or `_ANSWER_TOKENS` tokens."""
-        tokens = [self.token]
-        while len(tokens) < _ANSWER_TOKENS and tokens[-1] not in self.model.spec.eos_token_ids:
-            tokens.append(int(self.answer(tokens, self.dense)[-1].argmax()))
-        return tokens
-
-    def same_answer(self, plan: PruningPlan) -> bool:
-        """Whether `plan` leaves the dense answer unchanged, checked for all its tokens in one pass."""
-        logits = self.answer(self.dense_answer[:-1], plan)
-        return bool(np.array_equal(logits.argmax(axis=1), self.dense_answer))
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """One pair, a value per layer; `changed`: whether dropping the image after that layer changes the next token."""
-
-    ranks: list[int]
-    mass: list[float]
-    changed: list[bool]
-
-
-def _measure(subject: _Subject) -> _Measured:
-    import torch
-
-    ranks, masses = [], []
-    for attention in subject.model.rater_attention(subject.prompt, subject.visual, subject.length):
-        values = torch.linalg.svdvals(attention)
-        ranks.append(int((values >= RANK_TOLERANCE * values[0]).sum()))
-        masses.append(float(attention.sum(dim=1).mean()))
-    changed = [
-        not subject.chance(subject.plan("exit", keep=None, options={"layers": str(layer)}))[1]
-        for layer in range(len(ranks) - 1)
-    ]
-    return _Measured(ranks, masses, [*changed, False])
