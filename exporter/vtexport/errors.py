@@ -7,6 +7,7 @@
     ├── TargetError               the target cannot build or run here
     │   └── MissingDependencyError  a package of an extra is not installed
     ├── VerificationError         a built engine differs from the reference model
+    ├── NumericError              an engine computed NaN or infinity, of which no answer can be made
     └── StorageError              a file cannot be written: disk full, read-only, no permission
 
 Messages are one line: what is wrong, where, and what to do about it.
@@ -48,6 +49,24 @@ class MissingDependencyError(TargetError):
 
 class VerificationError(VtexportError):
     """A built engine differs from the reference model."""
+
+
+class NumericError(VtexportError):
+    """An engine computed NaN or infinity, of which no answer can be made.
+
+    Attributes:
+        fault: what was seen, and in which stage.
+        row: the number of the question in what was asked together.
+    """
+
+    def __init__(self, fault: str, row: int = 0) -> None:
+        which = f" for question {row + 1} of those asked together" if row else ""
+        super().__init__(
+            f"{fault}{which}, so there is no answer; build the bundle with --dtype fp32 (or bf16 on a TensorRT target), and "
+            "if it is fp32 already, check its files with vtexport inspect --verify"
+        )
+        self.fault = fault
+        self.row = row
 
 
 class StorageError(VtexportError):

@@ -10,6 +10,7 @@ from vtexport.arrays import Array
 from vtexport.errors import InputError
 from vtexport.pruning.plan import VISION, PruningPlan
 from vtexport.runtime.inputs import prefill_input, visual_lengths
+from vtexport.runtime.numeric import prefill_faults, step_faults
 from vtexport.runtime.request import Decoding, Request, Result
 from vtexport.targets.engine import Engine, PrefillOutput, VisionOutput
 
@@ -56,10 +57,11 @@ class Batch:
         self._length: Array = texts[None] + visual
         self._ahead: Array = np.zeros_like(visual) if plan.positions == "compact" else filled - visual
         self._largest = 0
-
-    def results(self, vision: VisionOutput, bucket: int) -> list[Result]:
-        """What the graphs gave for each row besides tokens, by stage; before any row has left or joined."""
-        return [_result(row, vision, self.prefilled, bucket) for row in range(len(self))]
+        #: what the graphs gave for each row besides tokens, by stage; before any row has left or joined
+        self.results = [_result(row, vision, self.prefilled, bucket) for row in range(len(self))]
+        #: what is wrong with each row's numbers, so that it has no answer; "" where nothing is
+        self.faults = prefill_faults(plan, vision, bucket, filled, self.prefilled, self.results)
+        self._steps: Array = np.zeros(len(self), dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._length.shape[1])
@@ -73,6 +75,8 @@ class Batch:
         """Compute `logits` after one more token per row, [B] int64."""
         self.logits = self._engine.decode(self.cache, tokens, self._length, self._length + self._ahead)
         self._length = self._length + 1
+        self._steps = self._steps + 1
+        self.faults = step_faults(self.logits, self._steps)
 
     def retain(self, rows: Array) -> bool:
         """Let only `rows` go on, [B'] int64, ascending; whether the engine can do that."""
@@ -81,6 +85,7 @@ class Batch:
             return False
         self.logits = self.logits[rows]
         self._length, self._ahead = self._length[:, rows], self._ahead[:, rows]
+        self._steps, self.faults = self._steps[rows], [self.faults[row] for row in rows]
         return True
 
     def join(self, other: Batch) -> bool:
@@ -94,6 +99,8 @@ class Batch:
         self.logits = np.concatenate([self.logits, other.logits])
         self._length = np.concatenate([self._length, other._length], axis=1)
         self._ahead = np.concatenate([self._ahead, other._ahead], axis=1)
+        self._steps = np.concatenate([self._steps, other._steps])
+        self.faults = self.faults + other.faults
         return True
 
 

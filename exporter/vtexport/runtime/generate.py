@@ -11,6 +11,7 @@ from vtexport.arrays import Array
 from vtexport.pruning import PruningPlan
 from vtexport.runtime.batch import Batch
 from vtexport.runtime.inputs import admit, look
+from vtexport.runtime.numeric import check_rows
 from vtexport.runtime.request import Decoding, Request, Result, Timings
 from vtexport.targets.engine import Engine, VisionOutput
 
@@ -29,6 +30,7 @@ class Generation:
     Raises:
         InputError: the batch exceeds what the engine was built for, prompt, visual and new tokens together exceed the
             model's positions, or the method refuses a prompt.
+        NumericError: NaN or infinity came out of prefill, or in its iteration out of a decode step.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class Generation:
         self._batch = Batch(engine, plan, requests, decoding, self._seen, bucket)
         self._prefill_ms = 1000 * (time.perf_counter() - start)
         self._step_ms: list[float] = []
-        self.results = self._batch.results(self._seen, bucket)
+        self.results = self._batch.results
+        every = np.arange(len(requests))
+        check_rows(self._batch.faults, every, every)
 
     def __iter__(self) -> Iterator[Mapping[int, int]]:
         """Yield, at every step, the next token of each request that still runs, by its number."""
@@ -61,6 +65,7 @@ class Generation:
         for step in range(decoding.max_new_tokens):
             tokens = batch.logits.argmax(axis=1)
             rows = np.flatnonzero(running[going])
+            check_rows(batch.faults, rows, going)
             given = {int(going[row]): int(tokens[row]) for row in rows}
             for row, (request, token) in zip(rows, given.items(), strict=True):
                 results[request].token_ids.append(token)
@@ -120,6 +125,7 @@ def generate(
 
     Raises:
         InputError: see `Generation`.
+        NumericError: see `Generation`.
     """
     generation = Generation(engine, plan, requests, decoding, bucket=bucket, vision=vision)
     for tokens in generation:

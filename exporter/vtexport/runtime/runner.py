@@ -12,7 +12,7 @@ import numpy as np
 
 from vtexport.arrays import Array
 from vtexport.bundle.folder import Bundle
-from vtexport.errors import InputError, TargetError
+from vtexport.errors import InputError, NumericError, TargetError
 from vtexport.models.conversation import Question, asked
 from vtexport.models.prompt import Prompter
 from vtexport.models.views import Views
@@ -20,6 +20,7 @@ from vtexport.pruning import PruningPlan
 from vtexport.runtime.answer import Answer, stage_reports
 from vtexport.runtime.generate import Generation, generate
 from vtexport.runtime.inputs import admit, prefill_input, visual_lengths
+from vtexport.runtime.numeric import checked
 from vtexport.runtime.ranking import Ranker, check_needed
 from vtexport.runtime.request import Decoding, Embedded, Request, Result, Timings
 from vtexport.runtime.text import TextStream
@@ -209,7 +210,7 @@ class Runner:
             visual, ends = np.asarray(vision.seen(bucket).visual[row]), np.cumsum(lengths)
             images = [visual[end - count : end] for end, count in zip(ends, lengths, strict=True)]
             embedded.append(Embedded(requests[row].prompt.text, pairs[row][1], images, self.prompter.mark))
-        return embedded
+        return checked(embedded)
 
     def _selected(
         self, requests: Sequence[Request], pairs: Sequence[tuple[Any, Question]], vision: VisionOutput
@@ -223,7 +224,7 @@ class Runner:
             ends = np.cumsum(counts)
             images = [tokens[end - count : end] for end, count in zip(ends, counts, strict=True)]
             embedded.append(Embedded(request.prompt.text, pairs[row][1], images, self.prompter.mark))
-        return embedded
+        return checked(embedded)
 
     def look(self, requests: Sequence[Request]) -> VisionOutput:
         """The vision graph on the images of `requests`; of images seen lately, its outputs are kept."""
@@ -263,15 +264,18 @@ class Runner:
         chosen, answered = self.buckets(vision), {}
         for bucket in map(int, np.unique(chosen)):
             rows = [int(row) for row in np.flatnonzero(chosen == bucket)]
-            results, timings = generate(
-                self.engine,
-                self.plans[bucket],
-                [requests[row] for row in rows],
-                decoding,
-                on_token=_renumbered(on_token, rows),
-                bucket=bucket,
-                vision=vision.rows(np.array(rows)),
-            )
+            try:
+                results, timings = generate(
+                    self.engine,
+                    self.plans[bucket],
+                    [requests[row] for row in rows],
+                    decoding,
+                    on_token=_renumbered(on_token, rows),
+                    bucket=bucket,
+                    vision=vision.rows(np.array(rows)),
+                )
+            except NumericError as error:
+                raise NumericError(error.fault, rows[error.row]) from error
             for row, result in zip(rows, results, strict=True):
                 result.spread = float(vision.spread[row])
                 answered[row] = result, replace(timings, vision=looked)

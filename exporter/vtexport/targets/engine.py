@@ -157,6 +157,10 @@ class Cache(Protocol):
         """The attention to each visual token in the last decode step, [B, V]; None unless the build gives it."""
         ...
 
+    def broken_layer(self, row: int) -> int | None:
+        """The first layer whose keys or values of `row` are NaN or infinite; None if there is none, or it is unknown."""
+        ...
+
 
 class Engine(Protocol):
     """An opened bundle, NumPy in and out: vision, prefill and decode."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,10 @@ class OrtCache:
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
+    def broken_layer(self, row: int) -> int | None:
+        broken = [_layer(name) for name, buffer in self.buffers.items() if not np.isfinite(buffer[row]).all()]
+        return min(broken, default=None)
+
 
 class OrtEngine:
     """The sessions of a bundle, one per graph; a session is made when it is first used.
@@ -65,6 +70,8 @@ class OrtEngine:
         self._threads, self._exact = threads, exact
         self._traces: Path | None = None
         self._sessions: dict[str, Any] = {}
+        # Sessions run in several threads at once, but each is to be made once.
+        self._lock = threading.RLock()
 
     def load(self) -> None:
         for name in self._paths:
@@ -72,24 +79,29 @@ class OrtEngine:
 
     def session(self, name: str) -> Any:
         """The ONNX Runtime session of graph `name`."""
-        if name not in self._sessions:
-            options = ort.SessionOptions()
-            options.intra_op_num_threads = self._threads
-            options.log_severity_level = 3
-            # For the self-check of TensorRT graphs with 4-bit weights: by default, activations would be rounded too.
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-            if self._traces is not None:
-                options.enable_profiling = True
-                options.profile_file_prefix = str(self._traces / name)
-            try:
-                model = _exact(self._paths[name], options) if self._exact else self._paths[name]
-                self._sessions[name] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # ONNX Runtime raises its own exception types, none of them public
-                reason = first_line(error)
-                raise TargetError(
-                    f"ONNX Runtime cannot load {self._paths[name]} ({reason}); build the bundle again"
-                ) from error
-        return self._sessions[name]
+        with self._lock:
+            if name not in self._sessions:
+                self._sessions[name] = self._opened(name)
+            return self._sessions[name]
+
+    def _opened(self, name: str) -> Any:
+        """A new session of graph `name`."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        # For the self-check of TensorRT graphs with 4-bit weights: by default, activations would be rounded too.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if self._traces is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._traces / name)
+        try:
+            model = _exact(self._paths[name], options) if self._exact else self._paths[name]
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises its own exception types, none of them public
+            reason = first_line(error)
+            raise TargetError(
+                f"ONNX Runtime cannot load {self._paths[name]} ({reason}); build the bundle again"
+            ) from error
 
     def admit(self, rows: int, text: int, new_tokens: int) -> None:
         """Every extent but the model's own is open here."""

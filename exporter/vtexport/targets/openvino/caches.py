@@ -28,6 +28,10 @@ class BatchCache(ABC):
     @abstractmethod
     def nbytes(self) -> int: ...
 
+    def broken_layer(self, row: int) -> int | None:
+        """See `vtexport.targets.engine.Cache`; blocks and states are the plugin's to read."""
+        return None
+
     @abstractmethod
     def feeds(self, length: Array) -> Mapping[str, Any]:
         """The inputs of the next call that have to do with the cache.

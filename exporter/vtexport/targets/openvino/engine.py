@@ -125,9 +125,11 @@ class OpenVinoEngine:
 
     def vision(self, inputs: VisionInput) -> VisionOutput:
         compiled = self.model("vision").compiled
-        outputs = self._run("vision", compiled.create_infer_request(), inputs.feeds())
-        # Prefill comes next, and needs room for itself.
-        compiled.release_memory()
+        # OpenVINO refuses to release memory while a request of another thread runs.
+        with self._lock:
+            outputs = self._run("vision", compiled.create_infer_request(), inputs.feeds())
+            # Prefill comes next, and needs room for itself.
+            compiled.release_memory()
         return VisionOutput(outputs)
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:

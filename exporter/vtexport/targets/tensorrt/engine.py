@@ -71,6 +71,10 @@ class CudaCache:
     def nbytes(self) -> int:
         return self.lane.nbytes
 
+    def broken_layer(self, row: int) -> int | None:
+        """See `vtexport.targets.engine.Cache`; caches stay on the GPU."""
+        return None
+
 
 class TensorRTEngine:
     """The plans of a bundle on the current GPU."""
