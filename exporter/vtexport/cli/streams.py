@@ -27,33 +27,61 @@ def say_json(value: Any) -> None:
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
-    """Run a command whose standard output may be closed, full or gone, or may not take every character.
+    """Run a command whose standard streams may be closed, full or gone, or may not take every character.
 
     Raises:
         StorageError: standard output cannot be written.
     """
     _open_closed()
-    for stream in (sys.stdout, sys.stderr):
-        # In a C locale, or with PYTHONIOENCODING=ascii, what has no encoding is escaped.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _lasting(sys.stdout, needed=True), _lasting(sys.stderr, needed=False)
     try:
         yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        failed = _failure(sys.stdout)
-        if failed is None:
-            if _failure(sys.stderr) is None:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except BrokenPipeError:
+        # Who reads has seen enough, as in `vtexport list | head -1`; Click and Rich take it so too.
+        sys.exit(1)
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _Descriptor(io.FileIO):
+    """A standard stream's file, of which nobody tries to write the rest once it has failed."""
+
+    def __init__(self, number: int, *, needed: bool) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._needed = needed
+        self._failed = False
+
+    def write(self, data: Any, /) -> int:
+        if self._failed:
+            return len(data)
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self._failed = True
+            if not self._needed:
+                # Progress that nobody reads is no reason to stop.
+                return len(data)
+            if isinstance(error, BrokenPipeError):
                 raise
-            # There is no one to be told.
-            sys.exit(2)
-        if isinstance(failed, BrokenPipeError):
-            # Who reads has seen enough, as in `vtexport list | head -1`.
-            sys.exit(1)
-        raise StorageError(
-            f"standard output: {failed.strerror or failed}; free some space or write somewhere else"
-        ) from error
+            raise StorageError(
+                f"standard output: {error.strerror or error}; free some space or write somewhere else"
+            ) from error
+
+
+def _lasting(stream: TextIO, *, needed: bool) -> TextIO:
+    """`stream` with failures told once, and with escapes for what its encoding lacks; other than files stay as they are."""
+    if not isinstance(stream, io.TextIOWrapper) or stream.fileno() not in (1, 2):
+        return stream
+    stream.flush()
+    file = io.BufferedWriter(_Descriptor(stream.fileno(), needed=needed))
+    # In a C locale, or with PYTHONIOENCODING=ascii, no name and no answer may end a command.
+    return io.TextIOWrapper(
+        file, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering or not needed
+    )
 
 
 def _open_closed() -> None:
@@ -64,18 +92,3 @@ def _open_closed() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
-
-
-def _failure(stream: TextIO | None) -> OSError | None:
-    """Why `stream` cannot be written; it is then discarded, as Python would try again at its end and fail."""
-    if stream is None:
-        return None
-    try:
-        stream.flush()
-    except OSError as error:
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-        return error
-    return None
