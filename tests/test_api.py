@@ -131,7 +131,7 @@ IMPORTS = {
     "pruning": "arrays errors models native options reading writing",
     "graph": "arrays errors models pruning",
     "targets": "arrays errors graph models native options pruning stopping",
-    "bundle": "errors models options pruning stopping targets writing",
+    "bundle": "errors models options pruning reading stopping targets writing",
     "runtime": "arrays bundle errors models pruning targets",
     "check": "arrays bundle errors models pruning runtime targets",
     "builder": "bundle check errors graph models options progress pruning targets",

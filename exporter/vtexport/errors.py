@@ -17,9 +17,16 @@ from __future__ import annotations
 
 import re
 
+# The line ends that `str.splitlines` knows, with the space around them.
+_BREAK = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
+
 
 class VtexportError(Exception):
-    """The root of all errors below. `str(error)` is one line that ends with the remedy."""
+    """The root of all errors below. `str(error)` is one printable line that ends with the remedy."""
+
+    def __str__(self) -> str:
+        # Messages quote files and names that anyone may have written.
+        return printable(_BREAK.sub(" ", super().__str__()))
 
 
 class InputError(VtexportError):

@@ -2,65 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
 
+from vtexport.bundle.earlier import build_command
 from vtexport.errors import BundleError, InputError
-from vtexport.options import Option
+from vtexport.options import Meta, Option
 from vtexport.pruning import choose
 from vtexport.pruning.adaptive import Policy
-from vtexport.pruning.plan import PruningPlan, Stage
+from vtexport.pruning.plan import MOST_LAYERS, MOST_TOKENS, PruningPlan, Stage
+from vtexport.reading import Unreadable, parse_json
 
 SCHEMA_VERSION = 6
 MANIFEST = "manifest.json"
+
+# Nothing is made of a number or a name before it is known to be one that a model can have.
+Count = Annotated[int, Meta(ge=0, le=MOST_TOKENS)]
+Size = Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
+Id = Annotated[int, Meta(ge=0, le=1 << 31)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Name = Annotated[str, Meta(min_length=1, max_length=200)]
+Text = Annotated[str, Meta(max_length=4096)]
 
 
 class ViewsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a prompt's images become views: `vtexport.models.spec.ViewSpec`, and the options that were given for it."""
 
-    images: int
-    views: int
-    tiles: list[int] | None
-    newlines: int
-    asked: dict[str, str | int]
+    images: Size
+    views: Size
+    tiles: Annotated[list[Size], Meta(min_length=2, max_length=2)] | None
+    newlines: Count
+    asked: dict[str, Text | Size]
 
 
 class ModelEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The checkpoint: the name given to the build, its config.json, and its end tokens."""
 
-    name: str
-    family: str
+    name: Text
+    family: Name
     config: dict[str, Any]
-    image_token_id: int
-    eos_token_ids: list[int]
-    image_size: int
-    grid: int
+    image_token_id: Id
+    eos_token_ids: list[Id]
+    image_size: Size
+    grid: Size
     views: ViewsEntry
-    vocabulary: int
-    max_positions: int
+    vocabulary: Annotated[int, Meta(ge=1, le=1 << 31)]
+    max_positions: Annotated[int, Meta(ge=1, le=1 << 31)]
 
 
 class StageEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stage of the plan: `vtexport.pruning.Stage`."""
 
-    where: str
-    tokens_in: int
-    kept: int
-    recycled: int
+    where: Annotated[str, Meta(pattern="^(vision|decoder\\.[0-9]{1,4})$")]
+    tokens_in: Count
+    kept: Count
+    recycled: Count
 
 
 class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A plan: `vtexport.pruning.PruningPlan`, and its mean numbers of visual tokens."""
 
-    method: str
-    keep: float
-    num_visual_tokens: int
-    num_layers: int
-    leading: int
-    views: int
-    newlines: int
-    stages: list[StageEntry]
+    method: Name
+    keep: Share
+    num_visual_tokens: Size
+    num_layers: Annotated[int, Meta(ge=1, le=MOST_LAYERS)]
+    leading: Count
+    views: Size
+    newlines: Count
+    stages: Annotated[list[StageEntry], Meta(max_length=MOST_LAYERS + 1)]
     options: dict[str, Option]
     mean_visual_tokens: float
     mean_visual_tokens_sparsevlm: float
@@ -104,28 +117,28 @@ class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class AdaptiveEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How each image gets one of several plans: `vtexport.pruning.adaptive.Policy`."""
 
-    limits: list[float]
-    target_accuracy: float
-    accuracy: float
+    limits: Annotated[list[Annotated[float, Meta(ge=0)]], Meta(min_length=1, max_length=1000)]
+    target_accuracy: Share
+    accuracy: Share
 
 
 class TargetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The target of the bundle, with options, versions and the file of each graph."""
 
-    name: str
-    dtype: str
+    name: Name
+    dtype: Name
     options: dict[str, Option]
-    versions: dict[str, str]
-    facts: dict[str, Option]
-    graphs: dict[str, str]
+    versions: dict[Name, Text]
+    facts: dict[Name, Option]
+    graphs: Annotated[dict[Name, Text], Meta(min_length=1)]
 
 
 class PortEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An input or output of a graph; named extents are dynamic."""
 
-    name: str
-    dtype: str
-    shape: list[str | int]
+    name: Name
+    dtype: Name
+    shape: Annotated[list[Name | Annotated[int, Meta(ge=0, le=1 << 31)]], Meta(max_length=16)]
 
 
 class GraphEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -138,9 +151,9 @@ class GraphEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of the bundle; `path` is relative to the bundle's folder."""
 
-    path: str
-    bytes: int
-    sha256: str
+    path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    bytes: Annotated[int, Meta(ge=0, le=1 << 50)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class VerificationEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -150,10 +163,10 @@ class VerificationEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     without that.
     """
 
-    ran: str
-    against: str
-    samples: int
-    tokens: int
+    ran: Text
+    against: Text
+    samples: Annotated[int, Meta(ge=0)]
+    tokens: Annotated[int, Meta(ge=0)]
     same_kept: bool
     same_tokens: bool
     max_logit_error: float
@@ -165,16 +178,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole of manifest.json; of several plans, from most to fewest tokens, `adaptive` chooses one per image."""
 
     schema_version: int
-    vtexport: str
+    vtexport: Text
     model: ModelEntry
-    plans: list[PlanEntry]
+    plans: Annotated[list[PlanEntry], Meta(min_length=1, max_length=1001)]
     adaptive: AdaptiveEntry | None
     target: TargetEntry
     graphs: dict[str, GraphEntry]
     debug: bool
     gives_ranking: bool
     verification: VerificationEntry | None
-    files: list[FileEntry]
+    files: Annotated[list[FileEntry], Meta(max_length=100_000)]
 
     def pruning_plans(self) -> list[PruningPlan]:
         """The plans, one per prefill graph."""
@@ -201,30 +214,58 @@ def encode(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
 
 
-def decode(data: bytes, where: str) -> Manifest:
+def decode(data: bytes, path: Path) -> Manifest:
     """Parse and validate manifest.json.
 
     Args:
         data: the file's bytes.
-        where: its path, for messages.
+        path: where it lies.
 
     Raises:
-        BundleError: not JSON, another schema version, or fields that are missing, unknown or of another type.
+        BundleError: not JSON, another schema version, or fields that are missing, unknown, of another type or range, or
+            contradict each other.
     """
     try:
-        version = msgspec.json.decode(data, type=_Version).schema_version
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{where} is not a vtexport manifest ({error}); build the bundle again") from error
+        version = parse_json(data, _Version).schema_version
+    except Unreadable as error:
+        raise BundleError(f"{path} is not a vtexport manifest ({error}); build the bundle again") from error
     if version != SCHEMA_VERSION:
-        raise BundleError(
-            f"{where} has schema version {version}, this vtexport reads version {SCHEMA_VERSION}; "
-            "build the bundle again with this vtexport"
-        )
+        raise BundleError(_other_version(version, data, path))
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-        plans, choices = manifest.pruning_plans(), [] if manifest.adaptive is None else manifest.adaptive.limits
-        if len(plans) != 1 + len(choices):
-            raise ValueError(f"{len(plans)} plans, {len(choices)} limits between them")
-    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, InputError) as error:
-        raise BundleError(f"{where} is damaged ({error}); build the bundle again") from error
+        manifest: Manifest = parse_json(data, Manifest)
+        _check(manifest)
+    except (ValueError, InputError) as error:
+        raise BundleError(f"{path} is damaged ({error}); build the bundle again") from error
     return manifest
+
+
+def _other_version(version: int, data: bytes, path: Path) -> str:
+    """What is wrong with a manifest of another schema version, and what to do."""
+    wrong = f"{path} has schema version {version}, this vtexport reads version {SCHEMA_VERSION}"
+    if version > SCHEMA_VERSION:
+        return f"{wrong}; upgrade vtexport"
+    command = build_command(parse_json(data, dict), path.parent)
+    remedy = "build the bundle again with this vtexport"
+    return f"{wrong}; {remedy}" if command is None else f"{wrong}; {remedy}: {command}"
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuse entries that contradict each other, with a ValueError or an InputError."""
+    for plan, entry in zip(manifest.pruning_plans(), manifest.plans, strict=True):
+        told = entry.mean_visual_tokens, entry.mean_visual_tokens_sparsevlm
+        means = plan.mean_visual_tokens, plan.mean_visual_tokens_sparsevlm
+        if not all(math.isclose(one, two, rel_tol=1e-6) for one, two in zip(told, means, strict=True)):
+            raise ValueError(f"a mean of {told[0]:g} visual tokens, its stages have {means[0]:g}")
+    limits = [] if manifest.adaptive is None else manifest.adaptive.limits
+    if len(manifest.plans) != 1 + len(limits):
+        raise ValueError(f"{len(manifest.plans)} plans, {len(limits)} limits between them")
+    if any(later > before for before, later in pairwise(limits)):
+        raise ValueError("limits that ascend")
+    paths = [entry.path for entry in manifest.files]
+    if len(set(paths)) != len(paths):
+        raise ValueError("a file that is listed twice")
+    missing = sorted(set(manifest.target.graphs.values()) - set(paths))
+    if missing:
+        raise ValueError(f"target.graphs names {missing[0]!r}, which files do not list")
+    if set(manifest.target.graphs) != set(manifest.graphs):
+        raise ValueError("target.graphs and graphs name different graphs")

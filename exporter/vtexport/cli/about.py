@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
             progress.stage("hash files", opened.size())
             opened.verify(progress.advance)
     if as_json:
-        click.echo(encode(opened.manifest), nl=False)
+        # JSON escapes the control characters of ASCII, and terminals know others.
+        text = encode(opened.manifest).decode()
+        click.echo(re.sub(r"[\x7f-\x9f]", lambda one: f"\\u{ord(one[0]):04x}", text), nl=False)
     else:
         stdout.print(bundle_table(opened, verified=verify))
 

@@ -65,7 +65,7 @@ class StageProgress:
             self._bar.advance(self._task, steps)
 
     def warn(self, text: str) -> None:
-        stderr.print(f"warning: {text}", style="yellow", markup=False)
+        stderr.print(f"warning: {printable(text)}", style="yellow", markup=False)
 
     def close(self) -> None:
         """End the current stage and print its line."""

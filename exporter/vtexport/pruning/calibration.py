@@ -11,13 +11,14 @@ import msgspec
 
 from vtexport.errors import InputError
 from vtexport.pruning.adaptive import AdaptiveTable
+from vtexport.pruning.plan import MOST_LAYERS, MOST_TOKENS
 from vtexport.reading import Unreadable, read_toml
 from vtexport.writing import write_whole
 
 #: singular values below this share of the greatest do not count towards the rank
 RANK_TOLERANCE = 0.01
 # Far above any model and any calibration; a policy compares all ways to give bins to plans.
-_MOST_TOKENS, _MOST_LAYERS, _MOST_KEEPS, _MOST_BINS = 1 << 20, 1024, 256, 64
+_MOST_KEEPS, _MOST_BINS = 256, 64
 _LEAST_KEEP = 1e-6
 
 
@@ -98,9 +99,9 @@ class Calibration:
             Unreadable: lists of unequal length, or a number that is out of range or not finite.
         """
         tokens, last_layer = self.num_visual_tokens, len(self.ranks) - 1
-        _alike([self.ranks, self.rank_spread, self.mass], _MOST_LAYERS)
+        _alike([self.ranks, self.rank_spread, self.mass], MOST_LAYERS)
         _alike([self.keeps, self.layers, self.agreement], _MOST_KEEPS)
-        _within("num_visual_tokens", [tokens], 1, _MOST_TOKENS)
+        _within("num_visual_tokens", [tokens], 1, MOST_TOKENS)
         _within("pairs", [self.pairs], 1, math.inf)
         _within("ranks", self.ranks, 0, tokens)
         _within("rank_spread", self.rank_spread, 0, tokens)
@@ -120,7 +121,7 @@ class Calibration:
             _alike([table.keeps, table.agreement], _MOST_KEEPS)
             _alike([table.spread, *table.agreement], _MOST_BINS)
             _within("keeps", table.keeps, _LEAST_KEEP, 1)
-            _within("spread", table.spread, 0, _MOST_TOKENS)
+            _within("spread", table.spread, 0, MOST_TOKENS)
             if list(table.spread) != sorted(table.spread):
                 raise Unreadable("spread does not ascend")
             for row in table.agreement:

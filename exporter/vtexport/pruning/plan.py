@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 VISION = "vision"
 _DECODER = "decoder."
+#: far above any model: bounds of what a file may say that a plan is
+MOST_TOKENS, MOST_LAYERS = 1 << 20, 1024
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Stage:
     def __post_init__(self) -> None:
         # Only a decoder can go on without visual tokens: their content has reached the text tokens by then.
         least = 1 if self.layer is None else 0
-        if not 0 <= self.kept <= self.tokens_in or self.recycled < 0 or self.carried < least:
+        if min(self.kept, self.recycled) < 0 or not least <= self.carried <= self.tokens_in:
             raise ValueError(f"impossible stage {self.kept} + {self.recycled} of {self.tokens_in} tokens")
 
     @classmethod
@@ -50,7 +52,7 @@ class Stage:
         if self.where == VISION:
             return None
         number = self.where.removeprefix(_DECODER)
-        if number == self.where or not number.isdecimal():
+        if number == self.where or not (number.isascii() and number.isdecimal()):
             raise ValueError(f"a stage stands at {VISION!r} or {_DECODER}L, not at {self.where!r}")
         return int(number)
 
@@ -87,6 +89,8 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         tokens, before = self.num_visual_tokens, -1
+        if not (0 < tokens <= MOST_TOKENS and 0 < self.num_layers <= MOST_LAYERS):
+            raise ValueError(f"impossible plan of {tokens} tokens and {self.num_layers} layers")
         for number, stage in enumerate(self.stages):
             if stage.tokens_in != tokens:
                 raise ValueError(f"a stage takes {stage.tokens_in} tokens but {tokens} reach it")

@@ -66,7 +66,9 @@ def bundle_table(bundle: Bundle, *, verified: bool) -> RenderableType:
         ("verified", _verification(bundle)),
     ]
     if verified:
-        rows.append(("files", "all as they were built"))
+        added = bundle.unlisted()
+        text = "all as they were built"
+        rows.append(("files", f"{text}, and besides these: {', '.join(added)}" if added else text))
     return Group(Facts(rows), "", files)
 
 
