@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import BuildBundle, greedy, noise_images
 from vtexport.builder.build import build
 from vtexport.builder.options import BuildOptions
-from vtexport.errors import ModelError, NumericError
+from vtexport.errors import ModelError, NumericError, VerificationError
 from vtexport.graph.finite import check_arrays, check_records
 from vtexport.models.checkpoint import Checkpoint
 from vtexport.runtime.batch import Batch
 from vtexport.runtime.generate import generate
 from vtexport.runtime.request import Decoding
 from vtexport.runtime.runner import Runner
+from vtexport.serve.metrics import Metrics
+from vtexport.serve.scheduler import End, Failure, Job, Scheduler, Token
 from vtexport.targets.engine import VisionInput, VisionOutput
 
 # Weights
@@ -273,3 +276,36 @@ def test_where_a_decoder_breaks_is_told(build_bundle: BuildBundle, monkeypatch: 
     monkeypatch.setattr(debug.engine, "prefill", scored)
     with pytest.raises(NumericError, match=f"^the scores of the pruning stage at {where} are NaN or infinity"):
         debug.ask(questions(1), 2)
+
+
+def test_a_build_whose_numbers_overflow_says_which_dtype_helps(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder, _ = damaged(
+        tiny_checkpoint,
+        tmp_path / "model",
+        "layers.1.mlp.down_proj.weight",
+        lambda one: one.mul_(3e4 / one.abs().max()),
+    )
+    with pytest.raises(VerificationError, match=r"^in fp16, prefill gave NaN or infinity.*; build with --dtype fp32$"):
+        build(BuildOptions(str(folder), 0.5, dtype="fp16"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_server_fails_the_row_alone(build_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two rows that decode together, one becomes NaN: it fails as the server's fault, and the other is answered."""
+    runner = Runner.open(build_bundle(method="sparsevlm", keep=0.25, self_check=False), vision_cache=0)
+    poisoned(runner, monkeypatch, "decode", 1, float("nan"))
+    events: list[list[Any]] = [[], []]
+    jobs = [
+        Job(runner.request(*pair), 6, (), time.monotonic() + 60, heard.append)
+        for pair, heard in zip(questions(2), events, strict=True)
+    ]
+    scheduler = Scheduler(runner, 2, 0, Metrics())
+    for job in jobs:
+        scheduler.submit(job)
+    scheduler.start()
+    scheduler.stop()
+    assert [event.token for event in events[0][:-1]] == greedy(runner, [jobs[0].request], 6)[0].token_ids
+    assert events[0][-1] == End("length")
+    assert [type(event) for event in events[1]] == [Token, Failure]
+    assert events[1][-1].status == 500
+    assert "decode step 1 gave NaN or infinity, so there is no answer" in events[1][-1].message

@@ -16,7 +16,7 @@ from vtexport.builder.engines import EngineSpec, Source, make_engines
 from vtexport.bundle.folder import PROCESSOR_FOLDER
 from vtexport.bundle.manifest import VerificationEntry
 from vtexport.check.compare import SAMPLES, Checked, compare_engine
-from vtexport.errors import VerificationError, first_line
+from vtexport.errors import NumericError, VerificationError, first_line
 from vtexport.models import ModelSpec
 from vtexport.options import option_fields, option_values
 from vtexport.progress import Progress, Silent
@@ -44,6 +44,23 @@ def check_engines(
     Raises:
         VerificationError: an engine differs from the reference.
     """
+    try:
+        return _checked(source, engines, target, compiled, folder, progress)
+    except NumericError as error:
+        # The weights are numbers, so it is their products that do not fit.
+        remedy = "please report this model" if engines.dtype == "fp32" else "build with --dtype fp32"
+        raise VerificationError(f"in {engines.dtype}, {error.fault}; {remedy}") from error
+
+
+def _checked(
+    source: Source,
+    engines: EngineSpec,
+    target: Target,
+    compiled: Compiled,
+    folder: Path,
+    progress: Progress,
+) -> VerificationEntry:
+    """As `check_engines`, which says what numbers that are none come from."""
     if not checks_in_full(source.spec, engines.dtype, target):
         progress.stage("check the structure of every graph")
         check_structure(folder)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vtexport.errors import VtexportError
+from vtexport.errors import NumericError, VtexportError
 from vtexport.runtime.batch import Batch
 from vtexport.runtime.request import Decoding, Request
 from vtexport.runtime.runner import Runner
@@ -223,7 +223,11 @@ class Scheduler:
         """Deliver a token of every row, and compute the next ones."""
         batch, tokens = running.batch, running.batch.logits.argmax(axis=1)
         for row, job in enumerate(running.jobs):
-            if job is not None and self._ended(job, int(tokens[row])):
+            if job is not None and batch.faults[row]:
+                # The other rows do not depend on this one, and go on.
+                self._failed([job], Failure(500, str(NumericError(batch.faults[row]))))
+                running.jobs[row] = None
+            elif job is not None and self._ended(job, int(tokens[row])):
                 running.jobs[row] = None
         staying = np.array([row for row, job in enumerate(running.jobs) if job is not None], dtype=np.int64)
         if not len(staying):
@@ -269,7 +273,8 @@ class Scheduler:
         try:
             return work()
         except VtexportError as error:
-            self._failed(jobs, Failure(400, str(error)))
+            # Numbers that are none are no fault of whoever asked.
+            self._failed(jobs, Failure(500 if isinstance(error, NumericError) else 400, str(error)))
         except Exception:
             # The engine's thread must outlive any request.
             logger.exception("a batch failed")
