@@ -407,6 +407,21 @@ def serving(results: Results) -> str:
     return table([*header, "peak"], rows)
 
 
+def soak(results: Results) -> str:
+    """What thousands of generations do to a process: memory, open files, threads and latency."""
+    rows = []
+    for point in results["soak"]["result"]["points"]:
+        first, last = point["series"][0], point["series"][-1]
+        memory = [f"{one['uss_mib']:.0f} MiB" for one in (first, last)]
+        held = [f"{first[name]} / {last[name]}" for name in ("handles", "threads")]
+        same = "yes" if point["threads_agree"] and point["processes_agree"] else "no"
+        times = [milliseconds(point[name]) for name in ("first_ms", "last_ms")]
+        slope = f"{point['slope_mib']:+.2f} MiB"
+        rows.append([point["target"], f"{point['generations']:,}", *memory, slope, *held, *times, same])
+    header = ["target", "generations", "memory at first", "at last", "growth per 1,000, last half", "files", "threads"]
+    return table([*header, "first tenth, ms", "last tenth, ms", "threads and processes answer alike"], rows)
+
+
 def aiperf(results: Results) -> str:
     """AIPerf's figures of one server."""
     found = results["aiperf"]["result"]
@@ -507,6 +522,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "latency-ratios": latency_ratios,
     "latency-gains": latency_gains,
     "serving": serving,
+    "soak": soak,
     "aiperf": aiperf,
     "builds": builds,
     "install": install,
