@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vtexport.arrays import Array
 from vtexport.errors import TargetError, first_line
 from vtexport.pruning import PruningPlan
 from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
+from vtexport.targets.external import check_graph
 from vtexport.targets.language import LANGUAGE, LanguageCalls
 
 
@@ -94,6 +96,7 @@ class OrtEngine:
         if self._traces is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._traces / name)
+        check_graph(self._paths[name])
         try:
             model = _exact(self._paths[name], options) if self._exact else self._paths[name]
             return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -122,7 +125,8 @@ class OrtEngine:
     def vision(self, inputs: VisionInput) -> VisionOutput:
         session = self.session("vision")
         names = [output.name for output in session.get_outputs()]
-        outputs = dict(zip(names, session.run(names, inputs.feeds()), strict=True))
+        with _running(self._paths["vision"]):
+            outputs = dict(zip(names, session.run(names, inputs.feeds()), strict=True))
         return VisionOutput(outputs)
 
     def prefill(self, inputs: PrefillInput, new_tokens: int, bucket: int = 0) -> PrefillOutput:
@@ -191,12 +195,29 @@ class OrtEngine:
         names = list(wanted) or [port.name for port in session.get_outputs() if not port.name.startswith("present.")]
         for name in names:
             binding.bind_output(name)
-        session.run_with_iobinding(binding)
+        with _running(self._paths[LANGUAGE]):
+            session.run_with_iobinding(binding)
         values = binding.get_outputs()[len(cache.buffers) :]
         return {name: value.numpy() for name, value in zip(names, values, strict=True)}
 
 
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@contextmanager
+def _running(path: Path) -> Iterator[None]:
+    """Errors of ONNX Runtime while the graph in `path` runs, as ours.
+
+    Raises:
+        TargetError: weights or a graph are damaged, or memory is short; what ONNX Runtime says tells which.
+    """
+    try:
+        yield
+    except Exception as error:  # its own exception types, none of them public
+        raise TargetError(
+            f"ONNX Runtime cannot run {path} ({first_line(error)}); if memory is not short, check the bundle with "
+            "vtexport inspect --verify"
+        ) from error
 
 
 def _layer(name: str) -> int:

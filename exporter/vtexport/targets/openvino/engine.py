@@ -16,6 +16,7 @@ from vtexport.arrays import Array
 from vtexport.errors import TargetError, first_line
 from vtexport.pruning import PruningPlan
 from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
+from vtexport.targets.external import check_graph
 from vtexport.targets.language import LANGUAGE, LanguageCalls
 from vtexport.targets.openvino.caches import BatchCache, Caches
 from vtexport.targets.openvino.memory import Released
@@ -100,6 +101,7 @@ class OpenVinoEngine:
         path, config = self._opening.files[name], dict(self._opening.config)
         if self._profiling:
             config["PERF_COUNT"] = True
+        check_graph(path)
         try:
             model = read_model(path, pages=SUPPORTED and self._opening.device == "CPU")
             names = [port.get_any_name() for port in model.outputs]
@@ -177,7 +179,13 @@ class OpenVinoEngine:
         model, given = self.model(name), {key: np.ascontiguousarray(array) for key, array in feeds.items()}
         # Part of the weights is packed when a prompt first uses them, and part when a single token does.
         with nullcontext() if model.runs > 1 else Released(self._folder):
-            results = request.infer(given)
+            try:
+                results = request.infer(given)
+            except Exception as error:  # as above
+                raise TargetError(
+                    f"OpenVINO cannot run {self._opening.files[name]} ({first_line(error)}); if memory is not short, "
+                    "check the bundle with vtexport inspect --verify"
+                ) from error
         model.runs += 1
         if self._profiling:
             model.last = request
