@@ -19,6 +19,7 @@ from vtexport.models import read_spec
 from vtexport.models.conversation import asked
 from vtexport.models.prompt import Prompter
 from vtexport.models.spec import ViewChoice
+from vtexport.models.template import ChatTemplate
 from vtexport.runtime.runner import Runner
 from vtexport.targets.tensorrt_llm import messages, prompts, reached
 
@@ -136,7 +137,7 @@ def test_videos_are_parts_of_their_own_type(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_templates_of_every_form(monkeypatch: pytest.MonkeyPatch, template: str, question: Any, text: str) -> None:
     prompter = Prompter(MICRO, read_spec(MICRO))
-    monkeypatch.setattr(prompter, "_template", template)
+    monkeypatch.setattr(prompter, "_template", ChatTemplate(template))
     assert prompter.prompt(question).text == text
 
 
@@ -149,14 +150,14 @@ def test_templates_of_every_form(monkeypatch: pytest.MonkeyPatch, template: str,
 )  # fmt: skip
 def test_templates_that_leave_out_the_system(monkeypatch: pytest.MonkeyPatch, template: str, message: str) -> None:
     prompter = Prompter(MICRO, read_spec(MICRO))
-    monkeypatch.setattr(prompter, "_template", template)
+    monkeypatch.setattr(prompter, "_template", ChatTemplate(template))
     with pytest.raises(InputError, match=message):
         prompter.prompt([system("be brief"), user(f"<image> {FIRST}")])
 
 
 def test_templates_of_texts_want_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     prompter = Prompter(MICRO, read_spec(MICRO))
-    monkeypatch.setattr(prompter, "_template", TEXTS_ONLY)
+    monkeypatch.setattr(prompter, "_template", ChatTemplate(TEXTS_ONLY))
     with pytest.raises(InputError, match=r"the chat template takes texts alone \(.*\); mark images in the text"):
         prompter.prompt(FIRST)
 

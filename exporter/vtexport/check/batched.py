@@ -80,9 +80,9 @@ class BatchedModel:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
-        ).eval()
+        how: Any = {"dtype": torch.float32, "attn_implementation": "eager", "use_safetensors": True}
+        how |= {"local_files_only": True, "trust_remote_code": False}
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, **how).eval()
         self.spec = spec
         parts = {"layers": self.model.model.language_model.layers, "head": self.model.lm_head}
         for name, rounded in (rounding or {}).items():
@@ -93,9 +93,7 @@ class BatchedModel:
                     module.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.clip: Any = None
         if clip is not None:
-            self.clip = CLIPModel.from_pretrained(
-                clip, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
-            ).eval()
+            self.clip = CLIPModel.from_pretrained(clip, **how).eval()
 
     def look(self, views: Sequence[Views], plan: PruningPlan, extras: Mapping[str, Array] | None = None) -> Looked:
         """Run the vision tower on the images of a batch of prompts; `plan` and `extras` say what else to compute."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vtexport.errors import InputError, ModelError
-from vtexport.models.family import Family, pixels_of
+from vtexport.models.bounds import PINPOINTS, TILES
+from vtexport.models.family import Family, parse_config, pixels_of, processed
 from vtexport.models.spec import ModelSpec, ViewChoice, ViewSpec, VisionSpec
 from vtexport.models.views import Size, Views, rows_of
 
@@ -20,20 +21,20 @@ class Anyres(Family):
         if vision.leading:
             raise ModelError(f"{path}: vision_feature_select_strategy 'full' puts CLS between tiles; use 'default'")
         images = choice.images or 1
-        tiles = self.tiles(parsed, vision, choice, images)
+        tiles = self.tiles(path, parsed, vision, choice, images)
         newlines = 0 if choice.arrangement == "views" else 1 if tiles is None else tiles[0] * vision.grid
         return ViewSpec(images, 1 if tiles is None else 1 + tiles[0] * tiles[1], tiles, newlines)
 
-    def tiles(self, parsed: Any, vision: VisionSpec, choice: ViewChoice, images: int) -> Size | None:
+    def tiles(self, path: Path, parsed: Any, vision: VisionSpec, choice: ViewChoice, images: int) -> Size | None:
         """Rows and columns of the tiles of each image, in a prompt of `images` images; None for the base view alone."""
-        known = [_tiles(resolution, vision.image_size) for resolution in parsed.image_grid_pinpoints]
+        known = [_tiles(resolution, vision.image_size) for resolution in _pinpoints(path, parsed, vision)]
         names = ", ".join(f"{rows}x{columns}" for rows, columns in known)
         if choice.grid is None:
             raise InputError(
                 f"--grid is missing: a {self.model_type} model cuts images into rows x columns of tiles, and a bundle "
                 f"is built for one grid; give one of {names}"
             )
-        match = re.fullmatch(r"(\d+)x(\d+)", choice.grid)
+        match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", choice.grid)
         if match is None or (int(match[1]), int(match[2])) not in known:
             raise InputError(f"--grid {choice.grid} is no grid of this model; give one of {names}")
         return int(match[1]), int(match[2])
@@ -42,14 +43,28 @@ class Anyres(Family):
         sizes = [(picture.height, picture.width) for picture in pictures]
         for size in sizes:
             _check_grid(spec, size)
-        processed = self.process(processor, pictures)
-        pixels = pixels_of(processed)
+        pixels = pixels_of(self.process(processor, pictures))
         pixels = pixels[:, : spec.views.views].reshape(-1, *pixels.shape[2:])
         return Views(pixels, rows_of(spec, sizes) if spec.views.newlines else None)
 
     def process(self, processor: Any, pictures: Sequence[Any]) -> Any:
         """The image processor's output for the pictures of one prompt."""
-        return processor(images=list(pictures), return_tensors="np")
+        return processed(processor, list(pictures))
+
+
+def _pinpoints(path: Path, parsed: Any, vision: VisionSpec) -> list[Size]:
+    """The resolutions that the model lists, in rows and columns of pixels, each of whole tiles."""
+    found, most = parsed.image_grid_pinpoints, TILES * vision.image_size
+    if not isinstance(found, list | tuple) or not 0 < len(found) <= PINPOINTS:
+        raise ModelError(f"{path}: image_grid_pinpoints must list 1 to {PINPOINTS} resolutions; check the file")
+    for point in found:
+        two = isinstance(point, list | tuple) and len(point) == 2 and all(type(extent) is int for extent in point)
+        if not two or not all(vision.image_size <= extent <= most for extent in point):
+            raise ModelError(
+                f"{path}: image_grid_pinpoints must list pairs of whole numbers from {vision.image_size} (one tile) to "
+                f"{most}; check the file"
+            )
+    return [(point[0], point[1]) for point in found]
 
 
 def _tiles(resolution: Sequence[int], image_size: int) -> Size:
@@ -62,7 +77,8 @@ def _check_grid(spec: ModelSpec, size: Size) -> None:
 
     if spec.views.tiles is None:
         return
-    best = select_best_resolution(size, [tuple(point) for point in spec.config["image_grid_pinpoints"]])
+    path = Path("config.json")
+    best = select_best_resolution(size, _pinpoints(path, parse_config(path, spec.config), spec.vision))
     rows, columns = _tiles(best, spec.vision.image_size)
     if (rows, columns) != spec.views.tiles:
         built = "x".join(map(str, spec.views.tiles))

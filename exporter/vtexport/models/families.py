@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vtexport.errors import ModelError
+from vtexport.models.bounds import shown
 from vtexport.models.family import Family
 from vtexport.models.llava import Llava
 from vtexport.models.llava_next import LlavaNext
@@ -31,8 +32,8 @@ def read_spec(folder: Path, choice: ViewChoice | None = None) -> ModelSpec:
     """
     config = read_config(folder)
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        named = f"a {model_type!r} model" if model_type else "a config.json without model_type"
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        named = f"a {shown(model_type)} model" if model_type else "a config.json without model_type"
         raise ModelError(
             f"{folder} holds {named}, not LLaVA; vtexport reads checkpoints of model_type {', '.join(FAMILIES)}"
         )

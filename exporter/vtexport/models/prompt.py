@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from vtexport.errors import InputError, ModelError, first_line
+from vtexport.errors import InputError, ModelError
 from vtexport.models.conversation import Messages, Question, rendered, turns
 from vtexport.models.families import FAMILIES
 from vtexport.models.spec import ModelSpec
+from vtexport.models.template import ChatTemplate
+from vtexport.models.trust import open_image_processor, open_tokenizer, token_ids
 from vtexport.models.views import Views
+from vtexport.reading import Unreadable, read_json
 
 # What a processor is made of; copied into every bundle when present.
 PROCESSOR_FILES = (
@@ -58,21 +60,11 @@ class Prompter:
     """
 
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer
-
-        try:
-            # AutoProcessor, which covers all modalities, would need torchvision for videos.
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers raises many kinds for a missing or broken file
-            raise ModelError(f"{folder} has no usable tokenizer ({first_line(error)}); get its files") from error
-        try:
-            self._images: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            raise ModelError(
-                f"{folder} has no usable image processor ({first_line(error)}); get preprocessor_config.json of the "
-                "checkpoint"
-            ) from error
-        self._template = chat_template(folder, self.tokenizer)
+        # AutoProcessor, which covers all modalities, would need torchvision for videos.
+        self.tokenizer: Any = open_tokenizer(folder)
+        self._images: Any = open_image_processor(folder)
+        template = chat_template(folder, self.tokenizer)
+        self._template = ChatTemplate(template) if template else None
         self._spec, self._family = spec, FAMILIES[spec.family]
 
     @property
@@ -102,12 +94,11 @@ class Prompter:
         Raises:
             InputError: a wrong number of marks, an empty question, messages that are no conversation, or no chat template
                 for them.
+            ModelError: the tokenizer fails, or gives tokens that the model does not have.
         """
         messages, count = self.turns(question), self.images
-        if not self._template:
-            raise InputError("the checkpoint has no chat template; add chat_template.jinja to its folder")
         text = rendered(messages, self._apply)
-        ids = list(self.tokenizer(text)["input_ids"])
+        ids = self._ids(text)
         places = [i for i, token in enumerate(ids) if token == self._spec.image_token_id]
         if len(places) != count:
             raise InputError(
@@ -117,12 +108,22 @@ class Prompter:
         return Prompt(tokens, tuple(place - number for number, place in enumerate(places)), text)
 
     def _apply(self, messages: Messages) -> str:
-        """The text that the chat template makes of `messages`, up to the answer."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
+        """The text that the chat template makes of `messages`, up to the answer, as transformers renders it."""
+        if self._template is None:
+            raise InputError("the checkpoint has no chat template; add chat_template.jinja to its folder")
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        return self._template.render(**{**self.tokenizer.special_tokens_map, **given})
+
+    def _ids(self, text: str) -> list[int]:
+        """The tokens of `text`, each of which the model has."""
+        ids = token_ids(self.tokenizer, text)
+        strange = next((token for token in ids if not 0 <= token < self._spec.decoder.vocab_size), None)
+        if strange is not None:
+            raise ModelError(
+                f"the tokenizer gives token {strange}, and the model has {self._spec.decoder.vocab_size}; "
+                "the two do not belong together, get the tokenizer's files again"
             )
-        )
+        return ids
 
     def views(self, pictures: Any) -> Views:
         """The pictures of a prompt as the vision graph takes them.
@@ -268,16 +269,19 @@ def chat_template(folder: Path, tokenizer: Any = None) -> str:
         ModelError: a file is broken.
     """
     if tokenizer is None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    legacy = folder / "chat_template.json"
-    if not tokenizer.chat_template and legacy.is_file():
+        tokenizer = open_tokenizer(folder)
+    found, legacy, place = tokenizer.chat_template, folder / "chat_template.json", folder
+    if not found and legacy.exists():
         try:
-            return str(json.loads(legacy.read_text(encoding="utf-8"))["chat_template"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found, place = read_json(legacy, kind=dict[str, Any]).get("chat_template"), legacy
+        except Unreadable as error:
             raise ModelError(f"{legacy} is not a chat template ({error}); get it again") from error
-    return str(tokenizer.chat_template or "")
+    if isinstance(found, dict):
+        # Of several, transformers takes this one too where no tools are called.
+        found = found.get("default")
+    if not isinstance(found, str | None):
+        raise ModelError(f"{place} has a chat template of type {type(found).__name__}, not text; get it again")
+    return found or ""
 
 
 def open_image(path: Path) -> Any:

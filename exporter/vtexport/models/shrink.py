@@ -10,6 +10,7 @@ from typing import Any
 from vtexport.models.checkpoint import Checkpoint
 from vtexport.models.clip import read_clip
 from vtexport.models.families import read_spec
+from vtexport.models.family import parse_config
 from vtexport.models.prompt import PROCESSOR_FILES
 from vtexport.models.spec import ModelSpec
 
@@ -33,11 +34,11 @@ def shrink(spec: ModelSpec, processor: Path, clip: Path | None, folder: Path) ->
     large enough that attention is not flat and no two scores are near.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config: Any = AutoConfig.for_model(**spec.config)
+    config = parse_config(folder / "config.json", spec.config)
     text, vision, d = config.text_config, config.vision_config, spec.decoder
     text.num_key_value_heads = min(d.num_kv_heads, _HEADS)
     text.num_attention_heads = text.num_key_value_heads * (d.num_heads // d.num_kv_heads)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from vtexport.errors import ModelError
+from vtexport.models.bounds import IMAGES, check_config
+from vtexport.models.trust import check_settings
 from vtexport.options import Meta
+from vtexport.reading import Unreadable, read_json
 
 #: bytes per weight, by an engine's dtype
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -110,9 +112,9 @@ class ViewSpec:
 class ViewChoice:
     """The user's choices that a `ViewSpec` is made from; None for a choice that was not made."""
 
-    images: Annotated[int | None, Meta(ge=1, description="Images, or videos, per prompt.", extra={"default": "1"})] = (
-        None
-    )
+    images: Annotated[
+        int | None, Meta(ge=1, le=IMAGES, description="Images, or videos, per prompt.", extra={"default": "1"})
+    ] = None
     grid: Annotated[
         str | None,
         Meta(
@@ -234,15 +236,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json of `folder`.
 
     Raises:
-        ModelError: there is none, or it is not a JSON object.
+        ModelError: there is none, it is not a JSON object, a number in it is out of all bounds, or it asks for code.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} is not readable JSON ({error}); download the checkpoint again") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is not a JSON object; download the checkpoint again")
+        config: dict[str, Any] = read_json(path, kind=dict[str, Any])
+    except Unreadable as error:
+        raise ModelError(f"{path} is not a readable JSON object ({error}); download the checkpoint again") from error
+    check_settings(path, config)
+    check_config(path, config)
     return config

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vtexport.errors import InputError
-from vtexport.models.family import Family, pixels_of
+from vtexport.models.family import Family, pixels_of, processed
 from vtexport.models.spec import ModelSpec, ViewChoice
 from vtexport.models.views import Views
 
@@ -40,5 +40,5 @@ class VideoLlava(Family):
                 raise InputError(
                     f"a video of {count} frames was given, this model takes {spec.views.views}; give as many"
                 )
-            frames += [pixels_of(processor(images=[frame], return_tensors="np"))[0] for frame in video]
+            frames += [pixels_of(processed(processor, [frame]))[0] for frame in video]
         return Views(np.stack(frames))

@@ -39,7 +39,7 @@ class QuestionIds(Extra):
         from vtexport.models.clip import FOLDER, ClipTokenizer
 
         assert spec.clip is not None, "a build with a method that reads the question has its CLIP"
-        return ClipTokenizer(processor / FOLDER, spec.clip.length).ids
+        return ClipTokenizer(processor / FOLDER, spec.clip.length, spec.clip.vocab_size).ids
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from vtexport.bundle.folder import PROCESSOR_FOLDER, Bundle
 from vtexport.errors import InputError
 from vtexport.models.prompt import chat_template
 from vtexport.models.spec import ModelSpec
+from vtexport.models.trust import open_tokenizer
 from vtexport.pruning import PruningPlan
 
 #: the version that the layout was tested with
@@ -106,9 +107,7 @@ def _image_processor(folder: Path) -> dict[str, Any]:
 
 def _image_token(folder: Path, token_id: int) -> str:
     """The text of the image token."""
-    from transformers import AutoTokenizer
-
-    return str(AutoTokenizer.from_pretrained(folder, local_files_only=True).convert_ids_to_tokens(token_id))
+    return str(open_tokenizer(folder).convert_ids_to_tokens(token_id))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,0 +1,205 @@
+"""What a checkpoint's files may not ask of the libraries that read them: running code, or reading from elsewhere."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vtexport.errors import InputError, ModelError, first_line
+from vtexport.reading import TEXT_BYTES, Unreadable, read_json
+
+#: files of settings that transformers reads, all of them JSON objects
+SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+#: settings by which a file makes transformers run code or read something else, and why they are refused
+_REFUSED = {
+    "auto_map": "names Python code of its own, which is never run",
+    "quantization_config": "says that its weights are quantised, which vtexport does not read",
+    "transformers_weights": "names other weights than model.safetensors",
+    "attribute_map": "renames settings",
+    "fast_tokenizer_files": "names other tokenizers than tokenizer.json",
+    "init_inputs": "gives the tokenizer arguments without names",
+    "gguf_file": "names a file of another format",
+}
+_REMEDY = "get the checkpoint in transformers' own form, such as one of llava-hf"
+# Kernels for attention are fetched from the hub and run if they are named like a repository.
+_ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
+# Vocabularies: the largest that there are have some 35 MB.
+_VOCABULARY_BYTES = 256 << 20
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "merges.txt", "vocab.txt", "tekken.json")
+# How often longer the replacements of a tokenizer may make a text.
+_GROWTH = 64
+
+
+class _Replacing(msgspec.Struct):
+    """The parts of tokenizer.json that may change a text before it is cut into tokens."""
+
+    normalizer: Any = None
+    pre_tokenizer: Any = None
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder whose files are not plain, are too large, or lead out of the folder or to code.
+
+    Raises:
+        ModelError: there is such a file.
+    """
+    for path in _plain(folder):
+        if path.name not in SETTINGS:
+            continue
+        try:
+            settings = read_json(path, kind=dict[str, Any])
+        except Unreadable as error:
+            raise ModelError(f"{path} is not readable JSON ({error}); download it again") from error
+        check_settings(path, settings)
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{folder} holds an adapter, not a whole model; merge it into its model first")
+
+
+def check_settings(path: Path, settings: Any) -> None:
+    """Refuse settings, read from `path`, that lead to code or out of the folder, at whatever depth they stand.
+
+    Raises:
+        ModelError: there is one.
+    """
+    for key, value in _entries(settings):
+        reason = _REFUSED.get(key)
+        if reason is not None and value not in (None, {}, []):
+            raise ModelError(f"{path}: {key} {reason}; {_REMEDY}")
+        if key in _ATTENTION and value is not None and (not isinstance(value, str) or "/" in value):
+            raise ModelError(f"{path}: {key} names a kernel to download, which is never run; remove it from the file")
+        if key.startswith("__"):
+            raise ModelError(f"{path}: {key[:40]!r} is not a setting; {_REMEDY}")
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`, from its files alone: nothing is downloaded, no code of the checkpoint runs.
+
+    Raises:
+        ModelError: there is none, or one of its files is broken or not to be trusted.
+    """
+    from transformers import AutoTokenizer
+
+    check_files(folder)
+    if (folder / "tokenizer.json").exists():
+        _check_growth(folder / "tokenizer.json")
+    return _opened(AutoTokenizer, folder, "tokenizer", "get its files")
+
+
+def open_image_processor(folder: Path) -> Any:
+    """As `open_tokenizer`, the image processor.
+
+    Raises:
+        ModelError: as `open_tokenizer`.
+    """
+    from transformers import AutoImageProcessor
+
+    check_files(folder)
+    return _opened(AutoImageProcessor, folder, "image processor", "get preprocessor_config.json of the checkpoint")
+
+
+def calm(call: Callable[[], Any]) -> Any:
+    """The result of `call`, a use of the tokenizer.
+
+    Raises:
+        ValueError: the tokenizer, which is written in Rust, gave up ("panicked").
+    """
+    try:
+        return call()
+    except BaseException as error:
+        # Such an exception is not an Exception, so that nobody would catch it by accident.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"it panicked: {first_line(error)}") from error
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens that `tokenizer` cuts `text` into.
+
+    Raises:
+        InputError: the text is no valid Unicode.
+        ModelError: the tokenizer fails.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"character {error.start} of the prompt is half of a surrogate pair, not a character; give valid Unicode"
+        ) from error
+    try:
+        ids: list[int] = list(calm(lambda: tokenizer(text)["input_ids"]))
+    except Exception as error:  # whatever its files lead to
+        raise ModelError(f"the tokenizer fails on the prompt ({first_line(error)}); get its files again") from error
+    return ids
+
+
+def _opened(loader: Any, folder: Path, name: str, remedy: str) -> Any:
+    try:
+        return calm(lambda: loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except Exception as error:  # transformers raises many kinds for a missing or broken file
+        raise ModelError(f"{folder} has no usable {name} ({first_line(error)}); {remedy}") from error
+
+
+def _plain(folder: Path) -> Iterator[Path]:
+    """The files of `folder` that a tokenizer or a processor is read from, each plain and not too large."""
+    templates = [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*")]
+    for path in [*(folder / name for name in (*SETTINGS, *_VOCABULARIES)), *sorted(templates)]:
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read ({error.strerror}); get it again") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise ModelError(f"{path} is not a regular file; get it again")
+        most = _VOCABULARY_BYTES if path.name in _VOCABULARIES else TEXT_BYTES
+        if found.st_size > most:
+            raise ModelError(f"{path} has {found.st_size} bytes, more than the {most} of any real one; get it again")
+        yield path
+
+
+def _check_growth(path: Path) -> None:
+    """Refuse a tokenizer whose replacements make a short text so long that it fits into no memory."""
+    try:
+        read = read_json(path, _VOCABULARY_BYTES, kind=_Replacing)
+    except Unreadable as error:
+        raise ModelError(f"{path} is not a tokenizer ({error}); get it again") from error
+    growth = 1.0
+    for one in _objects([read.normalizer, read.pre_tokenizer]):
+        content, pattern = one.get("content"), one.get("pattern")
+        if isinstance(content, str):
+            replaced = pattern.get("String") if isinstance(pattern, dict) else None
+            growth *= max(1.0, len(content) / max(1, len(replaced) if isinstance(replaced, str) else 1))
+    if growth > _GROWTH:
+        raise ModelError(f"{path} makes texts more than {_GROWTH} times as long before it reads them; get it again")
+
+
+def _entries(settings: Any) -> Iterator[tuple[str, Any]]:
+    """All keys of nested objects, with their values."""
+    for one in _objects(settings):
+        yield from one.items()
+
+
+def _objects(settings: Any) -> Iterator[dict[str, Any]]:
+    """All objects that are nested in `settings`, itself among them."""
+    rest = [settings]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, dict):
+            yield one
+            rest += one.values()
+        elif isinstance(one, list):
+            rest += one
