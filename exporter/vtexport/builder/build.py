@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from vtexport.builder.assemble import assemble
 from vtexport.builder.engines import EngineSpec, Source
@@ -14,15 +16,22 @@ from vtexport.bundle.writing import check_destination
 from vtexport.errors import InputError
 from vtexport.models import Checkpoint, ModelSpec, read_spec, resolve_model
 from vtexport.models.checkpoint import AS_STORED, NEAREST, has_weights
-from vtexport.models.clip import read_clip
+from vtexport.models.clip import ClipTokenizer, read_clip
 from vtexport.models.names import fingerprint
+from vtexport.models.needed import check_weights
+from vtexport.models.prompt import Prompter
 from vtexport.models.resolve import recipe_calibration, recipe_dtype
 from vtexport.models.spec import ViewChoice
 from vtexport.progress import Progress, Silent
 from vtexport.pruning import Geometry, PruningPlan, adaptive_plans, dense_plan, make_plan
 from vtexport.pruning.adaptive import DEFAULT_BUCKETS, DEFAULT_TARGET_ACCURACY
 from vtexport.pruning.calibration import Calibration
+from vtexport.pruning.vision import VisionMethod
 from vtexport.targets.base import ENGINE_FOLDER
+
+# Visual tokens of a prompt before pruning, far beyond what any vision tower was trained with.
+_MOST_VISUAL = 1 << 17
+_BEFORE_DECODER = "fastervlm"
 
 
 def build(options: BuildOptions, out: Path | str, *, force: bool = False, progress: Progress | None = None) -> Bundle:
@@ -45,6 +54,7 @@ def build(options: BuildOptions, out: Path | str, *, force: bool = False, progre
     check_destination(out, force)
     model = _open(options, config_only=False)
     assert model.checkpoint is not None, "a model opened with its weights has a checkpoint"
+    _try_processor(model)
     engines = _engine_spec(options, model)
     source = Source(options.model, model.folder, model.folder, model.checkpoint, model.spec, model.clip)
     target = options.chosen_target
@@ -134,13 +144,18 @@ def _open(options: BuildOptions, *, config_only: bool) -> _Model:
     folder = resolve_model(options.model, config_only=config_only)
     spec = read_spec(folder, options.views)
     _check_views(options, spec)
+    _check_length(options, spec)
     checkpoint = None if config_only and not has_weights(folder) else Checkpoint.open(folder)
     companion = options.methods.vision.companion
     if not companion:
+        if checkpoint is not None:
+            check_weights(checkpoint, spec)
         return _Model(folder, spec, checkpoint, None)
     clip = resolve_model(companion)
     spec = replace(spec, clip=read_clip(clip, spec.vision))
     joined = None if checkpoint is None else checkpoint.joined("clip.", Checkpoint.open(clip))
+    if joined is not None:
+        check_weights(joined, spec)
     return _Model(folder, spec, joined, clip)
 
 
@@ -163,9 +178,19 @@ def _engine_spec(options: BuildOptions, model: _Model) -> EngineSpec:
         )
     else:
         plans, policy = [plan(options.keep)], None
+    for made in plans:
+        _check_positions(options, model.spec, made.vision_tokens)
     plans = list(options.chosen_target.planned(plans))
     options.chosen_target.check_plans(model.spec, plans)
     return EngineSpec(plans, dtype, policy, options.debug, options.give_ranking)
+
+
+def _try_processor(model: _Model) -> None:
+    """Refuse a tokenizer, chat template or image processor that cannot be used, before the work that needs none."""
+    prompter = Prompter(model.folder, model.spec)
+    prompter.prompt("what is it?")
+    if model.clip is not None and model.spec.clip is not None:
+        ClipTokenizer(model.clip, model.spec.clip.length, model.spec.clip.vocab_size).ids("what is it?")
 
 
 def _calibration(options: BuildOptions, model: _Model) -> Calibration | None:
@@ -196,3 +221,37 @@ def _check_views(options: BuildOptions, spec: ModelSpec) -> None:
         raise InputError(
             "--give-ranking needs one image of one size per prompt, but this build allows others; leave it out"
         )
+
+
+def _check_length(options: BuildOptions, spec: ModelSpec) -> None:
+    """Refuse prompts whose visual tokens are too many for the model, as far as that is known before plans are made."""
+    tokens = spec.num_visual_tokens
+    # A plan keeps its ratio as the mean over the decoder's layers, so that no fewer tokens enter the first of them.
+    ratios = (options.buckets or DEFAULT_BUCKETS) if options.adaptive else (options.keep or 0,)
+    prunes = any(issubclass(part, VisionMethod) and part.name != "dense" for part in options.parts)
+    least = math.ceil(tokens * min(float(ratio) for ratio in ratios)) if prunes else tokens
+    if tokens > _MOST_VISUAL:
+        _refuse_length(
+            options, spec, f"{tokens} visual tokens per prompt are more than the {_MOST_VISUAL} of any build"
+        )
+    _check_positions(options, spec, least)
+
+
+def _check_positions(options: BuildOptions, spec: ModelSpec, entering: int) -> None:
+    """Refuse `entering` visual tokens that leave the decoder no position for a question and an answer."""
+    most = spec.decoder.max_positions
+    if entering + 2 > most:
+        _refuse_length(options, spec, f"{entering} visual tokens enter the decoder, which has {most} positions")
+
+
+def _refuse_length(options: BuildOptions, spec: ModelSpec, trouble: str) -> NoReturn:
+    ways = []
+    if spec.views.images > 1:
+        ways.append("fewer --images")
+    if spec.views.tiles is not None and spec.views.tiles != (1, 1):
+        ways.append("a smaller --grid")
+    if any(issubclass(part, VisionMethod) and part.name != "dense" for part in options.parts):
+        ways.append("a smaller --keep")
+    else:
+        ways.append(f"a --method that prunes before the decoder, such as {_BEFORE_DECODER}")
+    raise InputError(f"{trouble}; give {' or '.join(ways)}")

@@ -19,7 +19,7 @@ from vtexport.arrays import Array
 from vtexport.errors import ModelError
 from vtexport.graph.finite import check_arrays, check_records
 from vtexport.models.checkpoint import Checkpoint, TensorRecord
-from vtexport.models.names import PREFIXES
+from vtexport.models.needed import check_shape, find
 
 #: the file of weights that had to be computed or converted; the others stay in the checkpoint's files
 WEIGHTS_FILE = "weights.safetensors"
@@ -134,14 +134,10 @@ class Weights:
         shape = tuple(int(extent) for extent in tensor.shape.numpy())
         # If the checkpoint is itself a bundle, it already holds the computed arrays.
         known = name in computed and name not in checkpoint.tensors
-        source = computed[name] if known else _find(checkpoint, name)
+        source = computed[name] if known else find(checkpoint, name)
         if isinstance(source, Lazy):
-            return _Slot(name, tensor.dtype, shape, _Made(_find(checkpoint, source.source), source))
-        if tuple(source.shape) != shape:
-            raise ModelError(
-                f"{checkpoint.folder}: tensor {name} has shape {tuple(source.shape)} but config.json asks for {shape}; "
-                "the checkpoint and its config do not belong together"
-            )
+            return _Slot(name, tensor.dtype, shape, _Made(find(checkpoint, source.source), source))
+        check_shape(checkpoint.folder, name, source.shape, shape)
         return _Slot(name, tensor.dtype, shape, source)
 
     def _read(self) -> list[TensorRecord]:
@@ -276,15 +272,6 @@ def _write_header(file: Any, slots: Sequence[_Slot]) -> int:
     text += b" " * (-len(text) % 64)
     file.write(struct.pack("<Q", len(text)) + text)
     return 8 + len(text)
-
-
-def _find(checkpoint: Checkpoint, name: str) -> TensorRecord:
-    if name in checkpoint.tensors:
-        return checkpoint.tensors[name]
-    for ours, theirs in PREFIXES.items():
-        if name.startswith(ours):
-            return checkpoint.find(theirs, name.removeprefix(ours))
-    raise AssertionError(f"no source for initialiser {name}")
 
 
 def _converted(source: TensorRecord | Array, dtype: ir.DataType, name: str, folder: Path) -> Array:
