@@ -34,7 +34,7 @@ from vtexport.bundle.folder import Bundle
 from vtexport.bundle.manifest import MANIFEST, encode
 from vtexport.deploy.roads import ROADS, deploy
 from vtexport.micro import heldout
-from vtexport.models.prompt import open_image
+from vtexport.models.pictures import open_image
 from vtexport.runtime.runner import Runner
 
 ROOT = Path(__file__).parents[2]

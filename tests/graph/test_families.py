@@ -401,7 +401,7 @@ def test_images_of_another_grid_or_number_are_refused(made, build_bundle: BuildB
 
 def test_videos_are_read_from_animations_and_folders(made, tmp_path: Path) -> None:
     from vtexport.errors import InputError
-    from vtexport.models.prompt import open_video
+    from vtexport.models.pictures import open_video
 
     frames = noise_images(17, (30, 20))
     frames[0].save(tmp_path / "clip.png", save_all=True, append_images=frames[1:])

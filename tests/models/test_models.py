@@ -16,7 +16,7 @@ from tests.checkpoints import MICRO
 from tests.conftest import noise_images
 from vtexport.errors import InputError, ModelError
 from vtexport.models import Checkpoint, Prompter, read_spec, recipe_names, resolve_model
-from vtexport.models.prompt import open_image
+from vtexport.models.pictures import open_image
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from lmms_eval.protocol import ChatMessages
 
 from vtexport.errors import InputError
 from vtexport.measure.evaluate import first_token
-from vtexport.models.prompt import open_image
+from vtexport.models.pictures import open_image
 from vtexport.runtime.answer import Answer
 from vtexport.runtime.runner import MAX_NEW_TOKENS, Runner
 

@@ -14,6 +14,7 @@ from vtexport.arrays import Array
 from vtexport.errors import InputError, first_line
 from vtexport.measure.scoring import Metric
 from vtexport.micro import heldout
+from vtexport.models.pictures import check_image
 
 if TYPE_CHECKING:
     from vtexport.models.prompt import Prompter
@@ -168,15 +169,13 @@ def _decoded(data: bytes) -> _Line:
 
 
 def _check_image(where: str, name: str, image: Path) -> None:
-    """Refuse a path at which there is no image by its first bytes, and no folder, which may hold a video's frames."""
-    from PIL import Image
-
+    """Refuse a path at which there is no image by its header, and no folder, which may hold a video's frames."""
     try:
         if image.is_dir():
             return
-        with Image.open(image):
-            pass
-    except FileNotFoundError as error:
-        raise InputError(f"{where}: no such image: {image}; paths are relative to the file of questions") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: {name!r} is not a readable image; give a PNG or JPEG file") from error
+        there = image.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has NUL in it
+        there = False
+    if not there:
+        raise InputError(f"{where}: no such image: {image}; paths are relative to the file of questions")
+    check_image(image, f"{where}: {name!r}", f"{where}: {name!r} is not a readable image; give a PNG or JPEG file")

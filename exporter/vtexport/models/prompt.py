@@ -12,6 +12,7 @@ import numpy as np
 from vtexport.errors import InputError, ModelError
 from vtexport.models.conversation import Messages, Question, rendered, turns
 from vtexport.models.families import FAMILIES
+from vtexport.models.pictures import as_picture, open_image, open_video
 from vtexport.models.spec import ModelSpec
 from vtexport.models.template import ChatTemplate
 from vtexport.models.trust import open_image_processor, open_tokenizer, token_ids
@@ -132,10 +133,11 @@ class Prompter:
             pictures: a PIL image, or a sequence of one per image of the prompt; a video is the sequence of its frames.
 
         Raises:
-            InputError: a wrong number of pictures, or one that this model's views cannot hold.
+            InputError: a wrong number of pictures, or one that is none (`vtexport.models.pictures.as_picture`) or that
+                this model's views cannot hold.
             ModelError: the processor yields another size than the vision tower takes.
         """
-        several = self.listed(pictures)
+        several = [self._checked(picture) for picture in self.listed(pictures)]
         views, size = self._family.look(self._images, self._spec, several), self._spec.vision.image_size
         if views.pixels.shape[2:] != (size, size):
             raise ModelError(
@@ -143,6 +145,12 @@ class Prompter:
                 f"tower takes {size} x {size}; check preprocessor_config.json"
             )
         return views
+
+    def _checked(self, picture: Any) -> Any:
+        """The picture of one image of the prompt, or the frames of one video, as the processor takes them."""
+        if self._spec.views.has_frames and isinstance(picture, Sequence) and not isinstance(picture, str | bytes):
+            return [as_picture(frame) for frame in picture]
+        return as_picture(picture)
 
     def grouped(self, pictures: Sequence[Any]) -> Any:
         """PIL images, one per picture or per frame, grouped as `views` takes them."""
@@ -160,7 +168,8 @@ class Prompter:
         """
         # A single video is a sequence itself, of its frames.
         single_video = self.images == 1 and self._spec.views.has_frames
-        several = [pictures] if single_video or not isinstance(pictures, Sequence) else list(pictures)
+        one = single_video or isinstance(pictures, str | bytes) or not isinstance(pictures, Sequence)
+        several = [pictures] if one else list(pictures)
         if len(several) != self.images:
             raise InputError(f"{len(several)} images were given, this model was built for {self.images} per prompt")
         return several
@@ -228,36 +237,6 @@ class Prompter:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
 
-def open_video(path: Path, frames: int) -> list[Any]:
-    """Frames of a video at equal distances, RGB PIL images.
-
-    Args:
-        path: an animated image (GIF, WebP, PNG), or a folder of images in the order of their names.
-        frames: how many; the video is cut into as many equal parts, and the first frame of each is taken.
-
-    Raises:
-        InputError: no such file, no video, or fewer frames.
-    """
-    from PIL import Image, ImageSequence, UnidentifiedImageError
-
-    if path.is_dir():
-        stills = [open_image(file) for file in sorted(path.iterdir())]
-    elif path.is_file():
-        try:
-            with Image.open(path) as opened:
-                stills = [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
-        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f"{path}: not a readable animation; give a GIF, WebP or PNG with frames, or a folder of frames (such "
-                "as ffmpeg -i clip.mp4 -vf fps=1 frames/%03d.png writes)"
-            ) from error
-    else:
-        raise InputError(f"{path}: no such video; check the path given with --image")
-    if len(stills) < frames:
-        raise InputError(f"{path} has {len(stills)} frames, this model takes {frames}; give a longer video")
-    return [stills[number * len(stills) // frames] for number in range(frames)]
-
-
 def chat_template(folder: Path, tokenizer: Any = None) -> str:
     """The tokenizer's chat template, or the processor's, which older checkpoints keep in a file of its own; "" if none.
 
@@ -282,29 +261,3 @@ def chat_template(folder: Path, tokenizer: Any = None) -> str:
     if not isinstance(found, str | None):
         raise ModelError(f"{place} has a chat template of type {type(found).__name__}, not text; get it again")
     return found or ""
-
-
-def open_image(path: Path) -> Any:
-    """The image in file `path`, as an RGB PIL image, turned as its EXIF says.
-
-    Raises:
-        InputError: no such file, or not an image.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such image; check the path given with --image")
-    return read_image(path, f"{path}: not a readable image; give a PNG or JPEG file")
-
-
-def read_image(file: Any, otherwise: str) -> Any:
-    """The image in `file`, a path or a binary stream, as an RGB PIL image, turned as its EXIF says.
-
-    Raises:
-        InputError: not an image; the line is `otherwise`.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(otherwise) from error

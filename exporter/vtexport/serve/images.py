@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtexport.errors import InputError
+from vtexport.models.pictures import MOST_PIXELS, read_image
 
 _SECONDS = 10
 
@@ -37,29 +38,8 @@ def fetched(url: str, hosts: Sequence[str], most: int, pixels: int) -> Any:
         raise InputError("an image URL is neither a data URI nor http(s); give data:image/png;base64,…")
     if len(data) > most:
         raise InputError(f"an image has {len(data)} bytes, the server takes {most}; send a smaller file")
-    return opened(data, pixels)
-
-
-def opened(data: bytes, pixels: int) -> Any:
-    """The image in the bytes of a file, as an RGB PIL image turned as its EXIF says.
-
-    Raises:
-        InputError: no image, or more than `pixels` pixels.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            # Known from the header, before anything is decoded.
-            if image.width * image.height > pixels:
-                raise InputError(
-                    f"an image has {image.width} x {image.height} pixels, the server takes {pixels}; send a smaller one"
-                )
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's decoders raise nearly every type for broken files
-        raise InputError("an image is not readable; send a whole PNG or JPEG file") from error
+    wrong = "an image is not readable; send a whole PNG or JPEG file"
+    return read_image(io.BytesIO(data), "an image", wrong, min(pixels, MOST_PIXELS))
 
 
 def _data(url: str) -> bytes:

@@ -15,7 +15,7 @@ import numpy as np
 from vtexport.arrays import Array
 from vtexport.errors import InputError, first_line
 from vtexport.models.conversation import Question
-from vtexport.models.prompt import read_image
+from vtexport.models.pictures import read_image
 from vtexport.runtime.runner import MAX_NEW_TOKENS
 
 
@@ -85,7 +85,7 @@ def _picture(data: bytes, number: int) -> Any:
             data = base64.b64decode(data.partition(b",")[2], validate=True)
         except binascii.Error as error:
             raise InputError(wrong) from error
-    return read_image(io.BytesIO(data), wrong)
+    return read_image(io.BytesIO(data), f"IMAGE {number}", wrong)
 
 
 def texts(*values: bytes) -> Array:
