@@ -12,6 +12,7 @@ shows it; `names`, words for shell completion; and `resolved`, True for a field 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -82,10 +83,27 @@ class OptionField:
         if value is None and self.default is None:
             return None
         read = _read(value, self.kind)
+        if value != self.default and not self._means_something(read):
+            raise InputError(self._unreadable(value))
         try:
             return msgspec.convert(read, self.type, strict=False, dec_hook=lambda kind, text: kind(text))
         except msgspec.ValidationError as error:
             raise InputError(self._refusal(value, read, owner)) from error
+
+    def _means_something(self, read: object) -> bool:
+        """Whether a value is neither blank, nor no number (NaN, infinity), nor true or false for a number."""
+        if isinstance(read, str):
+            return bool(read.strip()) and "\0" not in read
+        if isinstance(read, bool):
+            return self.kind is bool
+        numbers = read if isinstance(read, list | tuple) else [read]
+        return all(math.isfinite(number) for number in numbers if isinstance(number, float))
+
+    def _unreadable(self, value: object) -> str:
+        choices = ", ".join(choice for choice in self.choices if choice)
+        kind = _KINDS[self.kind]
+        wanted = choices if choices and self.kind is str else f"{kind} or {choices}" if choices else kind
+        return f"{self.flag} {str(value)!r} cannot be read; give {wanted}"
 
     def _refusal(self, value: object, read: object, owner: str) -> str:
         shown = f"{value:g}" if isinstance(value, float) else str(value)
@@ -97,8 +115,7 @@ class OptionField:
         try:
             msgspec.convert(read, tuple[float, ...] if self.kind is tuple else self.kind, strict=False)
         except msgspec.ValidationError:
-            wanted = f"{kind} or {choices}" if choices else kind
-            return f"{self.flag} {shown!r} cannot be read; give {wanted}"
+            return self._unreadable(value)
         return f"{self.flag} {shown} is out of range; give {_range(self.meta, kind)}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import cloup
 
-from vtexport.cli.arguments import BUNDLE, PATH, RANKING
+from vtexport.cli.arguments import BUNDLE, COUNT, PATH, RANKING
 from vtexport.cli.streams import say, say_json
 from vtexport.errors import InputError
 
@@ -22,7 +22,7 @@ from vtexport.errors import InputError
     "--max-new-tokens",
     default=64,
     show_default=True,
-    type=click.IntRange(1),
+    type=COUNT,
     help="Maximum number of tokens per answer.",
 )
 @RANKING

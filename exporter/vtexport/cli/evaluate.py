@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 import cloup
 
-from vtexport.cli.arguments import BUNDLE, JSON, PATH, RANKING
+from vtexport.cli.arguments import BUNDLE, COUNT, JSON, PATH, RANKING
 from vtexport.cli.streams import say_json
 from vtexport.errors import InputError
 from vtexport.measure.scoring import METRICS, Metric
@@ -34,12 +34,10 @@ _BATCH, _NEW_TOKENS = 1, 16
     ),
     cloup.option("--metric", type=click.Choice(list(METRICS)), help="How answers are scored.  [default: exact]"),
     cloup.option("--limit", type=int, help="Ask only this many of the questions, the first ones."),
-    cloup.option(
-        "--batch", type=click.IntRange(1), help="Prompts per batch.  [default: 1; 16 for the held-out questions]"
-    ),
+    cloup.option("--batch", type=COUNT, help="Prompts per batch.  [default: 1; 16 for the held-out questions]"),
     cloup.option(
         "--max-new-tokens",
-        type=click.IntRange(1),
+        type=COUNT,
         help="Maximum number of tokens per answer.  [default: 16; 6 for the held-out questions]",
     ),
 )

@@ -6,13 +6,14 @@ import atexit
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
 import click
 import cloup
 
 from vtexport.cli.streams import checked, say
-from vtexport.errors import VtexportError
+from vtexport.errors import InputError, VtexportError
 from vtexport.stopping import Stopped, Stopping, ignore
 from vtexport.writing import journal
 
@@ -87,6 +88,7 @@ def _run(stopping: Stopping) -> int:
     """Run the command line and report errors; the exit code."""
     try:
         with checked():
+            _check_blank(sys.argv[1:])
             cli.main(standalone_mode=False)
     except VtexportError as error:
         return _refuse(str(error))
@@ -102,6 +104,23 @@ def _run(stopping: Stopping) -> int:
             raise
         return _refuse(_of_system(error))
     return 0
+
+
+def _check_blank(arguments: Sequence[str]) -> None:
+    """Refuse a blank value, which comes from a variable of the shell that is not set, and would mean the default."""
+    flag = ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        blank = flag or "an argument" if not argument.strip() else ""
+        if name.startswith("--") and equals and not value.strip():
+            blank = name
+        if blank == "--prompt":
+            raise InputError("the prompt is empty; ask something about the image")
+        if blank:
+            raise InputError(f"{blank} is blank; give a value, or leave it out")
+        if "\0" in argument:
+            raise InputError(f"{flag or 'an argument'} has the character NUL in it; leave it out")
+        flag = argument if argument.startswith("-") else ""
 
 
 def _refuse(message: str) -> int:

@@ -8,10 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
 import cloup
 
-from vtexport.cli.arguments import BUNDLE, PATH
+from vtexport.cli.arguments import BUNDLE, COUNT, PATH, Finite
 
 if TYPE_CHECKING:
     from vtexport.measure.profile import Report
@@ -21,13 +20,15 @@ if TYPE_CHECKING:
 @cloup.command("profile")
 @BUNDLE
 @cloup.option("--against", metavar="DIR|dense", help="Another bundle, or dense: the same model, built without pruning.")
-@cloup.option("--batch", default=1, show_default=True, help="Prompts per batch.")
-@cloup.option("--new-tokens", default=16, show_default=True, help="Tokens decoded per run.")
-@cloup.option("--runs", default=10, show_default=True, help="Recorded runs.")
+@cloup.option("--batch", default=1, show_default=True, type=COUNT, help="Prompts per batch.")
+@cloup.option("--new-tokens", default=16, show_default=True, type=COUNT, help="Tokens decoded per run.")
+@cloup.option("--runs", default=10, show_default=True, type=COUNT, help="Recorded runs.")
 @cloup.option(
-    "--bucket", type=float, help="Which keep ratio of an auto bundle to measure.  [default: the sample photo's]"
+    "--bucket",
+    type=Finite(0, 1, min_open=True),
+    help="Which keep ratio of an auto bundle to measure.  [default: the sample photo's]",
 )
-@cloup.option("--layers", type=click.IntRange(1), help="Also list this many of each graph's slowest layers.")
+@cloup.option("--layers", type=COUNT, help="Also list this many of each graph's slowest layers.")
 @cloup.option("--json", "json_file", type=PATH, help="Also write the report to this file.")
 @cloup.option("--plot", "plot_file", type=PATH, help="Also draw the report into this file.")
 @cloup.option("--html", "html_file", type=PATH, help="Also write the report as a page, such as report.html.")

@@ -9,12 +9,10 @@ from typing import Any
 import click
 import cloup
 
-from vtexport.cli.arguments import BUNDLE
+from vtexport.cli.arguments import BUNDLE, COUNT, Finite
 from vtexport.cli.streams import say
 from vtexport.errors import InputError, MissingDependencyError
 from vtexport.stopping import Stopped
-
-_AT_LEAST_1 = click.IntRange(1)
 
 
 @cloup.command("serve")
@@ -29,28 +27,34 @@ _AT_LEAST_1 = click.IntRange(1)
 )
 @cloup.option_group(
     "How much at once",
-    cloup.option("--slots", default=8, show_default=True, type=_AT_LEAST_1, help="Requests that decode together."),
+    cloup.option(
+        "--slots", default=8, show_default=True, type=click.IntRange(1, 4096), help="Requests that decode together."
+    ),
     cloup.option(
         "--queue",
         default=64,
         show_default=True,
-        type=click.IntRange(0),
+        type=click.IntRange(0, 1 << 20),
         help="Requests that wait for a slot; others get 429.",
     ),
     cloup.option(
-        "--threads", default=0, type=click.IntRange(0), help="Threads of the runtime.  [default: its own choice]"
+        "--threads", default=0, type=click.IntRange(0, 1024), help="Threads of the runtime.  [default: its own choice]"
     ),
 )
 @cloup.option_group(
     "What a request may ask for",
-    cloup.option("--max-new-tokens", default=512, show_default=True, type=_AT_LEAST_1, help="Tokens per answer."),
-    cloup.option("--max-megabytes", default=20, show_default=True, type=_AT_LEAST_1, help="Size of a request."),
-    cloup.option("--max-megapixels", default=50, show_default=True, type=_AT_LEAST_1, help="Size of an image."),
+    cloup.option("--max-new-tokens", default=512, show_default=True, type=COUNT, help="Tokens per answer."),
+    cloup.option(
+        "--max-megabytes", default=20, show_default=True, type=click.IntRange(1, 4096), help="Size of a request."
+    ),
+    cloup.option(
+        "--max-megapixels", default=50, show_default=True, type=click.IntRange(1, 178), help="Size of an image."
+    ),
     cloup.option(
         "--timeout",
         default=300.0,
         show_default=True,
-        type=click.FloatRange(0, min_open=True),
+        type=Finite(0, 1_000_000, min_open=True),
         help="Seconds per request.",
     ),
     cloup.option(

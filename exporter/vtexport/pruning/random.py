@@ -23,7 +23,9 @@ class Random(VisionMethod):
     name = "random"
     summary = "a seeded random choice of patches, the same for every image (baseline)"
     skips_padding = True
-    seed: Annotated[int, Meta(ge=0, description="Seed of the choice: the same seed, the same patches.")] = 0
+    seed: Annotated[
+        int, Meta(ge=0, le=2**32 - 1, description="Seed of the choice: the same seed, the same patches.")
+    ] = 0
 
     def constants(self, plan: PruningPlan, grid: int) -> dict[str, np.ndarray[Any, Any]]:
         # NumPy documents this generator's bit stream as stable: the same seed, the same patches.

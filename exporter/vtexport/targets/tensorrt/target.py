@@ -59,9 +59,14 @@ class AnyTensorRT(Target):
     #: whether later versions of TensorRT load its plans
     version_compatible = False
 
-    max_batch: Annotated[int, Meta(ge=1, description="Maximum number of prompts per batch.")] = 4
+    max_batch: Annotated[int, Meta(ge=1, le=4096, description="Maximum number of prompts per batch.")] = 4
     max_text: Annotated[
-        int, Meta(ge=64, description="Maximum number of text tokens per prompt, and of prompt and answer together.")
+        int,
+        Meta(
+            ge=64,
+            le=1 << 20,
+            description="Maximum number of text tokens per prompt, and of prompt and answer together.",
+        ),
     ] = 512
     strip_weights: Annotated[
         bool, Meta(description="Keep one copy of the weights for all plans, loaded into them when a bundle is opened.")
