@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import click
 import cloup
 
 from vtexport.cli.arguments import BUNDLE, COUNT, PATH, RANKING
