@@ -15,6 +15,7 @@ from vtexport.models.clip import FOLDER as CLIP_FOLDER
 from vtexport.models.clip import read_clip
 from vtexport.models.families import read_spec
 from vtexport.models.spec import ModelSpec, ViewChoice
+from vtexport.options import parse_options
 from vtexport.reading import Unreadable, read_bytes
 from vtexport.targets import Target, get_target
 
@@ -35,7 +36,7 @@ class Bundle:
         """Read and validate the manifest, and check the files that it lists and the model that it describes.
 
         Files of less than `HASHED_BYTES`, which graphs, processors and libraries are, are hashed as well: a damaged one
-        would fail in a runtime or a parser, and libraries are run. Weights are hashed by `verify` alone.
+        would fail in a runtime or a parser. Whatever its size, so is what runs as code. Weights are hashed by `verify` alone.
 
         Raises:
             BundleError: no manifest, another schema version, a damaged manifest; a file that is missing, changed or not
@@ -55,8 +56,11 @@ class Bundle:
         return opened
 
     def _check_small_files(self) -> None:
+        # A plan for later versions of TensorRT carries code for the host, which runs.
+        host_code = getattr(self.target(), "version_compatible", False)
+        code = (".so", ".plan", ".engine") if host_code else (".so",)
         for entry in self.manifest.files:
-            if entry.bytes < HASHED_BYTES:
+            if entry.bytes < HASHED_BYTES or entry.path.endswith(code):
                 self._check_hash(entry, lambda _bytes: None)
 
     def _check_hash(self, entry: FileEntry, advance: Callable[[int], None]) -> None:
@@ -79,7 +83,7 @@ class Bundle:
 
     def spec(self) -> ModelSpec:
         """The geometry of the model inside, and of its CLIP if it has one."""
-        choice = ViewChoice(**self.manifest.model.views.asked)  # type: ignore[arg-type]  # names and values of its own
+        choice = parse_options(ViewChoice, self.manifest.model.views.asked, "this bundle")
         spec, clip = read_spec(self.processor_folder, choice), self.processor_folder / CLIP_FOLDER
         return replace(spec, clip=read_clip(clip, spec.vision)) if clip.is_dir() else spec
 

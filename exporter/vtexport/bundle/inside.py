@@ -32,9 +32,11 @@ def check_inside(folder: Path, files: Sequence[FileEntry]) -> None:
         ):
             raise BundleError(f"{folder / MANIFEST} lists {entry.path!r}, a path outside the bundle; build it again")
     sizes, strange = _found(folder)
+    for name in strange:
+        raise BundleError(
+            f"{folder / name} is a link or no regular file; copy the bundle with cp -rL, or build it again"
+        )
     for entry in files:
-        if entry.path in strange:
-            break
         if entry.path not in sizes:
             raise BundleError(f"{folder / entry.path} is missing; build the bundle again")
         if sizes[entry.path] != entry.bytes:
@@ -42,10 +44,6 @@ def check_inside(folder: Path, files: Sequence[FileEntry]) -> None:
                 f"{folder / entry.path} has {sizes[entry.path]} bytes, the manifest says {entry.bytes}; build the "
                 "bundle again"
             )
-    for name in strange:
-        raise BundleError(
-            f"{folder / name} is a link or no regular file; copy the bundle with cp -rL, or build it again"
-        )
     for name in unlisted(folder, files):
         if PurePosixPath(name).parts[0] in CLOSED:
             raise BundleError(f"{folder / name} is not one of the files of this bundle; remove it")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vtexport.arrays import Array
+from vtexport.errors import BundleError
 
 #: milliseconds of each graph's layers by their names, over all its calls
 LayerTimes = Mapping[str, Mapping[str, float]]
@@ -35,7 +36,7 @@ class VisionOutput:
         suffix, shared = f".{bucket}", self.arrays.get("visual")
         if shared is not None:
             return Seen(shared, self.arrays.get("kept"))
-        return Seen(self.arrays["visual" + suffix], self.arrays.get("kept" + suffix))
+        return Seen(output(self.arrays, "visual" + suffix), self.arrays.get("kept" + suffix))
 
     @property
     def score(self) -> Array | None:
@@ -50,11 +51,22 @@ class VisionOutput:
     @property
     def spread(self) -> Array:
         """How many patches share CLS's attention, [B] fp32; only in a build with several plans."""
-        return self.arrays["spread"]
+        return output(self.arrays, "spread")
 
     def rows(self, rows: Array) -> VisionOutput:
         """The outputs for the given rows of the batch."""
         return VisionOutput({name: array[rows] for name, array in self.arrays.items()})
+
+
+def output(arrays: Mapping[str, Array], name: str) -> Array:
+    """The output `name` of a graph.
+
+    Raises:
+        BundleError: the graph has no such output, so that it is another than the manifest describes.
+    """
+    if name not in arrays:
+        raise BundleError(f"a graph of this bundle gives no {name}; build the bundle again")
+    return arrays[name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,8 @@ class OrtEngine:
         """A new session of graph `name`."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
+        # Errors are raised, and told in one line.
+        options.log_severity_level = 4
         # For the self-check of TensorRT graphs with 4-bit weights: by default, activations would be rounded too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if self._traces is not None:

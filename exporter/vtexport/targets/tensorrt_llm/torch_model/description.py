@@ -7,14 +7,19 @@ from config.json there.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from vtexport.errors import BundleError, InputError
-from vtexport.models.spec import ClipSpec, DecoderSpec, ModelSpec, ViewChoice, ViewSpec, VisionSpec
+from vtexport.models.spec import ITEMSIZE, ModelSpec
 from vtexport.pruning import PruningPlan, Stage, choose
+from vtexport.pruning.geometry import Geometry
+from vtexport.reading import read_json
 
 #: where the file lies in a bundle
 FOLDER, FILE = "vtexport_llava", "bundle.json"
@@ -74,16 +79,30 @@ class Description:
         """
         path = folder / FOLDER / FILE
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path, kind=dict[str, Any])
             if data["schema"] != _SCHEMA:
                 raise BundleError(
                     f"{path} has schema {data['schema']}, not {_SCHEMA}; install the vtexport that made it"
                 )
             rope, plans = data["rope"], [_read(plan) for plan in data["plans"]]
             rotation = rope["frequencies"], rope["attention_scaling"]
-            return cls(_spec(data["spec"]), plans, data["dtype"], *rotation, data["debug"])
-        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+            found = cls(msgspec.convert(data["spec"], ModelSpec), plans, data["dtype"], *rotation, data["debug"])
+            found._check()
+            return found
+        except (ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError, InputError) as error:
             raise BundleError(f"{path} is missing or damaged ({error}); build the bundle again") from error
+
+    def _check(self) -> None:
+        """Refuse with a ValueError what modules cannot be made from."""
+        geometry, pairs = Geometry.of(self.spec), self.spec.decoder.head_size // 2
+        if self.dtype not in ITEMSIZE or not isinstance(self.debug, bool) or not self.plans:
+            raise ValueError("no plan, or an unknown dtype")
+        for plan in self.plans:
+            if (plan.num_visual_tokens, plan.num_layers) != (geometry.tokens, geometry.layers):
+                raise ValueError("a plan for another model")
+        numbers = msgspec.convert([self.attention_scaling, *self.frequencies], list[float])
+        if len(numbers) > 1 + pairs or not all(map(math.isfinite, numbers)):
+            raise ValueError("frequencies of another model")
 
 
 def _written(plan: PruningPlan) -> dict[str, Any]:
@@ -94,18 +113,5 @@ def _written(plan: PruningPlan) -> dict[str, Any]:
 def _read(entry: Mapping[str, Any]) -> PruningPlan:
     given = dict(entry)
     methods = choose(given.pop("method"), given.pop("options"), resolved=True)
-    return PruningPlan(methods=methods, stages=tuple(Stage(**stage) for stage in given.pop("stages")), **given)
-
-
-def _spec(entry: Mapping[str, Any]) -> ModelSpec:
-    given, views = dict(entry), dict(entry["views"])
-    views["tiles"] = None if views["tiles"] is None else tuple(views["tiles"])
-    given |= {
-        "vision": VisionSpec(**entry["vision"]),
-        "decoder": DecoderSpec(**entry["decoder"]),
-        "clip": None if entry["clip"] is None else ClipSpec(**entry["clip"]),
-        "views": ViewSpec(**views),
-        "choice": ViewChoice(**entry["choice"]),
-        "eos_token_ids": tuple(entry["eos_token_ids"]),
-    }
-    return ModelSpec(**given)
+    stages = msgspec.convert(given.pop("stages"), tuple[Stage, ...])
+    return PruningPlan(methods=methods, stages=stages, **msgspec.convert(given, dict[str, int | float]))
