@@ -193,8 +193,8 @@ def test_the_report_lists_what_the_gpu_and_the_layers_took() -> None:
     page = Page(text)
     rows = [" ".join(row.split()) for _, row in page.find("tr")]
     assert "sparsevlm 0.25 1.50 1.75 2.00" in rows
-    assert "attention<1> 3.000 66.7%" in rows
-    assert "mlp 1.000 22.2%" in rows
+    assert "attention<1> 3.00 66.7%" in rows
+    assert "mlp 1.00 22.2%" in rows
     assert not [row for row in rows if row.startswith("norm")]
 
 
@@ -358,6 +358,10 @@ def test_a_debug_build_shows_scores_raters_and_what_was_merged(debug_bundle: Pat
     joined = {stages[number - 2].grid[place] for place in np.flatnonzero(cluster >= 0)}
     assert len(joined) >= first.recycled > 0
     assert drawn(text)[number]["merged"] == joined
+    groups = moments(shown)[number].groups
+    assert len(groups) == first.recycled
+    assert {cell[1:] for group in groups for cell in group} == joined
+    assert len(set(re.findall(r'class="group" fill="(hsl[^"]*)"', text))) >= first.recycled
     assert "lives on in a merged token" in text
     # Raters: those of the prompt's tokens behind the image that the engine gave.
     prompt = runner.prompter.prompt(QUESTION)

@@ -79,9 +79,10 @@ def show(bundle: Path, images: tuple[Path, ...], prompt: str | None, ranking_fro
     vtexport show micro --image photo.png --prompt "what digit is red?" -o kept.png
     vtexport show micro --image photo.png --prompt "what digit is red?" -o kept.html
     """
+    from vtexport.measure.drawing import draw
     from vtexport.measure.pages.page import is_page
     from vtexport.measure.pages.show import show_page
-    from vtexport.measure.show import draw, look_at, picture_format, saved
+    from vtexport.measure.show import look_at, picture_format, saved
     from vtexport.runtime.runner import Runner
     from vtexport.writing import check_file, write_whole
 

@@ -1,4 +1,4 @@
-"""show: what a bundle keeps of an image, and a picture of it, one panel per stage."""
+"""show: what a bundle keeps of an image."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vtexport.arrays import Array
-from vtexport.errors import InputError
+from vtexport.errors import InputError, first_line
 from vtexport.models.prompt import Prompt
 from vtexport.models.spec import ViewSpec
 from vtexport.models.views import Views
@@ -20,9 +18,6 @@ from vtexport.runtime.answer import StageReport, cells_of, stage_reports
 from vtexport.runtime.inputs import look
 from vtexport.runtime.request import Request
 from vtexport.runtime.runner import Runner
-
-_PANEL = 480
-_CAPTION = 28
 
 
 @dataclass(frozen=True)
@@ -104,28 +99,6 @@ def _unasked(runner: Runner, views: Views) -> tuple[PruningPlan, Mapping[str, Ar
     return runner.plans[bucket], by_stage, debug
 
 
-def draw(shown: Shown, name: str) -> Any:
-    """The image as the vision tower sees it, then one panel per stage: kept cells bright, dropped ones dimmed.
-
-    Args:
-        shown: what there is to see.
-        name: what to call the model.
-
-    Returns:
-        A PIL image.
-    """
-    caption = f"{name}: {shown.plan.num_visual_tokens} visual tokens"
-    if shown.question:
-        caption = f"{shown.question} {shown.answer}"
-    if shown.keep_chosen:
-        caption += f" (keep {shown.plan.keep:g} chosen)"
-    panels = [_panel(_mosaic(shown.views, shown.lines), caption)]
-    for stage in shown.stages:
-        dimmed = [_dimmed(view, shown.grid, _of_view(stage, number)) for number, view in enumerate(shown.views)]
-        panels.append(_panel(_mosaic(dimmed, shown.lines), _describe(stage)))
-    return _beside(panels)
-
-
 def _lines(views: ViewSpec) -> list[list[int]]:
     """See `Shown.lines`."""
     lines = []
@@ -138,24 +111,6 @@ def _lines(views: ViewSpec) -> list[list[int]]:
         lines.append([first])
         lines += [[first + 1 + row * columns + column for column in range(columns)] for row in range(rows)]
     return lines
-
-
-def _of_view(stage: StageReport, view: int) -> list[tuple[int, ...]]:
-    """The cells (row, column) of one view that leave `stage`."""
-    return [cell[-2:] for cell in stage.grid if cell is not None and (len(cell) == 2 or cell[0] == view)]
-
-
-def _mosaic(views: Sequence[Any], lines: Sequence[Sequence[int]]) -> Any:
-    """The views in one square picture, line by line."""
-    from PIL import Image
-
-    side = _PANEL // max(len(lines), *(len(line) for line in lines))
-    picture = Image.new("RGB", (_PANEL, _PANEL), "white")
-    for row, line in enumerate(lines):
-        for column, view in enumerate(line):
-            small = views[view].resize((side, side), Image.Resampling.BICUBIC)
-            picture.paste(small, (column * side, row * side))
-    return picture
 
 
 def picture_format(path: Path) -> str:
@@ -171,51 +126,22 @@ def picture_format(path: Path) -> str:
     try:
         if known is None:
             raise ValueError("no format")
-        saved(Image.new("RGB", (2 * _PANEL, _PANEL)), known)
+        saved(Image.new("RGB", (800, 400)), known)
     except Exception as error:
         raise InputError(f"{path}: unknown image format; give a name that ends in .png") from error
     return known
 
 
 def saved(picture: Any, kind: str) -> bytes:
-    """The file of `picture` in the format `kind`."""
+    """The file of `picture` in the format `kind`.
+
+    Raises:
+        InputError: it is larger than such files can be, as captions may be of any length.
+    """
     file = io.BytesIO()
-    picture.save(file, kind)
+    try:
+        picture.save(file, kind)
+    except Exception as error:  # every format has errors of its own
+        reason = f"{picture.width} x {picture.height} pixels do not fit into {kind} ({first_line(error)})"
+        raise InputError(f"{reason}; give a name that ends in .png") from error
     return file.getvalue()
-
-
-def _describe(stage: StageReport) -> str:
-    recycled = f", {stage.recycled} merged" if stage.recycled else ""
-    return f"{stage.where}: {stage.kept} of {stage.tokens_in} kept{recycled}"
-
-
-def _dimmed(view: Any, grid: int, cells: list[tuple[int, ...]]) -> Any:
-    from PIL import Image
-
-    light: Array = np.full((grid, grid), 0.22, dtype=np.float32)
-    for cell in cells:
-        light[cell] = 1.0
-    large = view.resize((_PANEL, _PANEL), Image.Resampling.BICUBIC)
-    mask = Image.fromarray((light * 255).astype(np.uint8)).resize((_PANEL, _PANEL), Image.Resampling.NEAREST)
-    pixels = np.asarray(large, dtype=np.float32) * (np.asarray(mask, dtype=np.float32)[..., None] / 255)
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def _panel(picture: Any, caption: str) -> Any:
-    from PIL import Image, ImageDraw, ImageFont
-
-    panel = Image.new("RGB", (_PANEL, _PANEL + _CAPTION), "white")
-    panel.paste(picture, (0, _CAPTION))
-    ImageDraw.Draw(panel).text((4, 5), caption, fill="black", font=ImageFont.load_default(16))
-    return panel
-
-
-def _beside(panels: list[Any]) -> Any:
-    from PIL import Image
-
-    gap = 8
-    width = len(panels) * _PANEL + (len(panels) - 1) * gap
-    row = Image.new("RGB", (width, _PANEL + _CAPTION), "white")
-    for place, panel in enumerate(panels):
-        row.paste(panel, (place * (_PANEL + gap), 0))
-    return row
