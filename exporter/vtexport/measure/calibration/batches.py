@@ -188,7 +188,7 @@ class Batch:
     ) -> tuple[Embedded, tuple[tuple[int, ...], ...]]:
         """The decoder's input under the vision stage of `plan`, and each pair's visual tokens by image."""
         seen = self._model.see(self._looked, plan)
-        visual = _check(seen.pruned.tokens, "the vision tower")
+        visual = _check(seen.pruned.tokens, "the vision tower or the projector")
         return self._model.embed(self._prompts, visual, new_tokens, seen.length), seen.length
 
     def _attention(

@@ -135,7 +135,7 @@ class Passes:
             part = slice(first, first + self._size)
             prompts, number = pairs.prompts[part], len(pairs.prompts[part])
             key = key_of(*self._facts, *facts, [prompt.text for prompt in prompts], pairs.contents[part])
-            found = self._kept.take(key, list[kind], lambda kept, n=number: len(kept) == n and all(map(fits, kept)))
+            found = self._kept.take(key, list[kind], partial(_all_fit, number, fits))
             if found is None:
                 views = [pairs.prompter.views(pairs.prompter.open_pictures(p.images)) for p in pairs.pairs[part]]
                 found = run(Batch(self._model, self._dense, prompts, views), part)
@@ -143,6 +143,11 @@ class Passes:
             results += found
             self._progress.advance(number)
         return results
+
+
+def _all_fit(number: int, fits: Callable[[Any], bool], results: Sequence[Any]) -> bool:
+    """Whether these are results of `number` pairs, each of which fits."""
+    return len(results) == number and all(map(fits, results))
 
 
 def _chances(tokens: Sequence[int], logits: Array) -> list[tuple[float, bool]]:
