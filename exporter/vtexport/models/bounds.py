@@ -151,8 +151,8 @@ def check_ends(path: Path, ids: tuple[Any, ...], vocabulary: int) -> None:
         ModelError: one is no token's.
     """
     _check(path, len(ids) <= _ENDS, f"eos_token_id lists {len(ids)} tokens, more than {_ENDS}")
-    strange = next((one for one in ids if not Bound(0, vocabulary - 1).holds(one)), None)
-    _check(path, strange is None, f"eos_token_id {shown(strange)} is no token of {vocabulary}")
+    strange = [shown(one) for one in ids if not Bound(0, vocabulary - 1).holds(one)]
+    _check(path, not strange, f"eos_token_id {strange[0] if strange else 0} is no token of {vocabulary}")
 
 
 def shown(value: object) -> str:

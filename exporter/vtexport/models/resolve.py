@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import re
 from pathlib import Path
 
 from vtexport.errors import InputError, ModelError, first_line
+from vtexport.models.bounds import shown
 from vtexport.reading import Unreadable, read_toml
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -13,6 +14,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _CONFIG_PATTERNS = ["config.json", "generation_config.json"]
 _RECIPE_KEYS = {"summary", "checkpoint", "hub", "calibration", "dtype"}
 _RECIPE_BYTES, _RECIPE_TEXT = 64 << 10, 200
+# An owner and a name, as the hub allows them.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
@@ -65,24 +68,24 @@ def resolve_model(model: str, config_only: bool = False) -> Path:
         ModelError: the hub could not be reached or has no such model.
     """
     folder = _folder(model)
-    if folder.is_dir():
+    if folder is not None:
         return folder
     if model in recipe_names():
         recipe = read_recipe(model)
         if "checkpoint" in recipe:
             return engines_folder() / recipe["checkpoint"]
         return _download(recipe["hub"], config_only)
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not folder.exists():
+    if _HUB_ID.fullmatch(model) and not Path(model).exists():
         return _download(model, config_only)
     raise InputError(
-        f"unknown model {model!r}; give a folder, a hub id such as llava-hf/llava-1.5-7b-hf, "
+        f"unknown model {shown(model)}; give a folder, a hub id such as llava-hf/llava-1.5-7b-hf, "
         f"or one of {', '.join(recipe_names())}"
     )
 
 
 def recipe_calibration(model: str) -> Path | None:
     """The calibration file that recipe `model` carries, or None if it is no recipe or carries none."""
-    if _folder(model).is_dir() or model not in recipe_names():
+    if _folder(model) is not None or model not in recipe_names():
         return None
     name = read_recipe(model).get("calibration")
     return None if name is None else engines_folder() / name
@@ -90,14 +93,18 @@ def recipe_calibration(model: str) -> Path | None:
 
 def recipe_dtype(model: str) -> str | None:
     """The dtype that recipe `model` is built in, or None if it is no recipe or leaves it to the checkpoint."""
-    if _folder(model).is_dir() or model not in recipe_names():
+    if _folder(model) is not None or model not in recipe_names():
         return None
     return read_recipe(model).get("dtype")
 
 
-def _folder(model: str) -> Path:
-    # As a shell does it: what names no user stays as it is.
-    return Path(os.path.expanduser(model))
+def _folder(model: str) -> Path | None:
+    """The folder that `model` names, or None if it names none."""
+    try:
+        folder = Path(model).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # no such user's home, a name too long, or no name at all
+        return None
 
 
 def _download(hub_id: str, config_only: bool) -> Path:
