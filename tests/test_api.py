@@ -130,7 +130,7 @@ IMPORTS = {
     "models": "arrays errors options reading",
     "pruning": "arrays errors models native options reading writing",
     "graph": "arrays errors models pruning",
-    "targets": "arrays errors graph models native options pruning stopping",
+    "targets": "arrays errors graph models native options pruning reading stopping",
     "bundle": "errors models options pruning reading stopping targets writing",
     "runtime": "arrays bundle errors models pruning targets",
     "check": "arrays bundle errors models pruning runtime targets",
