@@ -17,7 +17,10 @@ inline std::vector<int32_t> order_of(const float* values, int32_t total) {
   };
   std::vector<int32_t> order(total);
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return clean(a) > clean(b); });
+  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+    const float first = clean(a), second = clean(b);
+    return first > second || (first == second && a < b);
+  });
   return order;
 }
 

@@ -20,7 +20,7 @@ void attend(const T* query, const T* key, int32_t last, int32_t size, float scal
   bool broken = false;
   for (int32_t n = 0; n <= last; ++n) {
     float sum = 0;
-    for (int32_t d = 0; d < size; ++d) sum += (to_float(query[d]) * scale) * to_float(key[n * size + d]);
+    for (int32_t d = 0; d < size; ++d) sum += (to_float(query[d]) * scale) * to_float(key[static_cast<size_t>(n) * size + d]);
     weights[n] = sum;
     broken |= std::isnan(sum);
     greatest = std::max(greatest, sum);
@@ -38,6 +38,8 @@ void attend(const T* query, const T* key, int32_t last, int32_t size, float scal
 template <typename T>
 void score_batch(const ScoreProblem& p, int32_t b, const T* query, const T* key, const int64_t* places, int64_t start,
                  const float* divisor, float* score) {
+  // Wherever beyond the keys it lies, no column of it counts.
+  start = std::clamp<int64_t>(start, -p.visual, p.keys);
   const int64_t number = std::count_if(places, places + p.rows, [](int64_t place) { return place >= 0; });
   const float share = number > 0 ? 1.0f / static_cast<float>(number) : 0.0f;
   std::vector<float> weights(p.keys), by_head(static_cast<size_t>(p.heads) * p.visual, 0.0f);

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 
 #include "tensorrt/backend.h"
 #include "vtexport/contract.h"
@@ -16,6 +17,7 @@ constexpr int kMaxAttributes = 2;
 struct Attribute {
   const char* name;
   bool is_float;
+  int32_t least, most;  // of an integer; a float is any number
 };
 
 // Values in the order of the op's attributes.
@@ -26,9 +28,13 @@ struct Values {
 
 enum class Kind { kElement, kFloat32, kInt32, kInt64 };  // kElement: fp32, fp16 or bf16, all alike
 
+// A shape has a letter for each axis. Axes of an op's inputs that have the same letter are of the same extent.
 struct Input {
   const char* name;
   Kind kind;
+  const char* shape;
+
+  int dimensions() const { return static_cast<int>(std::strlen(shape)); }
 };
 
 // An extent of an output: that of an input.
@@ -66,21 +72,22 @@ constexpr const char* kVersion = "2";
 // The one place in C++ that knows the order of inputs, attributes and outputs; all else finds them by name. It is that of
 // the ONNX functions in exporter/vtexport/graph/pruning_functions.py, with which a test compares this table.
 inline constexpr std::array<Op, 4> kOps{{
-    {"TokenScore", 1, {{{"scale", true}}}, 5,
-     {{{"query", Kind::kElement}, {"key", Kind::kElement}, {"places", Kind::kInt64}, {"start", Kind::kInt64},
-       {"count", Kind::kInt32}}}, 1,
+    {"TokenScore", 1, {{{"scale", true, 0, 0}}}, 5,
+     {{{"query", Kind::kElement, "bhrd"}, {"key", Kind::kElement, "bgkd"}, {"places", Kind::kInt64, "br"},
+       {"start", Kind::kInt64, "b"}, {"count", Kind::kInt32, "v"}}}, 1,
      {{{"score", Kind::kFloat32, 2, {of(0, 0), of(4, 0)}}}}},
-    {"TokenScoreHeads", 2, {{{"scale", true}, {"heads", false}}}, 6,
-     {{{"query", Kind::kElement}, {"key", Kind::kElement}, {"places", Kind::kInt64}, {"start", Kind::kInt64},
-       {"divisor", Kind::kFloat32}, {"count", Kind::kInt32}}}, 1,
+    {"TokenScoreHeads", 2, {{{"scale", true, 0, 0}, {"heads", false, 1, INT32_MAX}}}, 6,
+     {{{"query", Kind::kElement, "bhrd"}, {"key", Kind::kElement, "bgkd"}, {"places", Kind::kInt64, "br"},
+       {"start", Kind::kInt64, "b"}, {"divisor", Kind::kFloat32, "brv"}, {"count", Kind::kInt32, "v"}}}, 1,
      {{{"score", Kind::kFloat32, 2, {of(0, 0), of(5, 0)}}}}},
-    {"TokenSelect", 0, {}, 3, {{{"hidden", Kind::kElement}, {"score", Kind::kFloat32}, {"keep", Kind::kInt32}}}, 3,
+    {"TokenSelect", 0, {}, 3,
+     {{{"hidden", Kind::kElement, "btw"}, {"score", Kind::kFloat32, "bt"}, {"keep", Kind::kInt32, "k"}}}, 3,
      {{{"kept", Kind::kElement, 3, {of(0, 0), of(2, 0), of(0, 2)}},
        {"index", Kind::kInt32, 2, {of(0, 0), of(2, 0)}},
        {"rank", Kind::kInt32, 2, {of(1, 0), of(1, 1)}}}}},
-    {"TokenRecycle", 1, {{{"paper", false}}}, 5,
-     {{{"hidden", Kind::kElement}, {"rank", Kind::kInt32}, {"keep", Kind::kInt32}, {"pool", Kind::kInt32},
-       {"clusters", Kind::kInt32}}}, 3,
+    {"TokenRecycle", 1, {{{"paper", false, 0, 1}}}, 5,
+     {{{"hidden", Kind::kElement, "btw"}, {"rank", Kind::kInt32, "bt"}, {"keep", Kind::kInt32, "k"},
+       {"pool", Kind::kInt32, "p"}, {"clusters", Kind::kInt32, "c"}}}, 3,
      {{{"merged", Kind::kElement, 3, {of(0, 0), of(4, 0), of(0, 2)}},
        {"centres", Kind::kInt32, 2, {of(0, 0), of(4, 0)}},
        {"cluster", Kind::kInt32, 2, {of(1, 0), of(1, 1)}}}}},
@@ -133,12 +140,33 @@ inline bool is_kind(nvinfer1::DataType type, Kind kind) {
   return false;
 }
 
-// `dims(i)` gives the nvinfer1::Dims of input i.
+// An extent as the contract has it; -1, which every problem refuses, if there is no such axis or int32 cannot hold it.
+inline int32_t extent(const nvinfer1::Dims& dims, int axis) {
+  if (axis >= dims.nbDims || dims.d[axis] < 0 || dims.d[axis] > INT32_MAX) return -1;
+  return static_cast<int32_t>(dims.d[axis]);
+}
+
+// Why the shapes of an op's inputs do not belong together; null if they do. `dims(i)` gives the nvinfer1::Dims of input i.
+template <typename Dims>
+const char* shape_refusal(const Op& op, Dims dims) {
+  std::array<int64_t, 128> known;
+  known.fill(-1);
+  for (int i = 0; i < op.inputs; ++i) {
+    const nvinfer1::Dims shape = dims(i);
+    if (shape.nbDims != op.input[i].dimensions()) return "an input has another number of dimensions";
+    for (int d = 0; d < shape.nbDims; ++d) {
+      int64_t& expected = known[static_cast<unsigned char>(op.input[i].shape[d])];
+      if (expected >= 0 && shape.d[d] != expected) return "the shapes of the inputs do not fit together";
+      expected = shape.d[d];
+    }
+  }
+  return nullptr;
+}
+
 template <typename Dims>
 ScoreProblem score_problem(const Values& v, bool heads, DType type, Dims dims) {
   const Op& op = kOps[heads ? kScoreHeads : kScore];
   const auto query = dims(input_number(op, "query")), key = dims(input_number(op, "key"));
-  auto extent = [](const nvinfer1::Dims& d, int axis) { return static_cast<int32_t>(d.d[axis]); };
   return {extent(query, 0),
           extent(query, 1),
           extent(key, 1),
@@ -154,19 +182,18 @@ ScoreProblem score_problem(const Values& v, bool heads, DType type, Dims dims) {
 template <typename Dims>
 SelectProblem select_problem(DType type, Dims dims) {
   const Op& op = kOps[kSelect];
-  const auto hidden = dims(input_number(op, "hidden")), keep = dims(input_number(op, "keep"));
-  return {static_cast<int32_t>(hidden.d[0]), static_cast<int32_t>(hidden.d[1]), static_cast<int32_t>(hidden.d[2]),
-          static_cast<int32_t>(keep.d[0]), type};
+  const auto hidden = dims(input_number(op, "hidden"));
+  return {extent(hidden, 0), extent(hidden, 1), extent(hidden, 2), extent(dims(input_number(op, "keep")), 0), type};
 }
 
 template <typename Dims>
 RecycleProblem recycle_problem(const Values& v, DType type, Dims dims) {
   const Op& op = kOps[kRecycle];
   const auto hidden = dims(input_number(op, "hidden"));
-  auto length = [&](const char* name) { return static_cast<int32_t>(dims(input_number(op, name)).d[0]); };
-  return {static_cast<int32_t>(hidden.d[0]),
-          static_cast<int32_t>(hidden.d[1]),
-          static_cast<int32_t>(hidden.d[2]),
+  auto length = [&](const char* name) { return extent(dims(input_number(op, name)), 0); };
+  return {extent(hidden, 0),
+          extent(hidden, 1),
+          extent(hidden, 2),
           length("keep"),
           length("pool"),
           length("clusters"),
@@ -186,6 +213,33 @@ auto with_problem(OpNumber number, const Values& v, DType type, Dims dims, Use u
   if (number == kSelect) return use(select_problem(type, dims));
   if (number == kRecycle) return use(recycle_problem(v, type, dims));
   return use(score_problem(v, number == kScoreHeads, type, dims));
+}
+
+// What a set of tensors asks of an op.
+struct Demand {
+  bool nothing;         // no token: nothing is read or written, whatever the other shapes are
+  const char* refusal;  // why no kernel can do it; null if every one can
+};
+
+template <typename Dims>
+Demand demand(OpNumber number, const Values& v, DType type, Dims dims) {
+  return with_problem(number, v, type, dims, [&](const auto& problem) -> Demand {
+    if (asks_for_nothing(problem)) return {true, nullptr};
+    const char* refusal = problem.refusal();
+    return {false, refusal != nullptr ? refusal : shape_refusal(kOps[number], dims)};
+  });
+}
+
+// More bytes than any GPU has: no engine is built for what is beyond the contract's limits.
+constexpr size_t kNoWorkspace = size_t{1} << 60;
+
+// `dims(i)` gives the upper bounds of the extents of input i. TensorRT finds each on its own, so they need not fit together.
+template <typename Dims>
+size_t workspace_size(OpNumber number, const Values& v, DType type, Dims dims) {
+  return with_problem(number, v, type, dims, [](const auto& problem) -> size_t {
+    if (asks_for_nothing(problem)) return 0;
+    return problem.within_limits() ? backend::workspace_size(problem) : kNoWorkspace;
+  });
 }
 
 }  // namespace vtexport::trt

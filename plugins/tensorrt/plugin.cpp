@@ -1,5 +1,7 @@
 #include "tensorrt/plugin.h"
 
+#include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <new>
@@ -13,10 +15,12 @@ using nvinfer1::PluginFieldType;
 
 constexpr int32_t kFailed = 1;
 
-nvinfer1::ILoggerFinder* g_logger_finder = nullptr;
+// Several registries of a process, each on a thread of its own, may load the library.
+std::atomic<nvinfer1::ILoggerFinder*> g_logger_finder{nullptr};
 
 void log_error(const Op& op, const char* what) noexcept {
-  nvinfer1::ILogger* logger = g_logger_finder == nullptr ? nullptr : g_logger_finder->findLogger();
+  nvinfer1::ILoggerFinder* finder = g_logger_finder;
+  nvinfer1::ILogger* logger = finder == nullptr ? nullptr : finder->findLogger();
   if (logger == nullptr) return;
   char line[256];
   std::snprintf(line, sizeof line, "vtexport::%s: %s", op.name, what);
@@ -37,7 +41,10 @@ DataType data_type(Kind kind, DataType element) {
   return element;
 }
 
-bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+bool usable(const void* pointer, Kind kind, DType element) {
+  const size_t bytes = kind == Kind::kElement ? size_of(element) : kind == Kind::kInt64 ? 8 : 4;
+  return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 bool is_empty(const nvinfer1::Dims& dims) {
   for (int d = 0; d < dims.nbDims; ++d) {
@@ -46,29 +53,51 @@ bool is_empty(const nvinfer1::Dims& dims) {
   return false;
 }
 
+// The name of the first tensor that is missing or misaligned; null if there is none. Of a problem that is not refused, no
+// output is empty.
+template <typename Dims>
+const char* find_unusable(const Op& op, DType type, Dims dims, const void* const* inputs, void* const* outputs) {
+  for (int i = 0; i < op.inputs; ++i) {
+    if (!is_empty(dims(i)) && !usable(inputs[i], op.input[i].kind, type)) return op.input[i].name;
+  }
+  for (int i = 0; i < op.outputs; ++i) {
+    if (!usable(outputs[i], op.output[i].kind, type)) return op.output[i].name;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 const char* read_fields(const Op& op, const nvinfer1::PluginFieldCollection* fields, Values& values) noexcept {
+  const int32_t count = fields == nullptr || fields->fields == nullptr ? 0 : fields->nbFields;
   for (int a = 0; a < op.attributes; ++a) {
+    const Attribute& attribute = op.attribute[a];
     const PluginField* found = nullptr;
-    for (int32_t f = 0; fields != nullptr && f < fields->nbFields; ++f) {
+    for (int32_t f = 0; f < count; ++f) {
       const PluginField& field = fields->fields[f];
-      if (field.name != nullptr && std::strcmp(field.name, op.attribute[a].name) == 0) found = &field;
+      if (field.name == nullptr || std::strcmp(field.name, attribute.name) != 0) continue;
+      if (found != nullptr) return attribute.name;
+      found = &field;
     }
-    if (found == nullptr || found->data == nullptr || found->length != 1) return op.attribute[a].name;
-    if (op.attribute[a].is_float) {
-      if (found->type != PluginFieldType::kFLOAT32) return op.attribute[a].name;
+    if (found == nullptr || found->data == nullptr || found->length != 1) return attribute.name;
+    if (attribute.is_float) {
+      if (found->type != PluginFieldType::kFLOAT32) return attribute.name;
       std::memcpy(&values.reals[a], found->data, sizeof(float));
-    } else if (found->type == PluginFieldType::kINT32) {
-      std::memcpy(&values.integers[a], found->data, sizeof(int32_t));
-    } else if (found->type == PluginFieldType::kINT64) {  // ONNX's own type, which some parsers pass on
-      int64_t wide;
-      std::memcpy(&wide, found->data, sizeof wide);
-      if (wide < 0 || wide > INT32_MAX) return op.attribute[a].name;
-      values.integers[a] = static_cast<int32_t>(wide);
-    } else {
-      return op.attribute[a].name;
+      if (!std::isfinite(values.reals[a])) return attribute.name;
+      continue;
     }
+    int64_t value;
+    if (found->type == PluginFieldType::kINT32) {
+      int32_t narrow;
+      std::memcpy(&narrow, found->data, sizeof narrow);
+      value = narrow;
+    } else if (found->type == PluginFieldType::kINT64) {  // ONNX's own type, which some parsers pass on
+      std::memcpy(&value, found->data, sizeof value);
+    } else {
+      return attribute.name;
+    }
+    if (value < attribute.least || value > attribute.most) return attribute.name;
+    values.integers[a] = static_cast<int32_t>(value);
   }
   return nullptr;
 }
@@ -118,17 +147,16 @@ int32_t Plugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t numbe
                                 nvinfer1::DimsExprs* outputs, int32_t number_outputs,
                                 nvinfer1::IExprBuilder&) noexcept {
   if (number != op().inputs || number_outputs != op().outputs) return kFailed;
+  for (int i = 0; i < number; ++i) {
+    if (inputs[i].nbDims == op().input[i].dimensions()) continue;
+    log_error(op(), "an input has another number of dimensions");
+    return kFailed;
+  }
   for (int i = 0; i < number_outputs; ++i) {
     const Output& output = op().output[i];
     outputs[i].nbDims = output.dimensions;
     for (int d = 0; d < output.dimensions; ++d) {
-      const Extent& extent = output.extents[d];
-      if (extent.axis < inputs[extent.input].nbDims) {
-        outputs[i].d[d] = inputs[extent.input].d[extent.axis];
-      } else {
-        log_error(op(), "an input has too few dimensions");
-        return kFailed;
-      }
+      outputs[i].d[d] = inputs[output.extents[d].input].d[output.extents[d].axis];
     }
   }
   return 0;
@@ -148,22 +176,16 @@ size_t Plugin::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs,
                                 const nvinfer1::DynamicPluginTensorDesc*, int32_t) const noexcept {
   DType type;
   if (number != op().inputs || !element_type(inputs[0].desc.type, type)) return 0;
-  auto dims = [inputs](int i) { return inputs[i].max; };
-  return with_problem(number_, values_, type, dims, [](const auto& problem) -> size_t {
-    return asks_for_nothing(problem) ? 0 : backend::workspace_size(problem);
-  });
+  return workspace_size(number_, values_, type, [inputs](int i) { return inputs[i].max; });
 }
 
 int32_t Plugin::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t number,
                               const nvinfer1::PluginTensorDesc*, int32_t) noexcept {
   DType type;
   if (number != op().inputs || !element_type(inputs[0].type, type)) return kFailed;
-  auto dims = [inputs](int i) { return inputs[i].dims; };
-  const char* refusal = with_problem(number_, values_, type, dims, [](const auto& problem) {
-    return asks_for_nothing(problem) ? nullptr : problem.refusal();
-  });
-  if (refusal == nullptr) return 0;
-  log_error(op(), refusal);
+  const Demand asked = demand(number_, values_, type, [inputs](int i) { return inputs[i].dims; });
+  if (asked.refusal == nullptr) return 0;
+  log_error(op(), asked.refusal);
   return kFailed;
 }
 
@@ -173,18 +195,18 @@ int32_t Plugin::enqueue(const nvinfer1::PluginTensorDesc* input_types, const nvi
   DType type;
   if (!element_type(input_types[0].type, type)) return kFailed;
   auto dims = [input_types](int i) { return input_types[i].dims; };
-  const bool nothing =
-      with_problem(number_, values_, type, dims, [](const auto& problem) { return asks_for_nothing(problem); });
-  if (nothing) return 0;
-  for (int i = 0; i < op().inputs; ++i) {
-    const Kind kind = op().input[i].kind;
-    const size_t bytes = kind == Kind::kElement ? size_of(type) : kind == Kind::kInt64 ? 8 : 4;
-    if (!is_empty(dims(i)) && (inputs[i] == nullptr || !aligned(inputs[i], bytes))) {
-      char what[64];
-      std::snprintf(what, sizeof what, "input %s is missing or misaligned", op().input[i].name);
-      log_error(op(), what);
-      return kFailed;
-    }
+  const Demand asked = demand(number_, values_, type, dims);
+  if (asked.nothing) return 0;
+  if (asked.refusal != nullptr) {
+    log_error(op(), asked.refusal);
+    return kFailed;
+  }
+  const char* unusable = find_unusable(op(), type, dims, inputs, outputs);
+  if (unusable != nullptr) {
+    char what[64];
+    std::snprintf(what, sizeof what, "tensor %s is missing or misaligned", unusable);
+    log_error(op(), what);
+    return kFailed;
   }
   auto in = [&](const char* name) { return inputs[input_number(op(), name)]; };
   auto out = [&](const char* name) { return outputs[output_number(op(), name)]; };
@@ -236,7 +258,7 @@ nvinfer1::IPluginV3* Creator::createPlugin(const char*, const nvinfer1::PluginFi
   const char* wrong = read_fields(kOps[number_], fields, values);
   if (wrong != nullptr) {
     char what[96];
-    std::snprintf(what, sizeof what, "attribute %s is missing or of a wrong type", wrong);
+    std::snprintf(what, sizeof what, "attribute %s is missing, repeated, of a wrong type or out of range", wrong);
     log_error(kOps[number_], what);
     return nullptr;
   }

@@ -8,7 +8,7 @@
 namespace vtexport::trt {
 
 // Reads the op's attributes from `fields`; fields of other names, which parsers add, are ignored.
-// Returns null if all are there, else the name of the first that is missing or of a wrong type.
+// Returns null if all are there, else the name of the first that is missing, repeated, of a wrong type or out of range.
 const char* read_fields(const Op& op, const nvinfer1::PluginFieldCollection* fields, Values& values) noexcept;
 
 class Plugin final : public nvinfer1::IPluginV3,

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 namespace vtexport {
 
@@ -24,7 +25,21 @@ auto for_type(DType type, Run run) {
   }
 }
 
-// Extents are int32: the largest problem of LLaVA (batch 64, 40 heads, 2,880 keys) is far below the limit.
+// Limits far above any model, below which no size or index that an implementation computes can overflow: the largest
+// problem of LLaVA has a batch of 64, 40 heads and 2,880 keys.
+constexpr int64_t kMostExtent = int64_t{1} << 20;
+constexpr int64_t kMostElements = int64_t{1} << 36;  // of one array
+
+// Whether an array may have these extents.
+inline bool within_limits(std::initializer_list<int64_t> extents) {
+  int64_t elements = 1;
+  for (const int64_t extent : extents) {
+    if (extent < 0 || extent > kMostExtent) return false;
+    elements *= extent;  // at most 2^36 * 2^20
+    if (elements > kMostElements) return false;
+  }
+  return true;
+}
 
 // TokenScore, and TokenScoreHeads where best_heads > 0.
 //   query [batch, heads, rows, size], key [batch, kv_heads, keys, size], places [batch, rows] int64, start [batch] int64,
@@ -37,12 +52,19 @@ struct ScoreProblem {
   int32_t best_heads;  // 0: the mean of all heads; else attention is divided, and this many heads are averaged
   DType type;
 
+  // Whether sizes can be computed from it; upper bounds of extents, which need not fit together, can be asked about too.
+  bool within_limits() const {
+    return vtexport::within_limits({batch, heads, rows, size}) && vtexport::within_limits({batch, kv_heads, keys, size}) &&
+           vtexport::within_limits({batch, rows, visual}) && vtexport::within_limits({batch, rows, keys});
+  }
+
   // Why no implementation can run this problem; null if every one can.
   const char* refusal() const {
     if (batch < 0 || rows < 1 || keys < 1 || size < 1 || visual < 1) return "an extent is too small";
     if (heads < 1 || kv_heads < 1 || heads % kv_heads != 0) return "heads is not a multiple of key heads";
     if (visual > keys) return "count exceeds the number of keys";
     if (best_heads < 0 || best_heads > heads) return "heads to average is out of range";
+    if (!within_limits()) return "an array is too large";
     return nullptr;
   }
 };
@@ -53,9 +75,14 @@ struct SelectProblem {
   int32_t batch, tokens, width, keep;
   DType type;
 
+  bool within_limits() const {
+    return vtexport::within_limits({batch, tokens, width}) && vtexport::within_limits({batch, keep, width});
+  }
+
   const char* refusal() const {
     if (batch < 0 || tokens < 1 || width < 1) return "an extent is too small";
     if (keep < 1 || keep > tokens) return "keep is out of range";
+    if (!within_limits()) return "an array is too large";
     return nullptr;
   }
 };
@@ -69,10 +96,17 @@ struct RecycleProblem {
   bool paper;  // join by cosine and sum, instead of by distance and average
   DType type;
 
+  bool within_limits() const {
+    return width >= 1 && pool >= 1 && pool <= UINT16_MAX &&  // kernels divide by the former and number the latter
+           vtexport::within_limits({batch, tokens, width}) && vtexport::within_limits({batch, pool, width}) &&
+           vtexport::within_limits({batch, pool, clusters}) && vtexport::within_limits({keep});
+  }
+
   const char* refusal() const {
     if (batch < 0 || tokens < 1 || width < 1) return "an extent is too small";
     if (keep < 0 || pool < 1 || pool > tokens - keep) return "pool is out of range";
     if (clusters < 1 || clusters > pool) return "clusters is out of range";
+    if (!within_limits()) return "an array is too large";
     return nullptr;
   }
 };
