@@ -17,6 +17,8 @@ from tests.conftest import shared_folder
 SOURCE = Path(__file__).parents[2]
 #: what the kernels are compiled for as machine code
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 110, 120)
+#: the status with which ThreadSanitizer ends a program
+RACE = 66
 
 
 def headers() -> Path | None:
@@ -53,7 +55,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(folder / "plugins" / "tensorrt", printed.read_text())
 
 
-def configure(folder: Path) -> None:
+def configure(folder: Path, **more: object) -> None:
+    """Configure a build of the sources; `more` are settings of CMake."""
     nanobind = subprocess.run(
         [sys.executable, "-m", "nanobind", "--cmake_dir"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -62,6 +65,7 @@ def configure(folder: Path) -> None:
         "TENSORRT_INCLUDE": headers(),
         "nanobind_DIR": nanobind,
         "Python_EXECUTABLE": sys.executable,
+        **more,
     }
     options = [f"-D{name}={value}" for name, value in settings.items()]
     subprocess.run(["cmake", "-S", SOURCE, "-B", folder, "-G", "Ninja", *options], check=True)

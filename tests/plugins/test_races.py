@@ -6,11 +6,9 @@ import subprocess
 
 import pytest
 
-from tests.plugins.conftest import NEEDS, Built, make
+from tests.plugins.conftest import NEEDS, RACE, Built, make
 
 pytestmark = [*NEEDS, pytest.mark.long]
-#: the status with which ThreadSanitizer ends a program
-RACE = 66
 
 
 def run(built: Built, *options: str) -> subprocess.CompletedProcess[str]:
