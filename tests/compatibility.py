@@ -1,0 +1,162 @@
+"""Runs a part of the tests against the oldest, or the newest, releases of everything that vtexport depends on.
+
+    python tests/compatibility.py oldest
+    python tests/compatibility.py newest --pin 'torch<2.15' --folder /tmp/newest
+
+`oldest` installs, for each requirement of pyproject.toml, the oldest release that it admits: what pyproject.toml
+promises is what is tested. `newest` installs what pip finds without constraints.txt. Both install a wheel, without the
+CUDA kernels, into a virtual environment of its own; `--folder` keeps it for the next run. The last line is one JSON
+object: versions, and how many tests passed. The exit code is pytest's.
+
+On Linux, PyPI's PyTorch brings several GB of CUDA libraries. `--pin` takes further requirements, for instance of a CPU
+build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+import venv
+from pathlib import Path
+from xml.etree import ElementTree
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+#: whose releases the sets differ in; the tools that run the tests are the newest in both
+EXTRAS = ("openvino", "tensorrt-rtx", "micro", "serve", "plots")
+#: builds, runs, self-checks and parity on each runtime, and every interface of another package that vtexport uses
+TESTS = (
+    "tests/graph",
+    "tests/models",
+    "tests/pruning",
+    "tests/serve",
+    "tests/targets/test_openvino.py",
+    "tests/targets/test_quantize.py",
+    "tests/targets/test_tensorrt.py",
+    "tests/deploy/test_transformers_js.py",
+    "tests/deploy/test_triton.py",
+    "tests/test_bundle.py",
+    "tests/test_cli.py",
+    "tests/test_conversations.py",
+    "tests/test_evaluate.py",
+    "tests/test_extension.py",
+    "tests/test_pages.py",
+)
+
+
+def requirements() -> list[Requirement]:
+    """What pyproject.toml requires at run time, with all extras that users install."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    stated = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
+    return [Requirement(line) for line in stated]
+
+
+def releases(python: Path, name: str) -> list[Version]:
+    """Every release of a package that this Python can install, without pre-releases."""
+    command = [python, "-m", "pip", "index", "versions", name]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    found = re.search(r"^Available versions: (.*)$", printed, re.MULTILINE)
+    return [] if found is None else [Version(version) for version in found[1].split(", ")]
+
+
+def oldest(python: Path, pinned: set[str]) -> list[str]:
+    """A pin of each requirement to the oldest release that it admits, but for those that are `pinned` by hand."""
+    pins = []
+    for requirement in requirements():
+        if canonicalize_name(requirement.name) in pinned:
+            continue
+        admitted = [one for one in releases(python, requirement.name) if one in requirement.specifier]
+        if not admitted:
+            raise SystemExit(f"{requirement}: no release that this Python can install; change pyproject.toml")
+        pins.append(f"{requirement.name}=={min(admitted)}")
+    return pins
+
+
+def install(folder: Path, which: str, pins: list[str]) -> Path:
+    """The Python of a virtual environment in which vtexport and the chosen releases are installed."""
+    python = folder / "bin" / "python"
+    if not python.is_file():
+        venv.create(folder, with_pip=True)
+    constraints = folder / "constraints.txt"
+    chosen = {canonicalize_name(Requirement(pin).name) for pin in pins}
+    constraints.write_text("\n".join([*pins, *(oldest(python, chosen) if which == "oldest" else [])]) + "\n")
+    print(constraints.read_text(), file=sys.stderr)
+    settings = ["-C", "cmake.define.VTEXPORT_CUDA=OFF", "-C", "cmake.define.VTEXPORT_TWINS=ON"]
+    upgrade = ["--upgrade", "--upgrade-strategy", "eager"] if which == "newest" else []
+    wanted = f"{ROOT}[{','.join((*EXTRAS, 'test'))}]"
+    command = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "-c",
+        constraints,
+        *upgrade,
+        *settings,
+        wanted,
+    ]
+    subprocess.run(command, check=True)
+    return python
+
+
+def run(python: Path, arguments: list[str]) -> tuple[int, dict[str, int], list[str]]:
+    """The exit code of pytest, how many tests ended in each way, and the names of those that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        # Other releases may warn of what this one's tests make errors of; what counts here is that it works.
+        command = [python, "-m", "pytest", "-W", "default", f"--junitxml={report}", *arguments]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        if not report.is_file():
+            return code, {}, []
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    ways = [
+        next((part.tag for part in case if part.tag in ("failure", "error", "skipped")), "passed") for case in cases
+    ]
+    bad = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case, way in zip(cases, ways, strict=True)
+        if way in ("failure", "error")
+    ]
+    return code, {way: ways.count(way) for way in sorted(set(ways))}, bad
+
+
+def versions(python: Path) -> dict[str, str]:
+    """The installed version of every requirement."""
+    names = [requirement.name for requirement in requirements()]
+    code = "import json, sys; from importlib.metadata import version; print(json.dumps({n: version(n) for n in sys.argv[1:]}))"
+    done = subprocess.run([python, "-I", "-c", code, *names], check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout))
+
+
+def main() -> int:
+    """Install a set, run the tests with it, and print the outcome."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=("oldest", "newest"))
+    parser.add_argument(
+        "--folder", type=Path, help="the virtual environment; without it, one that is deleted afterwards"
+    )
+    parser.add_argument("--pin", action="append", default=[], help="a further requirement, such as 'torch==2.13.0'")
+    parser.add_argument("tests", nargs="*", default=[], help="arguments of pytest; without any, a part of the suite")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as own:
+        python = install(given.folder or Path(own), given.which, given.pin)
+        code, ways, bad = run(python, given.tests or list(TESTS))
+        outcome = {"set": given.which, "python": sys.version.split()[0], "versions": versions(python)}
+    print(json.dumps({**outcome, **ways, "failed": bad}))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
