@@ -54,6 +54,8 @@ def calibrate(
     vtexport calibrate --model micro-llava --data pairs.jsonl -o calibration.toml --plot ranks.png --method sparsevlm
     vtexport build --model micro-llava --keep 0.25 --calibration calibration.toml
     vtexport build --model micro-llava --keep auto --calibration calibration.toml
+
+    If it is stopped, the same command goes on where it was. To start anew, delete the file .NAME.partial beside -o.
     """
     from vtexport.cli.console import stage_progress, stdout
     from vtexport.cli.report.calibration import calibration_table
