@@ -11,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE :=
 KERNELS := $(if $(shell command -v nvidia-smi),ON,OFF)
 BUNDLE := engines/builds/micro-llava-0.25
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check bench sbom clean
 
 demo: $(VENV)/base.stamp
 	$(BIN)/vtexport build --model micro-llava --keep 0.25 --out $(BUNDLE) --force
@@ -33,6 +33,14 @@ check: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/accuracy.py --plot benchmarks/accuracy.png
 	$(BIN)/python benchmarks/cpu.py
+
+# What an installation with the tested versions consists of, as CycloneDX JSON. The tool has an environment of its own.
+sbom: $(VENV)/base.stamp
+	$(PYTHON) -m venv $(VENV)/sbom
+	$(VENV)/sbom/bin/pip install $(PIP) cyclonedx-bom
+	mkdir -p dist
+	$(VENV)/sbom/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible \
+		--of JSON -o dist/sbom.json
 
 $(VENV)/base.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
