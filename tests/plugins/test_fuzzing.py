@@ -1,4 +1,4 @@
-"""A short run of the plugins' fuzz target, which has run for ten million executions (docs/native-kernels.md)."""
+"""A short run of the plugins' fuzz target."""
 
 from __future__ import annotations
 
