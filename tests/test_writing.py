@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -509,3 +510,13 @@ def test_a_child_ends_with_its_parent() -> None:
     while child.exists() and time.monotonic() < patience:
         time.sleep(0.05)
     assert not child.exists()
+
+
+@pytest.mark.long
+def test_a_few_moments_of_real_kills(tmp_path: Path) -> None:
+    """A sample of `python -m tests.kill`, which tries many."""
+    code = "from tests import kill; kill.main()"
+    arguments = ["--moments", 2, "--commands", "force", "--signals", "KILL,TERM"]
+    done = in_another_process(code, *arguments, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["wrong"] == 0
