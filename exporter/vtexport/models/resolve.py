@@ -102,7 +102,7 @@ def _folder(model: str) -> Path | None:
     """The folder that `model` names, or None if it names none."""
     try:
         folder = Path(model).expanduser()
-        return folder if folder.is_dir() else None
+        return folder if model and folder.is_dir() else None
     except (OSError, ValueError, RuntimeError):  # no such user's home, a name too long, or no name at all
         return None
 
