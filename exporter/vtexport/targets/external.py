@@ -22,7 +22,7 @@ def check_graph(path: Path) -> None:
         BundleError: it is damaged, or points out of its folder.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         if path.stat().st_size > GRAPH_BYTES:
