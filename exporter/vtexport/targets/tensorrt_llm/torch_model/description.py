@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 
 from vtexport.errors import BundleError, InputError
-from vtexport.models.spec import ITEMSIZE, ModelSpec
+from vtexport.models.spec import ITEMSIZE, ClipSpec, DecoderSpec, ModelSpec, ViewChoice, ViewSpec, VisionSpec
+from vtexport.options import parse_options
 from vtexport.pruning import PruningPlan, Stage, choose
 from vtexport.pruning.geometry import Geometry
 from vtexport.reading import read_json
@@ -86,7 +87,7 @@ class Description:
                 )
             rope, plans = data["rope"], [_read(plan) for plan in data["plans"]]
             rotation = rope["frequencies"], rope["attention_scaling"]
-            found = cls(msgspec.convert(data["spec"], ModelSpec), plans, data["dtype"], *rotation, data["debug"])
+            found = cls(_spec(data["spec"]), plans, data["dtype"], *rotation, data["debug"])
             found._check()
             return found
         except (ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError, InputError) as error:
@@ -115,3 +116,11 @@ def _read(entry: Mapping[str, Any]) -> PruningPlan:
     methods = choose(given.pop("method"), given.pop("options"), resolved=True)
     stages = msgspec.convert(given.pop("stages"), tuple[Stage, ...])
     return PruningPlan(methods=methods, stages=stages, **msgspec.convert(given, dict[str, int | float]))
+
+
+def _spec(entry: Mapping[str, Any]) -> ModelSpec:
+    types = {"vision": VisionSpec, "decoder": DecoderSpec, "clip": ClipSpec | None, "views": ViewSpec}
+    parts = {name: msgspec.convert(entry[name], kind) for name, kind in types.items()}
+    parts["eos_token_ids"] = msgspec.convert(entry["eos_token_ids"], tuple[int, ...])
+    parts["choice"] = parse_options(ViewChoice, entry["choice"], "this bundle")
+    return ModelSpec(**{**entry, **parts})
