@@ -236,7 +236,7 @@ def test_large_requests_and_images_are_refused(bundle: Path) -> None:
         status, answer = post(running, b" " * 50_001)
         assert status == 413
         assert "more than the server's 50000 bytes" in answer["error"]["message"]
-        with pytest.raises(openai.BadRequestError, match="101 x 100 pixels, the server takes 10000"):
+        with pytest.raises(openai.BadRequestError, match="101 x 100 pixels, and 10000 can be taken"):
             running.ask(noise_images(1)[0].resize((101, 100)).quantize(2), "what?")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from vtexport.builder.options import BuildOptions
@@ -15,6 +15,7 @@ from vtexport.errors import InputError
 from vtexport.measure.calibration.batches import Measured
 from vtexport.measure.calibration.partial import Partial
 from vtexport.measure.calibration.passes import Passes, Subjects
+from vtexport.measure.questions import json_lines
 from vtexport.models.prompt import Prompter
 from vtexport.models.spec import ViewChoice
 from vtexport.options import option_fields
@@ -23,6 +24,7 @@ from vtexport.pruning import METHODS, PruningPlan, parts_of
 from vtexport.pruning.adaptive import AdaptiveTable, check_buckets
 from vtexport.pruning.calibration import Calibration
 from vtexport.pruning.schedule import default_layers
+from vtexport.reading import Unreadable, parse_json
 
 if TYPE_CHECKING:
     from vtexport.check.batched import BatchedModel
@@ -80,6 +82,13 @@ class Pair:
     prompt: str
 
 
+class _PairLine(msgspec.Struct):
+    """A line of the file; other keys are not read."""
+
+    image: str | list[str]
+    prompt: str
+
+
 def read_pairs(path: Path) -> list[Pair]:
     """The pairs of a JSON-lines file: objects with `image` (one path or several, relative to the file) and `prompt`.
 
@@ -89,18 +98,16 @@ def read_pairs(path: Path) -> list[Pair]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; give JSON lines of image and prompt as --data")
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in json_lines(path):
         try:
-            entry = json.loads(line)
-            image, prompt = entry["image"], entry["prompt"]
-        except (ValueError, TypeError, KeyError) as error:
+            entry = parse_json(line, _PairLine)
+        except Unreadable as error:
             raise InputError(
-                f'{path}, line {number}: not a pair; write {{"image": "photo.png", "prompt": "what is it?"}}'
+                f'{path}, line {number}: not a pair ({error}); write {{"image": "photo.png", "prompt": "what is it?"}}'
             ) from error
-        listed = image if isinstance(image, list) else [image]
-        pairs.append(Pair(tuple(path.parent / str(file) for file in listed), str(prompt)))
+        # The file is the user's own, so its paths may lead anywhere.
+        listed = entry.image if isinstance(entry.image, list) else [entry.image]
+        pairs.append(Pair(tuple(path.parent / file for file in listed), entry.prompt))
     if not pairs:
         raise InputError(f"{path} holds no usable pair; give JSON lines of image and prompt")
     return pairs

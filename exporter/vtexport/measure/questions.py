@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from vtexport.models.pictures import check_image
 if TYPE_CHECKING:
     from vtexport.models.prompt import Prompter
 
+#: bytes of a line at most
+LINE_BYTES = 1 << 20
 _EXAMPLE = '{"image": "photo.png", "prompt": "what is it?", "answers": ["a cat"]}'
 
 
@@ -103,24 +106,47 @@ def read_items(
         InputError: the file is missing, empty or not UTF-8; a line is no such object, repeats an `id`, has answers that
             the metric cannot score against, or names a file that is missing or no image; a limit out of range.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; give a file of JSON lines as --data") from error
     items: list[Item] = []
     known: dict[str | int, str] = {}
-    # Only newlines end a line: text may hold other characters at which `splitlines` would cut it.
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            items.append(_item(path, number, line, metric))
-            before = known.setdefault(items[-1].id, items[-1].where)
-            if before != items[-1].where:
-                raise InputError(f"{items[-1].where}: the id {items[-1].id!r} is taken by {before}; give another")
-        advance(len(line) + 1)
+    for number, line in json_lines(path, advance):
+        items.append(_item(path, number, line, metric))
+        before = known.setdefault(items[-1].id, items[-1].where)
+        if before != items[-1].where:
+            raise InputError(f"{items[-1].where}: the id {items[-1].id!r} is taken by {before}; give another")
     if not items:
         raise InputError(f"{path} holds no question; write lines such as {_EXAMPLE}")
     _check_limit(limit, len(items))
     return items[:limit]
+
+
+def json_lines(path: Path, advance: Callable[[int], None] = lambda _n: None) -> Iterator[tuple[int, bytes]]:
+    """The lines of a user's file that are not blank, with their numbers; no more than one is held.
+
+    Args:
+        path: the file; it may be a pipe.
+        advance: called with the bytes read.
+
+    Raises:
+        InputError: it cannot be read, or a line has more than `LINE_BYTES`.
+    """
+    try:
+        # Only newlines end a line: text may hold other characters at which `splitlines` would cut it.
+        with path.open("rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(LINE_BYTES + 1)
+                if not line:
+                    return
+                if len(line) > LINE_BYTES:
+                    raise InputError(
+                        f"{path}, line {number}: more than {LINE_BYTES} bytes; write one object in each line"
+                    )
+                advance(len(line))
+                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if text.strip():
+                    yield number, text.rstrip(b"\r\n")
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{path}: {reason}; give a file of JSON lines as --data") from error
 
 
 def _check_limit(limit: int | None, number: int) -> None:
@@ -133,7 +159,7 @@ def _item(path: Path, number: int, data: bytes, metric: Metric) -> Item:
     where = f"{path}, line {number}"
     try:
         line = _decoded(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise InputError(f"{where}: {first_line(error)}; write a line such as {_EXAMPLE}") from error
     if not line.prompt.strip():
         raise InputError(f"{where}: the prompt is empty; ask something about the image")

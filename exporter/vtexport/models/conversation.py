@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vtexport.errors import InputError, first_line
+from vtexport.reading import TEXT_BYTES, Unreadable, parse_json, read_bytes
 
 #: a question, or the messages of a conversation that ends with one
 Question = str | Sequence[Mapping[str, Any]]
 #: messages whose content is a list of parts, as `turns` makes them
 Messages = list[dict[str, Any]]
+
+#: messages and their parts together, and characters of their texts, at most; no model has positions for as many
+MOST_PARTS, MOST_TEXT = 4096, 1 << 20
 
 _EXAMPLE = '[{"role": "user", "content": "what is it?"}]'
 _REMEDY = f"give a list of messages such as {_EXAMPLE}"
@@ -38,13 +41,19 @@ def turns(question: Question, mark: str, part: str, images: int) -> Messages:
     """
     single = isinstance(question, str)
     messages: Messages = []
-    marked = 0
+    marked = count = length = 0
     for number, message in enumerate(_listed(question), start=1):
         name = "the prompt" if single else f"message {number}"
         role, parts = _role(message, name), _parts(message, part, name)
+        count, length = count + len(parts), length + sum(len(one.get("text", "")) for one in parts)
+        if count > MOST_PARTS or length > MOST_TEXT:
+            raise InputError(
+                f"the conversation has more than {MOST_PARTS} parts or {MOST_TEXT} characters; give a shorter one"
+            )
         found = sum(one["text"].count(mark) if one["type"] == "text" else 1 for one in parts)
         if found and role != "user":
             raise InputError(f"{name} is of role {role} but has {part} parts or marks; move them to one of the user")
+        _check_whole(parts, name)
         if not _text(parts).replace(mark, "").strip():
             remedy = "ask something about the image" if single else "give its text, or leave it out"
             raise InputError(f"{name} is empty; {remedy}")
@@ -116,16 +125,38 @@ def read_messages(path: Path) -> list[Any]:
     stdin = str(path) == "-"
     name = "stdin" if stdin else path
     try:
-        data = sys.stdin.buffer.read() if stdin else path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{name}: {error.strerror or error}; check the path given with --messages") from error
+        # The user's own path, which may be a pipe.
+        data = _stdin() if stdin else read_bytes(path, regular=False)
+    except Unreadable as error:
+        raise InputError(f"{name}: {error}; check the path given with --messages") from error
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not JSON ({first_line(error)}); {_REMEDY}") from error
+        found = parse_json(data)
+    except Unreadable as error:
+        raise InputError(f"{name} is not JSON ({error}); {_REMEDY}") from error
     if not isinstance(found, list):
         raise InputError(f"{name} holds no list of messages; {_REMEDY}")
     return found
+
+
+def _stdin() -> bytes:
+    data = sys.stdin.buffer.read(TEXT_BYTES + 1)
+    if len(data) > TEXT_BYTES:
+        raise Unreadable(f"larger than {TEXT_BYTES} bytes")
+    return data
+
+
+def _check_whole(parts: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Refuse text that is not Unicode, as JSON and file names can hold it: halves of characters (lone surrogates)."""
+    try:
+        _text(parts).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} has half of a character in it (a lone surrogate); give whole characters") from error
+
+
+def _short(value: object) -> str:
+    """`value` for an error line."""
+    shown = repr(value) if isinstance(value, str | int | float | bool | None) else f"of type {type(value).__name__}"
+    return shown if len(shown) <= 60 else f"{shown[:60]}…"
 
 
 def _listed(question: Any) -> Sequence[Any]:
@@ -136,6 +167,8 @@ def _listed(question: Any) -> Sequence[Any]:
         raise InputError(f"a conversation is a list of messages, not {type(question).__name__}; {_REMEDY}")
     if not question:
         raise InputError(f"the conversation has no messages; {_REMEDY}")
+    if len(question) > MOST_PARTS:
+        raise InputError(f"the conversation has {len(question)} messages, and {MOST_PARTS} can be taken; give fewer")
     return question
 
 
@@ -143,7 +176,7 @@ def _role(message: Any, name: str) -> str:
     if not isinstance(message, Mapping):
         raise InputError(f"{name} is of type {type(message).__name__}, not an object with role and content; {_REMEDY}")
     if message.get("role") not in ("system", "user", "assistant"):
-        raise InputError(f"{name} has role {message.get('role')!r}; give system, user or assistant")
+        raise InputError(f"{name} has role {_short(message.get('role'))}; give system, user or assistant")
     return str(message["role"])
 
 
@@ -162,7 +195,7 @@ def _parts(message: Mapping[str, Any], part: str, name: str) -> list[dict[str, A
         elif kind in (part, f"{part}_url"):
             parts.append({"type": part})
         else:
-            shown = 'of type text has no "text"' if kind == "text" else f"has type {kind!r}"
+            shown = 'of type text has no "text"' if kind == "text" else f"has type {_short(kind)}"
             raise InputError(
                 f'part {number} of {name} {shown}; give {{"type": "text", "text": …}}, or {{"type": "{part}"}} where the '
                 f"{part} stands"

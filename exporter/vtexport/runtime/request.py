@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from vtexport.arrays import Array
+from vtexport.errors import InputError
 from vtexport.models.conversation import Question
 from vtexport.models.prompt import Prompt
 from vtexport.models.views import Views
@@ -94,3 +96,29 @@ class Embedded:
     question: Question
     images: list[Array]
     mark: str
+
+
+def check_pairs(pairs: Any) -> None:
+    """Refuse what is no list of images and questions.
+
+    Raises:
+        InputError: it is empty, or an element is no pair.
+    """
+    if isinstance(pairs, str | bytes) or not isinstance(pairs, Sequence) or not pairs:
+        raise InputError("no pairs of an image and a question were given; give a list such as [(image, question)]")
+    for number, pair in enumerate(pairs, start=1):
+        if isinstance(pair, str | bytes) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise InputError(
+                f"element {number} is no pair of an image and a question; give a list such as [(image, question)]"
+            )
+
+
+def check_new_tokens(count: Any) -> int:
+    """The number of tokens that an answer may have at most.
+
+    Raises:
+        InputError: it is no whole number of 1 or more.
+    """
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+        raise InputError(f"max_new_tokens is {count!r}; give a whole number of 1 or more")
+    return int(count)

@@ -22,7 +22,7 @@ from vtexport.runtime.generate import Generation, generate
 from vtexport.runtime.inputs import admit, prefill_input, visual_lengths
 from vtexport.runtime.numeric import checked
 from vtexport.runtime.ranking import Ranker, check_needed
-from vtexport.runtime.request import Decoding, Embedded, Request, Result, Timings
+from vtexport.runtime.request import Decoding, Embedded, Request, Result, Timings, check_new_tokens, check_pairs
 from vtexport.runtime.text import TextStream
 from vtexport.runtime.vision_cache import DEFAULT_BYTES, VisionCache
 from vtexport.targets.base import Compiled
@@ -148,6 +148,8 @@ class Runner:
             InputError: an image or a question that the bundle cannot take, or a bundle without a language model.
         """
         self.need_language_model()
+        check_pairs(pairs)
+        max_new_tokens = check_new_tokens(max_new_tokens)
         self.engine.load()
         start = time.perf_counter()
         requests = [self.request(image, question) for image, question in pairs]
@@ -174,6 +176,7 @@ class Runner:
             InputError: as `ask`.
         """
         self.need_language_model()
+        max_new_tokens = check_new_tokens(max_new_tokens)
         requests = [self.request(image, question)]
         if self.given:
             requests = self._completed(requests, [(image, question)], max_new_tokens)

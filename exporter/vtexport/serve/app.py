@@ -21,7 +21,7 @@ from vtexport.errors import VtexportError
 from vtexport.runtime.runner import Runner
 from vtexport.serve.answers import Answering, Kitchen, Limits, Refused
 from vtexport.serve.metrics import Metrics
-from vtexport.serve.protocol import ChatRequest, Replies, error_body, read_request
+from vtexport.serve.protocol import ChatRequest, Replies, error_body, read_request, shown
 from vtexport.serve.scheduler import QueueFull, Scheduler
 
 #: threads that open and scale images
@@ -71,7 +71,7 @@ class Server:
         """Answer a request to `/v1/chat/completions`."""
         chat = read_request(await self.body(request))
         if chat.model != self.name:
-            raise Refused(404, f"there is no model {chat.model!r} here; ask for {self.name!r}")
+            raise Refused(404, f"there is no model {shown(chat.model)} here; ask for {self.name!r}")
         try:
             self.scheduler.reserve()
         except QueueFull:
@@ -165,6 +165,11 @@ def make_app(server: Server) -> FastAPI:
     async def wrong(_: Request, error: VtexportError) -> Response:
         server.metrics.outcomes.labels("refused").inc()
         return JSONResponse(error_body(str(error), 400), 400)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        # Its traceback goes to the log all the same.
+        return JSONResponse(error_body(f"the server failed ({type(error).__name__}); see its log", 500), 500)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:

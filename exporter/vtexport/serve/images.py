@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import io
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -60,14 +62,27 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
 
 def _download(url: str, hosts: Sequence[str], most: int) -> bytes:
-    host = urllib.parse.urlsplit(url).hostname
+    try:
+        host = urllib.parse.urlsplit(url).hostname
+    except ValueError as error:
+        raise InputError("an image URL is not valid; give https://host/path, or a data URI") from error
     if host not in hosts:
         remedy = f"it takes those of {', '.join(hosts)}" if hosts else "send a data URI"
-        raise InputError(f"the server takes no image URLs of host {host}; {remedy}")
+        raise InputError(f"the server takes no image URLs of host {str(host)[:100]}; {remedy}")
     try:
         with urllib.request.build_opener(_Stay).open(url, timeout=_SECONDS) as answer:
-            data: bytes = answer.read(most + 1)
-            return data
-    except (OSError, ValueError) as error:
+            return _read(answer, most)
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
         raise InputError(f"an image URL of {host} cannot be read ({reason}); send a data URI") from error
+
+
+def _read(answer: Any, most: int) -> bytes:
+    """Up to `most` bytes and one of what a host sends, which may be so slow that it never ends."""
+    parts, size, end = [], 0, time.monotonic() + _SECONDS
+    while size <= most and (part := answer.read1(1 << 16)):
+        if time.monotonic() > end:
+            raise TimeoutError
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)

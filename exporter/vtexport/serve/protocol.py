@@ -70,7 +70,7 @@ class ChatRequest(BaseModel):
             value = data.get(name)
             if value is not None and value not in values:
                 raise ValueError(
-                    f"{name} {value!r} has no effect here, where decoding is greedy and gives one text; leave {name} out"
+                    f"{name} {shown(value)} has no effect here, where decoding is greedy and gives one text; leave {name} out"
                 )
         return {name: value for name, value in data.items() if name not in _NEUTRAL}
 
@@ -136,9 +136,17 @@ def image_urls(messages: Messages) -> list[str]:
                 raise InputError('an image_url part has no URL; give {"type": "image_url", "image_url": {"url": …}}')
             detail = given.get("detail", "auto") if isinstance(given, dict) else "auto"
             if detail != "auto":
-                raise InputError(f"detail {detail!r} has no effect: the bundle's size of images is fixed; leave it out")
+                raise InputError(
+                    f"detail {shown(detail)} has no effect: the bundle's size of images is fixed; leave it out"
+                )
             urls.append(url)
     return urls
+
+
+def shown(value: object) -> str:
+    """A value of a request for an error line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 class Replies:

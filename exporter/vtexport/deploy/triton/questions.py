@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from vtexport.arrays import Array
-from vtexport.errors import InputError, first_line
+from vtexport.errors import InputError
 from vtexport.models.conversation import Question
 from vtexport.models.pictures import read_image
+from vtexport.reading import Unreadable, parse_json
 from vtexport.runtime.runner import MAX_NEW_TOKENS
 
 
@@ -48,6 +48,10 @@ def read(given: Mapping[str, Array]) -> Asked:
     for name, array in given.items():
         if len(array) != 1:
             raise InputError(f"{name} has {len(array)} rows; send a request for each question")
+        if not array.size:
+            raise InputError(f"{name} is empty; give a value, or leave it out")
+    if "IMAGE" not in given:
+        raise InputError("a request has no IMAGE; give the bytes of a PNG or JPEG file")
     if ("PROMPT" in given) == ("MESSAGES" in given):
         raise InputError("a request has PROMPT, a question, or MESSAGES, a conversation as JSON; give one of them")
     count = int(given["MAX_NEW_TOKENS"][0, 0]) if "MAX_NEW_TOKENS" in given else MAX_NEW_TOKENS
@@ -68,9 +72,9 @@ def _text(given: Mapping[str, Array], name: str) -> str:
 
 def _messages(text: str) -> Sequence[Mapping[str, Any]]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"MESSAGES is not JSON ({first_line(error)}); give a list of messages") from error
+        found = parse_json(text)
+    except Unreadable as error:
+        raise InputError(f"MESSAGES is not JSON ({error}); give a list of messages") from error
     if not isinstance(found, list):
         raise InputError("MESSAGES holds no list; give a list of messages")
     return found
