@@ -17,7 +17,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from vtexport.errors import InputError
+from vtexport.measure.calibrate import read_pairs
+from vtexport.measure.questions import read_items
+from vtexport.measure.scoring import METRICS
 from vtexport.models import pictures
+from vtexport.models.conversation import read_messages
 from vtexport.models.pictures import check_image, open_image, open_video, read_image
 from vtexport.runtime.runner import Runner
 
@@ -257,3 +261,104 @@ def test_a_folder_of_frames_may_hold_other_files(tmp_path: Path) -> None:
 def test_names_of_no_file(name: str, reader: Callable[[Path], Any]) -> None:
     with pytest.raises(InputError, match="no such"):
         reader(Path(name))
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "5", None, float("nan")])
+def test_numbers_of_new_tokens(count: Any, micro_runner: Runner, colours: Image.Image) -> None:
+    with pytest.raises(InputError, match=r"max_new_tokens is .*; give a whole number of 1 or more"):
+        micro_runner.ask([(colours, QUESTION)], count)
+    with pytest.raises(InputError, match="max_new_tokens is"):
+        list(micro_runner.stream(colours, QUESTION, count))
+
+
+@pytest.mark.parametrize("count", [10**6, 10**9, 10**30])
+def test_more_new_tokens_than_positions(count: int, micro_runner: Runner, colours: Image.Image) -> None:
+    with pytest.raises(InputError, match="positions"):
+        micro_runner.ask([(colours, QUESTION)], count)
+
+
+@pytest.mark.parametrize("pairs", [[], (), None, "ask", [1], ["ab"], [("image",)], [(1, 2, 3)], {}])
+def test_what_is_no_list_of_pairs(pairs: Any, micro_runner: Runner) -> None:
+    with pytest.raises(InputError, match="give a list such as"):
+        micro_runner.ask(pairs)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (None, "a conversation is a list of messages, not NoneType"),
+        (5, "not int"),
+        (b"what?", "not bytes"),
+        ("\ud800 what?", "the prompt has half of a character in it"),
+        ("a " * (1 << 20), "more than 4096 parts or 1048576 characters"),
+        ([{"role": "user", "content": "a"}] * 5000, "has 5000 messages, and 4096 can be taken"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}] * 5000}], "more than 4096 parts"),
+        ([{"role": "u" * 10**6, "content": "a"}], "message 1 has role 'uuu"),
+        ([{"role": "user", "content": [{"type": {"a": "b" * 10**6}}]}], "part 1 of message 1 has type of type dict"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "part 1 of message 1"),
+        ([{"role": "user", "content": {"a": 1}}], "content of type dict"),
+        ([[["user"]]], "message 1 is of type list"),
+    ],
+)
+def test_questions(question: Any, message: str, micro_runner: Runner, colours: Image.Image) -> None:
+    with pytest.raises(InputError, match=message) as refusal:
+        micro_runner.ask([(colours, question)])
+    assert len(str(refusal.value)) < 400
+
+
+LINES = {
+    "no UTF-8": b'{"image": "photo.png", "prompt": "\xff"}',
+    "UTF-16": '{"image": "photo.png"}'.encode("utf-16"),
+    "deep": b"[" * 100_000,
+    "deep key": b'{"image": "photo.png", "prompt": "a", "answer": "b", "id": ' + b"[" * 100_000,
+    "long": b'{"image": "' + b"a" * (1 << 20) + b'"}',
+    "number": b'{"image": 5, "prompt": "a", "answer": "b"}',
+    "lists": b'{"image": [["photo.png"]], "prompt": "a", "answer": "b"}',
+    "null": b'{"image": null, "prompt": "a", "answer": "b"}',
+    "no prompt": b'{"image": "photo.png"}',
+    "no object": b"5",
+    "cut": b'{"image": "photo.png", "prompt": "a"',
+    "surrogate": rb'{"image": "photo.png", "prompt": "\ud800", "answer": "b"}',
+    "NUL": rb'{"image": "\u0000", "prompt": "a", "answer": "b"}',
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_lines_of_files(name: str, photo: Path, tmp_path: Path, micro_runner: Runner) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(LINES[name])
+    with pytest.raises(InputError, match=r"data\.jsonl, line 1"):
+        read_items(path, METRICS["exact"])
+
+    def use() -> None:
+        for pair in read_pairs(path):
+            micro_runner.prompter.open_pictures(pair.images)
+
+    with pytest.raises(InputError) as refusal:
+        use()
+    assert len(str(refusal.value)) < 500
+
+
+def test_a_file_of_many_lines_is_not_held(photo: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{{"image": "{photo}", "prompt": "a", "answer": "b"}}\n\n' * 500)
+    read_bytes: list[int] = []
+    items = read_items(path, METRICS["exact"], advance=read_bytes.append)
+    assert len(items) == 500
+    assert sum(read_bytes) == path.stat().st_size
+    assert (items[-1].id, items[-1].images) == (999, (photo,))
+    assert len(read_pairs(path)) == 500
+    for nowhere in (tmp_path, tmp_path / "nowhere", Path("\0")):
+        with pytest.raises(InputError, match="JSON lines"):
+            read_items(nowhere, METRICS["exact"])
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"[" * 100_000, b"{}", b"", b'["\\ud800"', b" " * (9 << 20), b"NaN"])
+def test_files_of_messages(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "messages.json"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"messages\.json"):
+        read_messages(path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    with pytest.raises(InputError, match="stdin"):
+        read_messages(Path("-"))
