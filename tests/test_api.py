@@ -135,7 +135,7 @@ IMPORTS = {
     "runtime": "arrays bundle errors models pruning targets",
     "check": "arrays bundle errors models pruning runtime targets",
     "builder": "bundle check errors graph models options progress pruning targets",
-    "deploy": "arrays bundle errors graph models pruning runtime targets",
+    "deploy": "arrays bundle errors graph models pruning reading runtime targets",
     "serve": "errors models pruning runtime targets",
     "micro": "arrays errors",
     "measure": "arrays builder check errors figures micro models native options progress pruning reading runtime stopping targets writing",
