@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ def read_image(file: Any, name: str, otherwise: str, most: int = MOST_PIXELS) ->
         if opened.format in ("JPEG", "MPO"):
             _check_scans(opened, name)
         # Decoded first, by several threads at once: some formats have their EXIF behind the pixels.
-        opened.load()
+        with _quietly() if opened.format == "TIFF" else nullcontext():
+            opened.load()
         with _quietly():
             orientation = opened.getexif().get(_ORIENTATION)
         picture = _turned(_bounded(_rgb(opened, name)), orientation)

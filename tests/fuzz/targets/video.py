@@ -11,7 +11,7 @@ from vtexport.models.pictures import open_video
 
 
 def seeds(place: Path) -> list[bytes]:
-    frames = [Image.new("RGB", (8, 6), (number, 9, 9)) for number in range(9)]
+    frames = [Image.new("RGB", (8, 6), (25 * number, 9, 9)) for number in range(9)]
     found = []
     for kind in ("GIF", "WEBP", "PNG"):
         stream = io.BytesIO()
