@@ -22,8 +22,7 @@ def one(data: bytes, place: Path) -> None:
     path.write_bytes(data)
     Image.new("RGB", (4, 4)).save(image)
     try:
-        for metric in METRICS.values():
-            read_items(path, metric)
+        read_items(path, METRICS["exact"])
     finally:
         path.unlink()
         image.unlink()
