@@ -327,7 +327,7 @@ def test_bad_messages(vtexport, micro_bundle: Path, photo: Path, tmp_path: Path)
         ),
         (["--image", photo, "--messages", "nowhere.json"], "nowhere.json: No such file or directory; check the path"),
         (["--image", photo, "--messages", tmp_path], "Is a directory; check the path given with --messages"),
-        (["--image", photo, "--messages", "broken.json"], "broken.json is not JSON (Expecting property name"),
+        (["--image", photo, "--messages", "broken.json"], "broken.json is not JSON (Input data was truncated"),
         (["--image", photo, "--messages", "deep.json"], "deep.json is not JSON"),
         (["--image", photo, "--messages", "binary.json"], "binary.json is not JSON"),
         (["--image", photo, "--messages", "text.json"], "text.json holds no list of messages"),
