@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -165,6 +166,12 @@ def test_every_report_is_whole_at_any_width(micro_bundle: Path, monkeypatch: pyt
         *evaluations(),
     ):
         check_whole(renderable, monkeypatch)
+
+
+def test_the_command_to_try_next_names_files_that_are_there(micro_bundle: Path) -> None:
+    words = shlex.split(bundle._next(Bundle.open(micro_bundle)))
+    assert words[:3] == ["vtexport", "run", str(micro_bundle)]
+    assert Path(words[words.index("--image") + 1]).is_file()
 
 
 def test_what_is_to_be_copied_stays_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

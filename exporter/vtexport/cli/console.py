@@ -30,7 +30,7 @@ class _Output(Console):
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=not stderr)
 
     @property
-    def size(self) -> ConsoleDimensions:
+    def size(self) -> ConsoleDimensions:  # type: ignore[misc] - nobody sets it
         if not self.file.isatty():
             return ConsoleDimensions(_UNBOUNDED, 25)
         if self.is_dumb_terminal and self._width is None:

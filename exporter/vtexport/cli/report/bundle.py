@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -10,6 +11,7 @@ from vtexport.builder.estimate import Estimate
 from vtexport.bundle.folder import Bundle
 from vtexport.cli.report.layout import Facts, Table, Whole
 from vtexport.figures import number, percent, size
+from vtexport.models.resolve import engines_folder, recipe_names
 from vtexport.models.spec import ModelSpec
 from vtexport.pruning import PruningPlan, dense_plan
 from vtexport.pruning.flops import NOMINAL_TEXT_TOKENS, plan_flops
@@ -92,9 +94,9 @@ def _one_plan(plan: PruningPlan, spec: ModelSpec) -> list[tuple[str, str]]:
         f"{number(cost.first_token / 1e9)} GFLOPs to the first token, {percent(cost.first_token / full.first_token, 0)} of dense "
         f"(decoder alone {percent(cost.prefill / full.prefill, 0)}; {NOMINAL_TEXT_TOKENS} text tokens)"
     )
-    mean = f"{number(plan.mean_visual_tokens)} of {number(plan.num_visual_tokens)}, mean over decoder layers"
+    mean = f"{number(plan.mean_visual_tokens, 5)} of {number(plan.num_visual_tokens)}, mean over decoder layers"
     if plan.decoder_stages:
-        mean += f" ({number(plan.mean_visual_tokens_sparsevlm)} by SparseVLM's count)"
+        mean += f" ({number(plan.mean_visual_tokens_sparsevlm, 5)} by SparseVLM's count)"
     options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.options.items() if value != "")
     rows = [("method", f"{plan.method}, keep {number(plan.keep)}" + (f" ({options})" if options else ""))]
     rows.append(("mean visual tokens", mean))
@@ -124,8 +126,15 @@ def _next(bundle: Bundle) -> str:
     model = bundle.manifest.model
     if not bundle.manifest.has_language_model:
         return "give it to TensorRT-LLM: docs/tensorrt-llm.md"
-    images = " ".join(["--image FILE"] * model.views.images)
-    return f'vtexport run {bundle.folder} {images} --prompt "what is in the image?"'
+    image, question = "FILE", "what is in the image?"
+    # The name comes from the manifest, which anyone may have written: only a recipe's leads to a file.
+    example = engines_folder() / model.name / "example.png" if model.name in recipe_names() else None
+    if example is not None and example.is_file():
+        here = Path.cwd()
+        image = shlex.quote(str(example.relative_to(here) if example.is_relative_to(here) else example))
+        question = "what digit is red?"
+    images = " ".join([f"--image {image}"] * model.views.images)
+    return f'vtexport run {shlex.quote(str(bundle.folder))} {images} --prompt "{question}"'
 
 
 def _sizes(bundle: Bundle) -> dict[str, int]:
