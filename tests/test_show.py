@@ -82,9 +82,9 @@ def test_merged_patches_have_their_tokens_colour(shown: Shown) -> None:
     tints = np.asarray(draw(replace(shown, views=[black]), "micro"), dtype=float)[-480:, left : left + 480]
     colours = set()
     for group in most.groups:
-        found = {tuple(tints[row * 40 + 20, column * 40 + 20]) for _, row, column in group}
-        assert len(found) == 1
-        colours |= found
+        tints_of_group = {tuple(tints[row * 40 + 20, column * 40 + 20]) for _, row, column in group}
+        assert len(tints_of_group) == 1
+        colours |= tints_of_group
     assert len(colours) == len(most.groups)
     untold = draw(replace(shown, debug={}, views=[black]), "micro")
     assert np.asarray(untold)[-480:, left : left + 480].max() == 0
