@@ -29,8 +29,8 @@ class _Output(Console):
     def __init__(self, *, stderr: bool) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=not stderr)
 
-    @property
-    def size(self) -> ConsoleDimensions:  # type: ignore[misc] - nobody sets it
+    @property  # type: ignore[misc]  # nobody sets it
+    def size(self) -> ConsoleDimensions:
         if not self.file.isatty():
             return ConsoleDimensions(_UNBOUNDED, 25)
         if self.is_dumb_terminal and self._width is None:
