@@ -79,7 +79,7 @@ def _magnitudes(record: TensorRecord, kind: type[np.unsignedinteger[Any]]) -> It
 
 def _fill(piece: Array, file: Any, record: TensorRecord) -> None:
     """Read as many bytes as `piece` has."""
-    view, got = memoryview(piece).cast("B"), 0
+    view, got = memoryview(piece.data).cast("B"), 0
     while got < len(view):
         length = file.readinto(view[got:])
         if not length:

@@ -163,7 +163,8 @@ class Bounded(ImmutableSandboxedEnvironment):
         self.filters["paid"] = pass_context(lambda _, value: self.pay(value))
         self.filters["each of"] = pass_context(lambda _, values: self._each(values))
         self.filters["joined text"] = pass_context(lambda _, parts: "".join(map(str, self.pay(parts))))
-        self.tests = {name: self._priced(name, made) for name, made in self.tests.items()}
+        tests: Mapping[str, Any] = self.tests
+        self.tests = {name: self._priced(name, made) for name, made in tests.items()}
         self.globals = {**{name: self.globals[name] for name in ("range", "cycler", "joiner")}, **functions}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -279,7 +280,8 @@ class Bounded(ImmutableSandboxedEnvironment):
 
 _SIZED = (str, list, tuple, dict, int, float, bool, type(None), range)
 _BUILTIN = (BuiltinMethodType, MethodWrapperType, MethodDescriptorType, type)
-_PARTS = (list, tuple, set, frozenset, *(type(view()) for view in ({}.keys, {}.values, {}.items)))
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_PARTS: tuple[type[Any], ...] = (list, tuple, set, frozenset, *_VIEWS)
 
 
 def _length(value: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
 
@@ -29,7 +29,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        functions = {
+        functions: dict[str, Callable[..., Any]] = {
             "dict": lambda *args, **given: dict(*args, **given),
             "namespace": _Names,
             "raise_exception": _raise,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,8 @@ def prefill_faults(
         prefilled: what prefill gave.
         results: what both say of each row, by stage.
     """
-    visual, spread = vision.seen(bucket).visual, vision.arrays.get("spread")
+    visual: Any = vision.seen(bucket).visual
+    spread = vision.arrays.get("spread")
     right = finite_rows(prefilled.logits)
     faults = []
     for row, result in enumerate(results):

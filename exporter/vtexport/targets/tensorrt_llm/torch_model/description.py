@@ -115,7 +115,8 @@ def _read(entry: Mapping[str, Any]) -> PruningPlan:
     given = dict(entry)
     methods = choose(given.pop("method"), given.pop("options"), resolved=True)
     stages = msgspec.convert(given.pop("stages"), tuple[Stage, ...])
-    return PruningPlan(methods=methods, stages=stages, **msgspec.convert(given, dict[str, int | float]))
+    numbers: dict[str, Any] = msgspec.convert(given, dict[str, int | float])
+    return PruningPlan(methods=methods, stages=stages, **numbers)
 
 
 def _spec(entry: Mapping[str, Any]) -> ModelSpec:
