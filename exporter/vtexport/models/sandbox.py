@@ -280,7 +280,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
 _SIZED = (str, list, tuple, dict, int, float, bool, type(None), range)
 _BUILTIN = (BuiltinMethodType, MethodWrapperType, MethodDescriptorType, type)
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
 _PARTS: tuple[type[Any], ...] = (list, tuple, set, frozenset, *_VIEWS)
 
 
