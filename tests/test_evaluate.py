@@ -270,7 +270,7 @@ def test_every_line_is_checked_before_the_engine_is_opened(
         ("line 2: the list of images is empty", {**RIGHT, "image": []}),
         ("line 2: no such image", {**RIGHT, "image": "nowhere.png"}),
         ("line 2: 'text.png' is not a readable image", {**RIGHT, "image": "text.png"}),
-        ("is not a readable image", {**RIGHT, "image": "a\0b.png"}),
+        ("no such image", {**RIGHT, "image": "a\0b.png"}),
         ("is not a readable image", {**RIGHT, "image": 5000 * "a"}),
         ("line 2: the id 1 is taken by", {**RIGHT, "id": 1}),
     ):
@@ -320,7 +320,7 @@ def test_flags_without_effect_and_bad_outputs_are_refused(
         ([*data, "--max-new-tokens", 0], "0 is not in the range"),
         ([*data, "--ranking-from", micro_bundle], "--ranking-from has no effect with method fastervlm"),
         ([*data, "--output", "nowhere/answers.jsonl"], "is not a folder; give another --output"),
-        ([*data, "--output", tmp_path], "is a folder; give a file as --output"),
+        ([*data, "--output", tmp_path], "is a folder; give another --output"),
         ([*data, "--output", tmp_path / ".." / tmp_path.name / path.name], "is an input"),
         ([*data, "--against", "nowhere"], "nowhere is not a folder"),
         ([*data, "--against", "dense", "--against", "dense"], "--against dense is given twice"),

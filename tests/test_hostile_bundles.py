@@ -289,7 +289,9 @@ def test_a_broken_recipe_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_printed_moves_a_cursor(bundle: Path, vtexport) -> None:
-    assert printable("a\x1b[2J\r\n\u202eb\ttab é") == r"a\x1b[2J \u202eb\ttab é"
+    text = "a\x1b[2J\r\n\u202eb\ttab é"
+    assert printable(text) == r"a\x1b[2J\r\n\u202eb\ttab é"
+    assert str(BundleError(text)) == r"a\x1b[2J \u202eb\ttab é"
     change(bundle, lambda m: m["target"]["versions"].update({"\x1b[31m": "\x9b2J\nx"}))
     for arguments in (["inspect", bundle], ["inspect", bundle, "--json"]):
         outcome = vtexport(*arguments)

@@ -28,7 +28,7 @@ from vtexport.bundle.manifest import MANIFEST
 from vtexport.bundle.writing import check_destination, write_folder
 from vtexport.cli import main as cli
 from vtexport.errors import InputError, StorageError, VtexportError
-from vtexport.stopping import Stopped, Stopping, undisturbed
+from vtexport.stopping import SIGNALS, Stopped, Stopping, undisturbed
 from vtexport.writing import Output, check_apart, check_file, write_all, write_whole
 
 LONG = "a" * 300
@@ -418,7 +418,7 @@ def test_outputs_are_checked_before_the_work(vtexport, micro_bundle: Path, photo
         ([*calibrate, "folder"], "folder is a folder; give another -o"),
         ([*calibrate, "x.png", "--plot", "x.png"], "-o and --plot both name x.png"),
         (["eval", micro_bundle, "--output", LONG], "File name too long"),
-        (["inspect", LONG], "File name too long"),
+        (["inspect", LONG], "is not a folder; give a bundle"),
         (["build", "--model", "~nobody-of-this-name/x", "--keep", "0.5", "--out", "out"], "unknown model"),
     ):
         check_refused(vtexport(*command), message, tmp_path, ["folder"])
@@ -427,7 +427,17 @@ def test_outputs_are_checked_before_the_work(vtexport, micro_bundle: Path, photo
 # Signals
 
 
-def test_signals_are_exceptions_and_wait_where_they_must() -> None:
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """No signal is ignored, as a shell has it for what it runs in the background, and nohup for SIGHUP."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_are_exceptions_and_wait_where_they_must(heard: None) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Stopping() as stopping:
         with pytest.raises(Stopped) as stopped:
@@ -452,7 +462,13 @@ def test_signals_are_exceptions_and_wait_where_they_must() -> None:
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["INT", "TERM", "HUP"]
 )
 def test_a_stopped_command_says_what_became_of_its_result(
-    vtexport, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    vtexport,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    heard: None,
+    number: int,
+    code: int,
 ) -> None:
     arguments = ["build", "--model", tiny_checkpoint, "--keep", "0.5", "--method", "fastervlm", "--out", "out"]
     monkeypatch.setattr("vtexport.builder.assemble.make_engines", lambda *_: signal.raise_signal(number))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -46,7 +47,8 @@ def altered(folder: Path, **changes: Any) -> Bundle:
     files = list(manifest.files)
     for graph in changes.get("graphs", {}).values():
         (folder / graph).write_bytes(b"plan")
-        files.append(msgspec.structs.replace(files[0], path=graph, bytes=4))
+        digest = hashlib.sha256(b"plan").hexdigest()
+        files.append(msgspec.structs.replace(files[0], path=graph, bytes=4, sha256=digest))
     target = msgspec.structs.replace(manifest.target, **changes)
     (folder / MANIFEST).write_bytes(encode(msgspec.structs.replace(manifest, target=target, files=files)))
     return Bundle.open(folder)
@@ -221,7 +223,7 @@ def test_what_cannot_be_deployed_is_refused_before_anything_is_written(
     refused("'--to'", bundle_copy, "out")
     refused("'--to'", bundle_copy, "--to", "somewhere", "out")
     for name in ("tensorrt-rtx", "tensorrt-llm"):
-        altered(bundle_copy, name=name)
+        altered(bundle_copy, name=name, options={})
         refused(f"was built for {name}", bundle_copy, "--to", "triton", "out")
     (tmp_path / "copy" / "engine" / "vision.onnx").unlink()
     refused("vision.onnx is missing; build the bundle again", bundle_copy, "--to", "triton", "out")

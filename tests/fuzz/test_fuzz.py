@@ -28,10 +28,10 @@ def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
         yield found
 
 
-def test_valid_files_are_accepted(prepared: Prepared) -> None:
+def test_valid_files_are_used(prepared: Prepared) -> None:
+    """Some seeds are of a kind that is refused, so that what lies near it is tried too."""
     target, seeds, place = prepared
-    for data in seeds:
-        assert driver.attempt(target, data, place)
+    assert any([driver.attempt(target, data, place, SECONDS) for data in seeds])
     assert list(place.iterdir()) == []
 
 
@@ -62,8 +62,6 @@ class Stub:
     def one(data: bytes, _place: Path) -> None:
         if data[:1] == b"r":
             raise InputError("refused; give another")
-        if data[:1] == b"l":
-            raise InputError("two\nlines")
         if data[:1] == b"b":
             raise KeyError("broken")
         if data[:1] == b"s":
@@ -72,8 +70,8 @@ class Stub:
 
 @pytest.mark.parametrize(
     ("data", "error"),
-    [(b"l", "several lines"), (b"b", "broken"), (b"s", "more than 0.1 s")],
-    ids=["line", "bug", "slow"],
+    [(b"b", "broken"), (b"s", "more than 0.1 s")],
+    ids=["bug", "slow"],
 )
 def test_bugs_come_out_of_an_attempt(data: bytes, error: str, tmp_path: Path) -> None:
     with pytest.raises(BaseException, match=error):

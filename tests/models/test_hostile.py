@@ -260,7 +260,7 @@ def test_tokens_are_the_models(model: Path) -> None:
     small = replace(spec, decoder=replace(spec.decoder, vocab_size=10))
     with pytest.raises(ModelError, match=r"the tokenizer gives token \d+, and the model has 10"):
         Prompter(model, small).prompt("what is it?")
-    with pytest.raises(InputError, match="half of a surrogate pair"):
+    with pytest.raises(InputError, match="half of a character in it"):
         Prompter(model, spec).prompt("what \ud800?")
 
 

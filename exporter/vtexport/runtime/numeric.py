@@ -59,7 +59,8 @@ def _fault(plan: PruningPlan, prefilled: PrefillOutput, row: int, result: Result
     for stage in plan.stages:
         score, kept = result.debug.get(f"score.{stage.where}"), result.kept.get(stage.where)
         place = "the vision stage" if stage.where == VISION else f"the pruning stage at {stage.where}"
-        if score is not None and not np.isfinite(score).all():
+        # A place without a token, as the padding of tiles, scores minus infinity.
+        if score is not None and not (score < np.inf).all():
             return f"the scores of {place} are {_NONE}"
         # Tokens that repeat, run backwards or are not there: a kernel or a driver is broken.
         if kept is not None and len(kept) and not ((np.diff(kept) > 0).all() and kept[-1] < stage.tokens_in):

@@ -44,8 +44,7 @@ class Runner:
             bundle: the bundle.
             threads: threads of the runtime; 0 leaves the number to it.
             ranking_from: the bundle that ranks visual tokens, for a method such as sgl.
-            vision_cache: bytes of the vision stage's outputs to keep of recent images, so that another question about
-                one skips the vision tower; 0 for none.
+            vision_cache: bytes to keep of the vision stage's outputs of recent images, for another question; 0 for none.
 
         Raises:
             TargetError: the target cannot run here.
@@ -87,7 +86,7 @@ class Runner:
 
         Args:
             folder: a bundle.
-            threads: threads of the runtime; 0 leaves the number to it.
+            threads: see `__init__`.
             ranking_from: a bundle that ranks visual tokens, for a method such as sgl.
             vision_cache: bytes of the vision stage's outputs to keep of recent images; 0 for none.
 
@@ -254,8 +253,7 @@ class Runner:
 
         With several plans, the vision graph runs once, and rows with the same plan go on as one batch.
 
-        Returns:
-            results in the order of `requests`, and the timings of the batch that each was in.
+        Results are in the order of `requests`, each with the timings of the batch that it was in.
         """
         admit(self.engine, requests, decoding)
         start = time.perf_counter()
