@@ -81,8 +81,8 @@ class StorageError(VtexportError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the name of its type if the message is empty."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of an exception's message that is not blank, or the name of its type if there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 #: what a terminal acts upon or shows out of order: control characters (C0, DEL and C1), marks that force the

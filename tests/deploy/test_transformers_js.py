@@ -16,7 +16,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tests.checkpoints import MICRO, family_checkpoint
 from tests.conftest import BuildBundle, Outcome, check_refused, noise_images

@@ -201,7 +201,8 @@ def test_the_template_writes_a_string_and_parts_alike(template: str, question: s
 
 
 def test_a_checkpoint_of_transformers_5_gets_the_older_form(tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     command = [sys.executable, ROOT / "benchmarks" / "tensorrt_llm_client.py", "older", MICRO, tmp_path / "old"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -105,7 +105,8 @@ def open_image_processor(folder: Path) -> Any:
     Raises:
         ModelError: as `open_tokenizer`.
     """
-    from transformers import AutoImageProcessor
+    # The package itself of some releases (5.10) gives it only where torchvision is, though Pillow is all that it needs.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     check_files(folder)
     return _opened(AutoImageProcessor, folder, "image processor", "get preprocessor_config.json of the checkpoint")
