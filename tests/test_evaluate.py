@@ -271,7 +271,7 @@ def test_every_line_is_checked_before_the_engine_is_opened(
         ("line 2: no such image", {**RIGHT, "image": "nowhere.png"}),
         ("line 2: 'text.png' is not a readable image", {**RIGHT, "image": "text.png"}),
         ("no such image", {**RIGHT, "image": "a\0b.png"}),
-        ("is not a readable image", {**RIGHT, "image": 5000 * "a"}),
+        ("no such image", {**RIGHT, "image": 5000 * "a"}),
         ("line 2: the id 1 is taken by", {**RIGHT, "id": 1}),
     ):
         refused(message, RIGHT, wrong)

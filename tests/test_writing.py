@@ -509,7 +509,7 @@ def test_stdout_that_takes_no_more_is_one_line() -> None:
             [sys.executable, "-m", "vtexport", "list", "--json"], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: stdout: No space left on device; ")
+    assert done.stderr.startswith("error: standard output: No space left on device; ")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -31,7 +31,8 @@ def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
 def test_valid_files_are_used(prepared: Prepared) -> None:
     """Some seeds are of a kind that is refused, so that what lies near it is tried too."""
     target, seeds, place = prepared
-    assert any([driver.attempt(target, data, place, SECONDS) for data in seeds])
+    accepted = [driver.attempt(target, data, place, SECONDS) for data in seeds]
+    assert any(accepted)
     assert list(place.iterdir()) == []
 
 

@@ -315,7 +315,7 @@ def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
 def test_a_damaged_graph_is_one_line(bundle: Path, tmp_path: Path) -> None:
     import shutil
 
-    from vtexport.errors import TargetError
+    from vtexport.errors import BundleError
 
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)
@@ -323,7 +323,7 @@ def test_a_damaged_graph_is_one_line(bundle: Path, tmp_path: Path) -> None:
     # Damaged before the bundle is opened, it is found by its hash.
     engine = Runner.open(copy).engine
     graph.write_bytes(b"\xff" * graph.stat().st_size)
-    with pytest.raises(TargetError, match=r"OpenVINO cannot load .*; build the bundle again"):
+    with pytest.raises(BundleError, match=r"language.onnx cannot be read .*; build the bundle again"):
         engine.load()
 
 
