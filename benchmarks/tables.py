@@ -522,7 +522,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "latency-ratios": latency_ratios,
     "latency-gains": latency_gains,
     "serving": serving,
-    "soak": soak,
     "aiperf": aiperf,
     "builds": builds,
     "install": install,
