@@ -430,11 +430,23 @@ def test_outputs_are_checked_before_the_work(vtexport, micro_bundle: Path, photo
 @pytest.fixture
 def heard() -> Iterator[None]:
     """No signal is ignored, as a shell has it for what it runs in the background, and nohup for SIGHUP."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("a signal can end a worker of xdist; test_signals_in_a_process_of_their_own runs this test")
     before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="they run in this process already")
+def test_signals_in_a_process_of_their_own() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", __file__]
+    chosen = "signals_are or a_stopped_command_says or is_not_denied"
+    done = subprocess.run([*command, "-k", chosen], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert "5 passed" in done.stdout
 
 
 def test_signals_are_exceptions_and_wait_where_they_must(heard: None) -> None:
@@ -480,7 +492,9 @@ def test_a_stopped_command_says_what_became_of_its_result(
     assert vtexport("inspect", "out").err == "stopped\n"
 
 
-def test_a_result_that_is_in_place_is_not_denied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd) -> None:
+def test_a_result_that_is_in_place_is_not_denied(
+    monkeypatch: pytest.MonkeyPatch, heard: None, tmp_path: Path, capfd
+) -> None:
     def command(**_: object) -> None:
         out = tmp_path / "bundle"
         check_destination(out, force=False)
