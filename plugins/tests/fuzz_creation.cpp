@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "shapes.h"
 #include "tensorrt/ops.h"
 
 extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& number);
@@ -21,8 +22,10 @@ extern "C" void setLoggerFinder(nvinfer1::ILoggerFinder* finder);
 namespace {
 
 using namespace nvinfer1;
+using vtexport::trt::Builder;
 using vtexport::trt::kOps;
 using vtexport::trt::Kind;
+using vtexport::trt::Number;
 using vtexport::trt::Op;
 
 void expect(bool holds, const char* what) {
@@ -137,29 +140,6 @@ std::vector<PluginTensorDesc> tensors(Source& from, const Op& op) {
   }
   return made;
 }
-
-class Number : public IDimensionExpr, apiv::VDimensionExpr {
- public:
-  explicit Number(int64_t value) : value_(value) { mImpl = this; }
-  bool isConstant() const noexcept override { return true; }
-  int64_t getConstantValue() const noexcept override { return value_; }
-  bool isSizeTensor() const noexcept override { return false; }
-
- private:
-  int64_t value_;
-};
-
-class Builder : public IExprBuilder, apiv::VExprBuilder {
- public:
-  Builder() { mImpl = this; }
-  const IDimensionExpr* constant(int64_t) noexcept override { return nullptr; }
-  const IDimensionExpr* operation(DimensionOperation, const IDimensionExpr&, const IDimensionExpr&) noexcept override {
-    return nullptr;
-  }
-  const IDimensionExpr* declareSizeTensor(int32_t, const IDimensionExpr&, const IDimensionExpr&) noexcept override {
-    return nullptr;
-  }
-};
 
 // The bytes of a tensor; -1 if there are more than a quick run can have, or no such tensor.
 int64_t size_of(DataType type, const Dims& dims) {

@@ -27,47 +27,20 @@
 
 #include "cpu/kernels.h"
 #include "cpu/number.h"
+#include "shapes.h"
 #include "tensorrt/ops.h"
 
 namespace {
 
 using namespace nvinfer1;
+using vtexport::trt::Builder;
+using vtexport::trt::Number;
 
 void expect(bool holds, const std::string& what) {
   if (holds) return;
   std::fprintf(stderr, "failed: %s\n", what.c_str());
   std::exit(1);
 }
-
-// A shape expression that is a number, as TensorRT gives where every extent is known.
-class Number : public IDimensionExpr, apiv::VDimensionExpr {
- public:
-  explicit Number(int64_t value) : value_(value) { mImpl = this; }
-  bool isConstant() const noexcept override { return true; }
-  int64_t getConstantValue() const noexcept override { return value_; }
-  bool isSizeTensor() const noexcept override { return false; }
-
- private:
-  int64_t value_;
-};
-
-class Builder : public IExprBuilder, apiv::VExprBuilder {
- public:
-  Builder() { mImpl = this; }
-  const IDimensionExpr* constant(int64_t value) noexcept override {
-    made_.push_back(std::make_unique<Number>(value));
-    return made_.back().get();
-  }
-  const IDimensionExpr* operation(DimensionOperation, const IDimensionExpr&, const IDimensionExpr&) noexcept override {
-    return nullptr;
-  }
-  const IDimensionExpr* declareSizeTensor(int32_t, const IDimensionExpr&, const IDimensionExpr&) noexcept override {
-    return nullptr;
-  }
-
- private:
-  std::vector<std::unique_ptr<Number>> made_;
-};
 
 struct Logger : ILogger {
   int lines = 0;
