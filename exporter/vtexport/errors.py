@@ -85,6 +85,11 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def cut(text: str) -> str:
+    """`text`, short enough to be quoted in a line."""
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
 #: what a terminal acts upon or shows out of order: control characters (C0, DEL and C1), marks that force the
 #: direction of text, separators of lines and paragraphs, and halves of surrogate pairs, which have no encoding
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

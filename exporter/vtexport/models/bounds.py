@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vtexport.errors import ModelError
+from vtexport.errors import ModelError, cut
 
 if TYPE_CHECKING:
     from vtexport.models.spec import ClipSpec, ModelSpec
@@ -158,8 +158,7 @@ def check_ends(path: Path, ids: tuple[Any, ...], vocabulary: int) -> None:
 def shown(value: object) -> str:
     """`value`, which may be anything, short enough for a line."""
     if isinstance(value, str | int | float | bool | None):
-        text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a huge number"
-        return text if len(text) <= 60 else text[:57] + "..."
+        return cut(repr(value)) if not isinstance(value, int) or abs(value) < 10**20 else "a huge number"
     return f"of type {type(value).__name__}"
 
 

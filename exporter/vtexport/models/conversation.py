@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vtexport.errors import InputError, first_line
+from vtexport.models.bounds import shown
 from vtexport.reading import TEXT_BYTES, Unreadable, parse_json, read_bytes
 
 #: a question, or the messages of a conversation that ends with one
@@ -53,7 +54,7 @@ def turns(question: Question, mark: str, part: str, images: int) -> Messages:
         found = sum(one["text"].count(mark) if one["type"] == "text" else 1 for one in parts)
         if found and role != "user":
             raise InputError(f"{name} is of role {role} but has {part} parts or marks; move them to one of the user")
-        _check_whole(parts, name)
+        check_whole(_text(parts), name)
         if not _text(parts).replace(mark, "").strip():
             remedy = "ask something about the image" if single else "give its text, or leave it out"
             raise InputError(f"{name} is empty; {remedy}")
@@ -145,18 +146,12 @@ def _stdin() -> bytes:
     return data
 
 
-def _check_whole(parts: Sequence[Mapping[str, Any]], name: str) -> None:
+def check_whole(text: str, name: str) -> None:
     """Refuse text that is not Unicode, as JSON and file names can hold it: halves of characters (lone surrogates)."""
     try:
-        _text(parts).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{name} has half of a character in it (a lone surrogate); give whole characters") from error
-
-
-def _short(value: object) -> str:
-    """`value` for an error line."""
-    shown = repr(value) if isinstance(value, str | int | float | bool | None) else f"of type {type(value).__name__}"
-    return shown if len(shown) <= 60 else f"{shown[:60]}…"
 
 
 def _listed(question: Any) -> Sequence[Any]:
@@ -176,7 +171,7 @@ def _role(message: Any, name: str) -> str:
     if not isinstance(message, Mapping):
         raise InputError(f"{name} is of type {type(message).__name__}, not an object with role and content; {_REMEDY}")
     if message.get("role") not in ("system", "user", "assistant"):
-        raise InputError(f"{name} has role {_short(message.get('role'))}; give system, user or assistant")
+        raise InputError(f"{name} has role {shown(message.get('role'))}; give system, user or assistant")
     return str(message["role"])
 
 
@@ -195,9 +190,9 @@ def _parts(message: Mapping[str, Any], part: str, name: str) -> list[dict[str, A
         elif kind in (part, f"{part}_url"):
             parts.append({"type": part})
         else:
-            shown = 'of type text has no "text"' if kind == "text" else f"has type {_short(kind)}"
+            wrong = 'of type text has no "text"' if kind == "text" else f"has type {shown(kind)}"
             raise InputError(
-                f'part {number} of {name} {shown}; give {{"type": "text", "text": …}}, or {{"type": "{part}"}} where the '
+                f'part {number} of {name} {wrong}; give {{"type": "text", "text": …}}, or {{"type": "{part}"}} where the '
                 f"{part} stands"
             )
     return parts

@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from vtexport.errors import InputError, ModelError, first_line
+from vtexport.errors import ModelError, first_line
+from vtexport.models.conversation import check_whole
 from vtexport.reading import TEXT_BYTES, Unreadable, read_json
 
 #: files of settings that transformers reads, all of them JSON objects
@@ -134,12 +135,7 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
         InputError: the text is no valid Unicode.
         ModelError: the tokenizer fails.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"character {error.start} of the prompt is half of a surrogate pair, not a character; give valid Unicode"
-        ) from error
+    check_whole(text, "the prompt")
     try:
         ids: list[int] = list(calm(lambda: tokenizer(text)["input_ids"]))
     except Exception as error:  # whatever its files lead to

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vtexport.errors import InputError
+from vtexport.errors import InputError, cut
 from vtexport.models.conversation import Messages
 
 #: values that change nothing, by the names of parameters that are refused with any other
@@ -145,8 +145,7 @@ def image_urls(messages: Messages) -> list[str]:
 
 def shown(value: object) -> str:
     """A value of a request for an error line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    return cut(repr(value))
 
 
 class Replies:
