@@ -146,17 +146,14 @@ def _open(options: BuildOptions, *, config_only: bool) -> _Model:
     _check_views(options, spec)
     _check_length(options, spec)
     checkpoint = None if config_only and not has_weights(folder) else Checkpoint.open(folder)
-    companion = options.methods.vision.companion
-    if not companion:
-        if checkpoint is not None:
-            check_weights(checkpoint, spec)
-        return _Model(folder, spec, checkpoint, None)
-    clip = resolve_model(companion)
-    spec = replace(spec, clip=read_clip(clip, spec.vision))
-    joined = None if checkpoint is None else checkpoint.joined("clip.", Checkpoint.open(clip))
-    if joined is not None:
-        check_weights(joined, spec)
-    return _Model(folder, spec, joined, clip)
+    companion, clip = options.methods.vision.companion, None
+    if companion:
+        clip = resolve_model(companion)
+        spec = replace(spec, clip=read_clip(clip, spec.vision))
+        checkpoint = None if checkpoint is None else checkpoint.joined("clip.", Checkpoint.open(clip))
+    if checkpoint is not None:
+        check_weights(checkpoint, spec)
+    return _Model(folder, spec, checkpoint, clip)
 
 
 def _engine_spec(options: BuildOptions, model: _Model) -> EngineSpec:

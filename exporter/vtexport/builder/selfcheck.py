@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,39 +45,33 @@ def check_engines(
     Raises:
         VerificationError: an engine differs from the reference.
     """
+    with _explained(engines.dtype):
+        if not checks_in_full(source.spec, engines.dtype, target):
+            progress.stage("check the structure of every graph")
+            check_structure(folder)
+            return _check_small(source, engines, target, progress)
+        progress.stage("verify against transformers", SAMPLES * len(engines.plans))
+        engine, ran = _verifiable(target, compiled, engines.plans, folder)
+        scheme, batch = target.scheme(), min(SAMPLES, target.largest_batch or SAMPLES)
+        model = Checked(source.folder, folder / PROCESSOR_FOLDER, source.spec, source.clip, scheme)
+        compared = partial(compare_engine, model=model, plans=engines.plans, dtype=engines.dtype, batch=batch)
+        found = compared(engine, ran, advance=progress.advance, vision_only=target.vision_only, selects=target.selects)
+        if scheme is None or not scheme.rounds_activations:
+            return found
+        progress.stage("verify with activations in 8 bits", SAMPLES * len(engines.plans))
+        rounding = target.open(folder, compiled, engines.plans, 0)
+        rounded = compared(rounding, ran, advance=progress.advance, rounded=True)
+        return msgspec.structs.replace(found, rounded_logit_error=rounded.max_logit_error)
+
+
+@contextmanager
+def _explained(dtype: str) -> Iterator[None]:
+    """Say of numbers that are none what they come from: the weights are numbers, so it is their products that do not fit."""
     try:
-        return _checked(source, engines, target, compiled, folder, progress)
+        yield
     except NumericError as error:
-        # The weights are numbers, so it is their products that do not fit.
-        remedy = "please report this model" if engines.dtype == "fp32" else "build with --dtype fp32"
-        raise VerificationError(f"in {engines.dtype}, {error.fault}; {remedy}") from error
-
-
-def _checked(
-    source: Source,
-    engines: EngineSpec,
-    target: Target,
-    compiled: Compiled,
-    folder: Path,
-    progress: Progress,
-) -> VerificationEntry:
-    """As `check_engines`, which says what numbers that are none come from."""
-    if not checks_in_full(source.spec, engines.dtype, target):
-        progress.stage("check the structure of every graph")
-        check_structure(folder)
-        return _check_small(source, engines, target, progress)
-    progress.stage("verify against transformers", SAMPLES * len(engines.plans))
-    engine, ran = _verifiable(target, compiled, engines.plans, folder)
-    scheme, batch = target.scheme(), min(SAMPLES, target.largest_batch or SAMPLES)
-    model = Checked(source.folder, folder / PROCESSOR_FOLDER, source.spec, source.clip, scheme)
-    compared = partial(compare_engine, model=model, plans=engines.plans, dtype=engines.dtype, batch=batch)
-    found = compared(engine, ran, advance=progress.advance, vision_only=target.vision_only, selects=target.selects)
-    if scheme is None or not scheme.rounds_activations:
-        return found
-    progress.stage("verify with activations in 8 bits", SAMPLES * len(engines.plans))
-    rounding = target.open(folder, compiled, engines.plans, 0)
-    rounded = compared(rounding, ran, advance=progress.advance, rounded=True)
-    return msgspec.structs.replace(found, rounded_logit_error=rounded.max_logit_error)
+        remedy = "please report this model" if dtype == "fp32" else "build with --dtype fp32"
+        raise VerificationError(f"in {dtype}, {error.fault}; {remedy}") from error
 
 
 def _check_small(source: Source, engines: EngineSpec, target: Target, progress: Progress) -> VerificationEntry:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from vtexport.bundle.manifest import MANIFEST, FileEntry
@@ -44,14 +44,18 @@ def check_inside(folder: Path, files: Sequence[FileEntry]) -> None:
                 f"{folder / entry.path} has {sizes[entry.path]} bytes, the manifest says {entry.bytes}; build the "
                 "bundle again"
             )
-    for name in unlisted(folder, files):
+    for name in _besides(sizes, files):
         if PurePosixPath(name).parts[0] in CLOSED:
             raise BundleError(f"{folder / name} is not one of the files of this bundle; remove it")
 
 
 def unlisted(folder: Path, files: Sequence[FileEntry]) -> list[str]:
     """The files below `folder` that are neither in `files` nor the manifest, sorted."""
-    return sorted(set(_found(folder)[0]) - {entry.path for entry in files} - {MANIFEST})
+    return _besides(_found(folder)[0], files)
+
+
+def _besides(found: Iterable[str], files: Sequence[FileEntry]) -> list[str]:
+    return sorted(set(found) - {entry.path for entry in files} - {MANIFEST})
 
 
 def _found(folder: Path) -> tuple[dict[str, int], list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,13 +86,14 @@ def _outputs(
     report: Report, layers: int | None, json_file: Path | None, plot_file: Path | None, html_file: Path | None
 ) -> list[Output]:
     """The files that were asked for."""
+    from vtexport.figures import to_json
     from vtexport.measure.pages.profile import profile_page
     from vtexport.measure.plots import profile_plot
     from vtexport.writing import Output
 
     outputs = []
     if json_file is not None:
-        outputs.append(Output(json_file, json.dumps(report.to_json(), indent=2) + "\n", "--json"))
+        outputs.append(Output(json_file, to_json(report.to_json(), indent=2) + "\n", "--json"))
     if plot_file is not None:
         outputs.append(Output(plot_file, profile_plot(report, plot_file), "--plot"))
     if html_file is not None:

@@ -27,7 +27,10 @@ class Anyres(Family):
 
     def tiles(self, path: Path, parsed: Any, vision: VisionSpec, choice: ViewChoice, images: int) -> Size | None:
         """Rows and columns of the tiles of each image, in a prompt of `images` images; None for the base view alone."""
-        known = [_tiles(resolution, vision.image_size) for resolution in _pinpoints(path, parsed, vision)]
+        known = [
+            _tiles(resolution, vision.image_size)
+            for resolution in _pinpoints(path, parsed.image_grid_pinpoints, vision)
+        ]
         names = ", ".join(f"{rows}x{columns}" for rows, columns in known)
         if choice.grid is None:
             raise InputError(
@@ -52,9 +55,9 @@ class Anyres(Family):
         return processed(processor, list(pictures))
 
 
-def _pinpoints(path: Path, parsed: Any, vision: VisionSpec) -> list[Size]:
-    """The resolutions that the model lists, in rows and columns of pixels, each of whole tiles."""
-    found, most = parsed.image_grid_pinpoints, TILES * vision.image_size
+def _pinpoints(path: Path, found: Any, vision: VisionSpec) -> list[Size]:
+    """The resolutions that the model lists, `found` in its config, in rows and columns of pixels, each of whole tiles."""
+    most = TILES * vision.image_size
     if not isinstance(found, list | tuple) or not 0 < len(found) <= PINPOINTS:
         raise ModelError(f"{path}: image_grid_pinpoints must list 1 to {PINPOINTS} resolutions; check the file")
     for point in found:
@@ -77,8 +80,11 @@ def _check_grid(spec: ModelSpec, size: Size) -> None:
 
     if spec.views.tiles is None:
         return
-    path = Path("config.json")
-    best = select_best_resolution(size, _pinpoints(path, parse_config(path, spec.config), spec.vision))
+    path, found = Path("config.json"), spec.config.get("image_grid_pinpoints")
+    if found is None:
+        # transformers' default; its configuration class takes milliseconds, and this runs for every image.
+        found = parse_config(path, spec.config).image_grid_pinpoints
+    best = select_best_resolution(size, _pinpoints(path, found, spec.vision))
     rows, columns = _tiles(best, spec.vision.image_size)
     if (rows, columns) != spec.views.tiles:
         built = "x".join(map(str, spec.views.tiles))

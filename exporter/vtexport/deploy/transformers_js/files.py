@@ -13,6 +13,7 @@ from vtexport.models.prompt import chat_template
 from vtexport.models.spec import ModelSpec
 from vtexport.models.trust import open_tokenizer
 from vtexport.pruning import PruningPlan
+from vtexport.reading import read_json
 
 #: the version that the layout was tested with
 VERSION = "4.3.1"
@@ -111,7 +112,7 @@ def _image_token(folder: Path, token_id: int) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found: dict[str, Any] = read_json(path, kind=dict[str, Any]) if path.is_file() else {}
     return found
 
 
