@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from tests.pruning.test_ops import SCALES, beyond_fp16
 from vtexport.native import kernels as native
 from vtexport.pruning import ops, plain
 
@@ -60,6 +62,13 @@ def test_kernels_say_what_pytorch_says_and_repeat_it(name: str, shape: tuple[int
             assert torch.equal(one, other)
         else:
             torch.testing.assert_close(one, other, rtol=RELATIVE[one.dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_products_beyond_the_range_of_fp16_make_the_right_scores(scale: float) -> None:
+    case, expected = beyond_fp16(scale)
+    found = ops.token_score(*(tensor.cuda() for tensor in case.tensors()), case.count, scale)
+    np.testing.assert_allclose(found.cpu(), expected, rtol=1e-2, atol=1e-7)
 
 
 def test_kernels_run_on_the_current_stream_and_in_a_cuda_graph() -> None:

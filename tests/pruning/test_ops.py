@@ -156,6 +156,35 @@ def test_score_heads_divides_and_averages_the_heads_that_look_most(case: Scoring
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+#: one key beats all others, or none does
+SCALES = (2e-5, 0.125)
+
+
+def beyond_fp16(scale: float) -> tuple[Scoring, np.ndarray]:
+    """fp16 numbers whose products reach 10^6, where fp16 ends at 65,504; and the scores [B, V], in double."""
+    rng = np.random.default_rng(3)
+    query, key = (rng.normal(0, 120, (2, heads, rows, 64)).astype(np.float16) for heads, rows in ((4, 6), (2, 40)))
+    products = np.repeat(key, 2, axis=1).astype(np.float64) @ query.swapaxes(2, 3)
+    assert (np.abs(products) > np.finfo(np.float16).max).any()
+    weights = np.exp(scale * (products - products.max(axis=2, keepdims=True)))
+    score = (weights / weights.sum(axis=2, keepdims=True)).mean(axis=(1, 3))[:, 3:35]
+    feeds = {"query": query, "key": key, "places": np.full((2, 6), 39), "start": np.array([3, 3])}
+    return Scoring(feeds, score.shape[1]), score
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_products_beyond_the_range_of_fp16_keep_the_right_tokens(scale: float) -> None:
+    case, expected = beyond_fp16(scale)
+    eager = ops.token_score(*case.tensors(), case.count, scale)
+    (body,) = run_function("TokenScore", {**case.feeds, "count": slots(case.count)}, 1, scale=scale)
+    twin = native.token_score(*case.tensors(), case.count, scale)
+    hidden = torch.zeros(*expected.shape, 1)
+    _, kept, _ = ops.token_select(hidden, torch.from_numpy(expected.astype(np.float32)), 8)
+    for found in (eager, torch.from_numpy(body), twin):
+        np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-7)
+        assert torch.equal(ops.token_select(hidden, found, 8)[1], kept)
+
+
 def rank_of(score: torch.Tensor) -> torch.Tensor:
     """The ranks of score [B, V], [B, V] int32."""
     return ops.token_select(score[..., None], score, 1)[2]
