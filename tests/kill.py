@@ -65,12 +65,12 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
 
 
-def commands(place: Path, keep: tuple[str, str] = ("0.4", "0.8")) -> dict[str, Command]:
-    """The commands that write, on a small random model that is made in `place`."""
+def commands(place: Path, model: str | None, keep: tuple[str, str] = ("0.4", "0.8")) -> dict[str, Command]:
+    """The commands that write, on `model` or a small random one that is made in `place`."""
     from tests.checkpoints import random_checkpoint
     from vtexport.micro.pairs import write_pairs
 
-    model = str(random_checkpoint(place / "model", seed=0))
+    model = model or str(random_checkpoint(place / "model", seed=0))
     pairs = place / "pairs"
     pairs.mkdir()
     data = str(write_pairs(pairs, 2))
@@ -246,12 +246,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signals", default=",".join(SIGNALS))
     parser.add_argument("--commands", default="build,force,calibrate,deploy")
+    parser.add_argument("--model", help="as for `vtexport build`; by default a small random one")
     given = parser.parse_args()
     warm_up()
     began, results = time.monotonic(), {}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        every = commands(place)
+        every = commands(place, given.model)
         for number, (command, name) in enumerate(
             (command, name) for command in given.commands.split(",") for name in given.signals.split(",")
         ):
@@ -263,7 +264,13 @@ def main() -> None:
             results[f"{command} {name}"] = {**vars(tally), "moments": given.moments}
             print(command, name, results[f"{command} {name}"], file=sys.stderr, flush=True)  # noqa: T201
     wrong = sum(len(tally["wrong"]) for tally in results.values())
-    summary = {"seed": given.seed, "wrong": wrong, "seconds": round(time.monotonic() - began), "results": results}
+    summary = {
+        "seed": given.seed,
+        "model": given.model,
+        "wrong": wrong,
+        "seconds": round(time.monotonic() - began),
+        "results": results,
+    }
     print(json.dumps(summary))  # noqa: T201
     sys.exit(1 if wrong else 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import resource
 import signal
@@ -33,6 +34,10 @@ class TooSlow(BaseException):
 
 class TooLarge(Exception):
     """An execution took too much memory."""
+
+
+class Printed(Exception):
+    """An execution wrote to standard output, where a command's own result belongs."""
 
 
 @dataclass
@@ -93,7 +98,7 @@ def attempt(target: Target, data: bytes, place: Path, seconds: float = SLOW_SECO
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     accepted = True
-    with _time_limit(seconds):
+    with _silent(), _time_limit(seconds):
         try:
             target.one(data, place)
         except VtexportError as error:
@@ -104,6 +109,22 @@ def attempt(target: Target, data: bytes, place: Path, seconds: float = SLOW_SECO
     if grown > GROWTH_BYTES:
         raise TooLarge(f"{grown >> 20} MiB for {len(data)} bytes")
     return accepted
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Catch what compiled code prints, beside Python's `sys.stdout`, as well."""
+    with tempfile.TemporaryFile() as heard:
+        out = os.dup(1)
+        os.dup2(heard.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(out, 1)
+            os.close(out)
+        heard.seek(0)
+        if said := heard.read(200):
+            raise Printed(repr(said))
 
 
 @contextlib.contextmanager

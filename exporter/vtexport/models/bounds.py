@@ -81,6 +81,8 @@ _SPEC: Mapping[str, Bound] = {
 }
 #: settings of config.json that are objects
 _SECTIONS = ("text_config", "vision_config", "rope_parameters", "rope_scaling")
+#: settings of image processors that are sizes in pixels
+_SIZES = ("size", "crop_size", "pad_size")
 #: activations that the graphs have (`vtexport.graph.tracing.layers`), as transformers calls them
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish")
 #: resolutions that a model of any resolution may list, and tiles in a row or column of one
@@ -142,6 +144,34 @@ def check_clip(path: Path, spec: ClipSpec) -> None:
     _check(path, spec.hidden_size % spec.num_heads == 0, "hidden_size is not a multiple of num_attention_heads")
     if spec.eos_token_id is not None:
         check_ends(path, (spec.eos_token_id,), spec.vocab_size)
+
+
+def check_processor(folder: Path, settings: Mapping[str, Any], image_size: int) -> None:
+    """Check the sizes that an image processor scales, crops and pads to, before it sees an image.
+
+    Args:
+        folder: where its files are.
+        settings: the processor's settings, as its `to_dict` gives them.
+        image_size: pixels per side of what the vision tower takes.
+
+    Raises:
+        ModelError: it makes much larger images than the tower takes.
+    """
+    # CLIP's own scales to a little more than it crops to.
+    side, tiled = Bound(1, 2 * image_size), Bound(1, TILES * image_size)
+    for name in _SIZES:
+        for key, value in (settings.get(name) or {}).items():
+            if value is not None and not side.holds(value):
+                raise ModelError(
+                    f"{folder}: the image processor's {name} has {key} {shown(value)}, which must be {side} where the "
+                    f"vision tower takes {image_size}; check processor_config.json or preprocessor_config.json"
+                )
+    points = settings.get("image_grid_pinpoints") or []
+    _check(
+        folder, len(points) <= PINPOINTS, f"the image processor lists {len(points)} resolutions, more than {PINPOINTS}"
+    )
+    for extent in (extent for point in points for extent in point):
+        _check(folder, tiled.holds(extent), f"the image processor's resolution {shown(extent)} must be {tiled}")
 
 
 def check_ends(path: Path, ids: tuple[Any, ...], vocabulary: int) -> None:

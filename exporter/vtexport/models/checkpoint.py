@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os.path
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -151,7 +152,8 @@ def _shards(folder: Path) -> list[Path]:
         hint = f" (pickled weights such as {binaries[0].name} are not read)" if binaries else ""
         raise ModelError(f"{folder} has no model.safetensors{hint}; get the checkpoint in safetensors form")
     for path in paths:
-        if not path.exists():
+        # A name may be longer than file systems take, too.
+        if not os.path.exists(path):
             raise ModelError(f"{shown(str(path))} is missing although {index.name} names it; finish the download")
         if not path.is_file():
             raise ModelError(f"{path} is not a regular file{_AGAIN}")

@@ -22,6 +22,8 @@ MOST_PIXELS = 178_000_000
 MOST_ASPECT = 200
 #: pixels up to which an image goes to the processor as it is; it makes several copies of them
 WHOLE_PIXELS = 1 << 26
+#: pixels of a frame of an animation, of which Pillow holds several copies; twice as many as those of a 4K video
+FRAME_PIXELS = 1 << 24
 # Decoding is the work that such files can ask for without end: frames in which each rests on the ones before, and scans
 # of a progressive JPEG, each of which passes over the whole image. Both times pixels.
 _DECODED_PIXELS = 10_000_000_000
@@ -100,14 +102,14 @@ def open_video(path: Path, frames: int) -> list[Any]:
         f"{path}: not a readable animation; give a GIF, WebP or PNG with frames, or a folder of frames (such as ffmpeg -i "
         "clip.mp4 -vf fps=1 frames/%03d.png writes)"
     )
-    with _refusing(otherwise), _opened(path, _ANIMATIONS, str(path)) as opened:
+    with _refusing(otherwise), _opened(path, _ANIMATIONS, str(path), FRAME_PIXELS) as opened:
         chosen = _chosen(path, getattr(opened, "n_frames", 1), frames)
         _check_work((chosen[-1] + 1) * opened.width * opened.height, str(path), "frames")
         found = []
         for number in chosen:
             opened.seek(number)
             # A frame of a GIF may reach beyond the first.
-            check_size(opened.size, str(path))
+            check_size(opened.size, str(path), FRAME_PIXELS)
             frame = _bounded(_rgb(opened, str(path)))
             found.append(frame.copy() if frame is opened else frame)
         return found

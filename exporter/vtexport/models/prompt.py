@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vtexport.errors import InputError, ModelError
+from vtexport.models.bounds import check_processor
 from vtexport.models.conversation import Messages, Question, rendered, turns
 from vtexport.models.families import FAMILIES
 from vtexport.models.pictures import as_picture, open_image, open_video
@@ -64,6 +65,7 @@ class Prompter:
         # AutoProcessor, which covers all modalities, would need torchvision for videos.
         self.tokenizer: Any = open_tokenizer(folder)
         self._images: Any = open_image_processor(folder)
+        check_processor(folder, self._images.to_dict(), spec.vision.image_size)
         template = chat_template(folder, self.tokenizer)
         self._template = ChatTemplate(template) if template else None
         self._spec, self._family = spec, FAMILIES[spec.family]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ _REFUSED = {
     "init_inputs": "gives the tokenizer arguments without names",
     "gguf_file": "names a file of another format",
 }
+# What a token that was added to a tokenizer may say of itself. The tokenizers library prints every other name, as it
+# stands, to standard output.
+_ADDED_TOKEN = frozenset(("__type", "id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"))
 _REMEDY = "get the checkpoint in transformers' own form, such as one of llava-hf"
 # Kernels for attention are fetched from the hub and run if they are named like a repository.
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
@@ -45,11 +48,12 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "merges.txt"
 _GROWTH = 64
 
 
-class _Replacing(msgspec.Struct):
-    """The parts of tokenizer.json that may change a text before it is cut into tokens."""
+class _Tokenizer(msgspec.Struct):
+    """The parts of tokenizer.json that may do harm: those that change a text before it is cut, and added tokens."""
 
     normalizer: Any = None
     pre_tokenizer: Any = None
+    added_tokens: list[dict[str, Any]] = []
 
 
 def check_files(folder: Path) -> None:
@@ -82,8 +86,9 @@ def check_settings(path: Path, settings: Any) -> None:
             raise ModelError(f"{path}: {key} {reason}; {_REMEDY}")
         if key in _ATTENTION and value is not None and (not isinstance(value, str) or "/" in value):
             raise ModelError(f"{path}: {key} names a kernel to download, which is never run; remove it from the file")
-        if key.startswith("__"):
+        if key.startswith("__") and (key, value) != ("__type", "AddedToken"):
             raise ModelError(f"{path}: {key[:40]!r} is not a setting; {_REMEDY}")
+    _check_added_tokens(path, _added_tokens(settings))
 
 
 def open_tokenizer(folder: Path) -> Any:
@@ -96,7 +101,7 @@ def open_tokenizer(folder: Path) -> Any:
 
     check_files(folder)
     if (folder / "tokenizer.json").exists():
-        _check_growth(folder / "tokenizer.json")
+        _check_tokenizer(folder / "tokenizer.json")
     return _opened(AutoTokenizer, folder, "tokenizer", "get its files")
 
 
@@ -168,12 +173,13 @@ def _plain(folder: Path) -> Iterator[Path]:
         yield path
 
 
-def _check_growth(path: Path) -> None:
-    """Refuse a tokenizer whose replacements make a short text so long that it fits into no memory."""
+def _check_tokenizer(path: Path) -> None:
+    """Refuse a tokenizer whose tokens would print, or that makes a short text so long that it fits into no memory."""
     try:
-        read = read_json(path, _VOCABULARY_BYTES, kind=_Replacing)
+        read = read_json(path, _VOCABULARY_BYTES, kind=_Tokenizer)
     except Unreadable as error:
         raise ModelError(f"{path} is not a tokenizer ({error}); get it again") from error
+    _check_added_tokens(path, read.added_tokens)
     growth = 1.0
     for one in _objects([read.normalizer, read.pre_tokenizer]):
         content, pattern = one.get("content"), one.get("pattern")
@@ -182,6 +188,21 @@ def _check_growth(path: Path) -> None:
             growth *= max(1.0, len(content) / max(1, len(replaced) if isinstance(replaced, str) else 1))
     if growth > _GROWTH:
         raise ModelError(f"{path} makes texts more than {_GROWTH} times as long before it reads them; get it again")
+
+
+def _check_added_tokens(path: Path, tokens: Iterable[dict[str, Any]]) -> None:
+    strange = next((key for token in tokens for key in token if key not in _ADDED_TOKEN), None)
+    if strange is not None:
+        raise ModelError(f"{path}: {strange[:40]!r} is no property of a token; {_REMEDY}")
+
+
+def _added_tokens(settings: Any) -> Iterator[dict[str, Any]]:
+    """The objects in a tokenizer's settings of which the tokenizers library makes tokens."""
+    for one in _objects(settings):
+        listed = one.get("added_tokens_decoder")
+        yield from (token for token in (listed.values() if isinstance(listed, dict) else ()) if isinstance(token, dict))
+        if isinstance(one.get("content"), str):
+            yield one
 
 
 def _entries(settings: Any) -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +33,8 @@ def check_graph(path: Path) -> None:
         raise BundleError(f"{path} cannot be read ({first_line(error)}); build the bundle again") from error
     for location in {location for tensor in _tensors(model) for location in _locations(tensor)}:
         beside = path.parent / location
-        if Path(location).name != location or beside.is_symlink() or not beside.is_file():
+        # `Path.is_file` raises for a name that is longer than file systems take.
+        if Path(location).name != location or not os.path.isfile(beside) or beside.is_symlink():
             raise BundleError(f"{path} has weights in {location!r}, which is no file beside it; build the bundle again")
 
 
