@@ -422,6 +422,57 @@ def soak(results: Results) -> str:
     return table([*header, "first tenth, ms", "last tenth, ms", "threads and processes answer alike"], rows)
 
 
+#: what a fuzzed file is called
+FUZZED = {
+    "calibration": "calibration file",
+    "config": "`config.json` of every family",
+    "generation": "`generation_config.json`",
+    "image": "image",
+    "index": "safetensors index",
+    "manifest": "`manifest.json`",
+    "messages": "conversation",
+    "pairs": "JSON lines of pairs",
+    "questions": "JSON lines of questions",
+    "recipe": "recipe",
+    "request": "request to the server",
+    "safetensors": "safetensors header",
+    "template": "chat template",
+    "tokenizer": "tokenizer and image processor",
+    "video": "animation",
+}
+
+
+def fuzz(results: Results) -> str:
+    """What became of damaged files."""
+    found = results["fuzz"]["result"]["targets"]
+    rows = [
+        [FUZZED[one["target"]], *(f"{one[name]:,}" for name in ("executions", "refused", "accepted")), _failed(one)]
+        for one in found
+    ]
+    sums = [f"{sum(one[name] for one in found):,}" for name in ("executions", "refused", "accepted")]
+    rows.append(["together", *sums, str(sum(int(_failed(one)) for one in found))])
+    return table(["file", "executions", "refused in one line", "used", "failed"], rows)
+
+
+def _failed(target: Point) -> str:
+    return str(sum(finding["count"] for finding in target["findings"]))
+
+
+def kills(results: Results) -> str:
+    """What processes left that were killed."""
+    rows = []
+    for trial in results["kills"]["result"]["runs"]:
+        for name, one in trial["results"].items():
+            command, signal = name.split()
+            states = one["states"]
+            cells = [str(one["moments"]), *(str(states.get(state, 0)) for state in ("old", "new"))]
+            others = sum(number for state, number in states.items() if state not in ("old", "new"))
+            shown = {"force": "build --force"}.get(command, command)
+            rows.append([trial["model"], f"`{shown}`", f"SIG{signal}", *cells, str(others), str(one["leftovers"])])
+    header = ["model", "command", "signal", "moments", "old result, whole", "new result, whole", "anything else"]
+    return table([*header, "left something, which the next command swept"], rows)
+
+
 def aiperf(results: Results) -> str:
     """AIPerf's figures of one server."""
     found = results["aiperf"]["result"]
@@ -523,6 +574,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "latency-gains": latency_gains,
     "serving": serving,
     "aiperf": aiperf,
+    "soak": soak,
+    "fuzz": fuzz,
+    "kills": kills,
     "builds": builds,
     "install": install,
     "method-options": method_options,

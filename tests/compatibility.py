@@ -3,13 +3,14 @@
     python tests/compatibility.py oldest
     python tests/compatibility.py newest --pin 'torch<2.15' --folder /tmp/newest
 
-`oldest` installs, for each requirement of pyproject.toml, the oldest release that it admits: what pyproject.toml
-promises is what is tested. `newest` installs what pip finds without constraints.txt. Both install a wheel, without the
-CUDA kernels, into a virtual environment of its own; `--folder` keeps it for the next run. The last line is one JSON
-object: versions, and how many tests passed. The exit code is pytest's.
+`oldest` installs, for each requirement of pyproject.toml, the oldest release that it admits and that goes with the
+others: what pyproject.toml promises is what is tested. `newest` installs what there is without constraints.txt. uv, which
+it installs, chooses both. vtexport comes as a wheel, without the CUDA kernels, into a virtual environment of its own;
+`--folder` keeps it for the next run. The last line is one JSON object: versions, and how many tests passed. The exit code
+is pytest's.
 
 On Linux, PyPI's PyTorch brings several GB of CUDA libraries. `--pin` takes further requirements, for instance of a CPU
-build.
+build; uv's own settings, such as UV_FIND_LINKS, say where that is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,8 +27,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 #: whose releases the sets differ in; the tools that run the tests are the newest in both
@@ -60,53 +58,27 @@ def requirements() -> list[Requirement]:
     return [Requirement(line) for line in stated]
 
 
-def releases(python: Path, name: str) -> list[Version]:
-    """Every release of a package that this Python can install, without pre-releases."""
-    command = [python, "-m", "pip", "index", "versions", name]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
-    found = re.search(r"^Available versions: (.*)$", printed, re.MULTILINE)
-    return [] if found is None else [Version(version) for version in found[1].split(", ")]
-
-
-def oldest(python: Path, pinned: set[str]) -> list[str]:
-    """A pin of each requirement to the oldest release that it admits, but for those that are `pinned` by hand."""
-    pins = []
-    for requirement in requirements():
-        if canonicalize_name(requirement.name) in pinned:
-            continue
-        admitted = [one for one in releases(python, requirement.name) if one in requirement.specifier]
-        if not admitted:
-            raise SystemExit(f"{requirement}: no release that this Python can install; change pyproject.toml")
-        pins.append(f"{requirement.name}=={min(admitted)}")
-    return pins
-
-
 def install(folder: Path, which: str, pins: list[str]) -> Path:
     """The Python of a virtual environment in which vtexport and the chosen releases are installed."""
     python = folder / "bin" / "python"
     if not python.is_file():
         venv.create(folder, with_pip=True)
-    constraints = folder / "constraints.txt"
-    chosen = {canonicalize_name(Requirement(pin).name) for pin in pins}
-    constraints.write_text("\n".join([*pins, *(oldest(python, chosen) if which == "oldest" else [])]) + "\n")
-    print(constraints.read_text(), file=sys.stderr)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "uv"], check=True)
+    stated, chosen = folder / "pins.txt", folder / "constraints.txt"
+    stated.write_text("".join(f"{pin}\n" for pin in pins))
+    chosen.write_text(stated.read_text())
+    uv = [python, "-m", "uv", "pip"]
+    if which == "oldest":
+        extras = [word for name in EXTRAS for word in ("--extra", name)]
+        # Pins by hand replace what pyproject.toml says: those of a CPU build, say.
+        limits = ["--resolution", "lowest-direct", "--overrides", stated, "--no-annotate"]
+        subprocess.run(
+            [*uv, "compile", "--quiet", "--python", python, *extras, *limits, "-o", chosen, ROOT / "pyproject.toml"],
+            check=True,
+        )
     settings = ["-C", "cmake.define.VTEXPORT_CUDA=OFF", "-C", "cmake.define.VTEXPORT_TWINS=ON"]
-    upgrade = ["--upgrade", "--upgrade-strategy", "eager"] if which == "newest" else []
     wanted = f"{ROOT}[{','.join((*EXTRAS, 'test'))}]"
-    command = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-compile",
-        "-c",
-        constraints,
-        *upgrade,
-        *settings,
-        wanted,
-    ]
-    subprocess.run(command, check=True)
+    subprocess.run([*uv, "install", "--upgrade", "--python", python, "-c", chosen, *settings, wanted], check=True)
     return python
 
 

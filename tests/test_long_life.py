@@ -19,8 +19,19 @@ from vtexport.runtime.request import Result
 from vtexport.runtime.runner import Runner
 
 TARGETS = ("onnxruntime", "openvino")
-#: method and keep ratio
-PLANS = {"sparsevlm": 0.25, "fastervlm": 0.25, "dense": 1.0}
+#: methods by name with the keep ratio, each scoring or choosing in a way of its own
+PLANS = {
+    "sparsevlm": 0.25,
+    "dense": 1.0,
+    "fastervlm": 0.25,
+    "fastervlm+sparsevlm": 0.25,
+    "fastv": 0.25,
+    "pyramiddrop": 0.6,
+    "sparsevlm-plus": 0.25,
+    "divprune": 0.25,
+    "visionzip": 0.25,
+    "vispruner": 0.25,
+}
 QUESTIONS = (
     "how many?",
     "what digit is red, and where is the 3 beside it?",
@@ -36,6 +47,10 @@ PAIRS = list(zip(noise_images(len(QUESTIONS)), QUESTIONS, strict=True))
 SLACK = {"onnxruntime": 0.0, "openvino": 1e-4}
 
 on_every_target = pytest.mark.parametrize("target", TARGETS)
+#: one runs every time; all of them take several minutes where other programs keep the machine busy
+on_the_others_at_length = pytest.mark.parametrize(
+    "target", [TARGETS[0], *(pytest.param(target, marks=pytest.mark.long) for target in TARGETS[1:])]
+)
 
 
 def opened(build_bundle: BuildBundle, target: str, method: str = "sparsevlm", **options: Any) -> Runner:
@@ -59,8 +74,10 @@ def check_same(found: list[Result], wanted: list[Result], slack: float) -> None:
         assert float(np.abs(mine.logits - theirs.logits).max()) <= slack * float(np.abs(theirs.logits).max())
 
 
-@on_every_target
-@pytest.mark.parametrize("method", PLANS)
+@on_the_others_at_length
+@pytest.mark.parametrize(
+    "method", [name if name == "sparsevlm" else pytest.param(name, marks=pytest.mark.long) for name in PLANS]
+)
 def test_threads_companions_and_runs_do_not_change_an_answer(
     build_bundle: BuildBundle, target: str, method: str
 ) -> None:
@@ -75,7 +92,7 @@ def test_threads_companions_and_runs_do_not_change_an_answer(
         check_same(answered(other, range(4)), alone[:4], SLACK[target])
 
 
-@on_every_target
+@on_the_others_at_length
 def test_another_process_gives_the_same_bits(build_bundle: BuildBundle, target: str) -> None:
     code = (
         "import sys, json; from tests.test_long_life import *; runner = Runner.open(sys.argv[1], threads=1);"
@@ -88,7 +105,7 @@ def test_another_process_gives_the_same_bits(build_bundle: BuildBundle, target: 
     assert json.loads(done.stdout.splitlines()[-1]) == mine
 
 
-@on_every_target
+@on_the_others_at_length
 def test_threads_may_share_a_runner(build_bundle: BuildBundle, target: str) -> None:
     """Each asks all questions, in another order, with a vision cache that all of them fill and empty."""
     runner = opened(build_bundle, target, vision_cache=300_000)
@@ -115,13 +132,11 @@ def held() -> tuple[int, int, float]:
     return len(files), int(fields["Threads"]), int(fields["VmRSS"].split()[0]) / 1024
 
 
-# Several minutes where other programs keep the machine busy.
-pytestmark = pytest.mark.long
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @needs_proc
-@on_every_target
+@on_the_others_at_length
 def test_generations_leave_nothing_behind(build_bundle: BuildBundle, target: str) -> None:
     runner = opened(build_bundle, target, threads=1, vision_cache=300_000)
 
@@ -142,6 +157,7 @@ def test_generations_leave_nothing_behind(build_bundle: BuildBundle, target: str
 
 @needs_proc
 @on_every_target
+@pytest.mark.long
 def test_runners_that_are_dropped_leave_nothing_behind(build_bundle: BuildBundle, target: str) -> None:
     opened(build_bundle, target)
 
