@@ -174,7 +174,7 @@ def _read_header(path: Path) -> list[TensorRecord]:
             raise Unreadable("its header is no object")
         header.pop("__metadata__", None)
         entries = {name: msgspec.convert(entry, _Entry) for name, entry in header.items()}
-    except (OSError, struct.error, ValueError, RecursionError) as error:
+    except (OSError, struct.error, ValueError, RecursionError, msgspec.ValidationError) as error:
         raise ModelError(f"{broken}: {first_line(error)}); download it again") from error
     begin, end = 8 + length, 0
     for name, entry in sorted(entries.items(), key=lambda pair: pair[1].data_offsets):

@@ -22,8 +22,8 @@ MOST_PIXELS = 178_000_000
 MOST_ASPECT = 200
 #: pixels up to which an image goes to the processor as it is; it makes several copies of them
 WHOLE_PIXELS = 1 << 26
-#: pixels of a frame of an animation, of which Pillow holds several copies; twice as many as those of a 4K video
-FRAME_PIXELS = 1 << 24
+#: pixels of a frame of an animation, of which Pillow holds several copies; 3840 x 2160 fit
+FRAME_PIXELS = 1 << 23
 # Decoding is the work that such files can ask for without end: frames in which each rests on the ones before, and scans
 # of a progressive JPEG, each of which passes over the whole image. Both times pixels.
 _DECODED_PIXELS = 10_000_000_000
