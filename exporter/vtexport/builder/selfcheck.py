@@ -157,14 +157,13 @@ def check_structure(folder: Path) -> None:
 def _check_span(path: Path, tensor: onnx.TensorProto) -> None:
     """Raise VerificationError unless the file that `tensor` points into holds as many bytes as its shape asks for."""
     import onnx
+    import onnx_ir as ir
 
     at = {entry.key: entry.value for entry in tensor.external_data}
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return
     start, length = int(at["offset"]), int(at["length"])
-    wanted = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    if tensor.data_type == onnx.TensorProto.INT4:
-        wanted = -(-wanted // 2)
+    wanted = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize)
     held = (path.parent / at["location"]).stat().st_size - start
     if not length == wanted <= held:
         raise VerificationError(
