@@ -36,6 +36,8 @@ SIGNALS = {"KILL": [signal.SIGKILL], "INT": [signal.SIGINT], "TERM": [signal.SIG
 #: audit events of Python before which a process can be stopped
 _EVENTS = ("open", "os.", "shutil.", "tempfile.", "fcntl.", "ctypes.dlsym")
 _LAST = 30
+#: what a calibration that was stopped leaves on purpose: the next one goes on from there
+_RESUMED = ".ranks.toml.partial"
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def try_moments(command: Command, name: str, count: int, draw: random.Random, sc
         state = command.state(place / command.out)
         tally.states[state] += 1
         tally.codes[done.code] += 1
-        left = {path.name for path in place.iterdir()} - {command.out, "ranks.png"}
+        left = _others(command, place) - {_RESUMED}
         tally.leftovers += bool(left)
         for complaint in _complaints(command, name, done, state, left, place):
             tally.wrong.append(f"{name} before event {moments} of {events}: {complaint}")
@@ -209,8 +211,14 @@ def _undisturbed(command: Command, scratch: Path) -> int:
     command.prepare(place)
     done = run(command.arguments, place)
     assert (done.code, command.state(place / command.out)) == (0, "new"), done.said
+    assert not _others(command, place)
     shutil.rmtree(place)
     return done.events
+
+
+def _others(command: Command, place: Path) -> set[str]:
+    """What lies in `place` besides results."""
+    return {path.name for path in place.iterdir()} - {command.out, "ranks.png"}
 
 
 def _complaints(command: Command, name: str, done: Run, state: str, left: set[str], place: Path) -> list[str]:
@@ -235,7 +243,7 @@ def _complaints(command: Command, name: str, done: Run, state: str, left: set[st
             check_destination(place / command.out, force=True)
     else:
         write_whole(place / "ranks.png", "")
-    still = {path.name for path in place.iterdir()} - {command.out, "ranks.png"}
+    still = _others(command, place) - {_RESUMED}
     return [*found, f"not swept: {still}"] if still else found
 
 

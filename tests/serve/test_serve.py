@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ import pytest
 from tests.checkpoints import MICRO
 from tests.conftest import BuildBundle, noise_images
 from tests.serve.conftest import LIMITS, Running, data_uri, message, serving, wait
+from vtexport.cli.serve import _listen
 from vtexport.runtime.runner import Runner
 
 QUESTIONS = (
@@ -366,6 +369,11 @@ def test_bundles_that_cannot_be_served_are_refused(vtexport: Any, build_bundle: 
     done = vtexport("serve", build_bundle(MICRO, 0.25, "sparsevlm"), "--host", "no.such.host.invalid")
     assert done.code == 2
     assert "--host no.such.host.invalid --port 8000:" in done.err
+
+
+def test_clients_may_connect_before_the_server_is_up() -> None:
+    with contextlib.closing(_listen("127.0.0.1", 0)) as listener:
+        socket.create_connection(listener.getsockname(), timeout=10).close()
 
 
 def accepted(metrics: str) -> float:

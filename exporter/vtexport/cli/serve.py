@@ -15,6 +15,10 @@ from vtexport.errors import InputError, MissingDependencyError
 from vtexport.stopping import Stopped
 
 
+# Connections that wait to be accepted, as many as uvicorn's own default.
+_BACKLOG = 2048
+
+
 @cloup.command("serve")
 @BUNDLE
 @cloup.option_group(
@@ -105,7 +109,7 @@ def serve(
 
 
 def _listen(host: str, port: int) -> Any:
-    """The socket to serve on."""
+    """The socket to serve on, to which clients may connect at once; they are answered when the server is up."""
     import socket
 
     try:
@@ -113,6 +117,7 @@ def _listen(host: str, port: int) -> Any:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(_BACKLOG)
     except OSError as error:
         raise InputError(f"--host {host} --port {port}: {error.strerror or error}; give another") from error
     return listener
