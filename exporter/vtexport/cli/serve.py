@@ -14,7 +14,6 @@ from vtexport.cli.streams import say
 from vtexport.errors import InputError, MissingDependencyError
 from vtexport.stopping import Stopped
 
-
 # Connections that wait to be accepted, as many as uvicorn's own default.
 _BACKLOG = 2048
 
