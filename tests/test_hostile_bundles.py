@@ -111,6 +111,17 @@ def test_weights_lie_beside_their_graph(bundle: Path, location: str) -> None:
         check_graph(path)
 
 
+@pytest.mark.parametrize(("graph", "output"), [("vision", "visual"), ("language", "logits")])
+def test_a_graph_without_what_is_read_is_refused(bundle: Path, graph: str, output: str) -> None:
+    file = f"engine/{graph}.onnx"
+    model = onnx.load(bundle / file, load_external_data=False)
+    (port,) = (port for port in model.graph.output if port.name == output)
+    model.graph.output.remove(port)
+    rewrite(bundle, file, model.SerializeToString())
+    with pytest.raises(BundleError, match=rf"{graph}\.onnx has no output '{output}'; build the bundle again"):
+        Runner.open(bundle).engine.load()
+
+
 # Bytes
 
 

@@ -74,7 +74,7 @@ VALUES: list[dict[str, Any]] = [
     {"model": "m" * 100_000},
     {"n": 2},
     {"n": "9" * 100_000},
-    *({"max_tokens": value} for value in (0, -1, 10**12, 10**30, "two", 1.5, [], float("nan"))),
+    *({"max_tokens": value} for value in (0, -1, 10**12, 10**30, "two", "2", 1.5, True, [], float("nan"))),
     {"max_completion_tokens": 10**9},
     {"messages": []},
     {"messages": "text"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -34,4 +35,8 @@ def write_pairs(folder: Path, number: int = NUM_PAIRS) -> Path:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{write_pairs(Path(sys.argv[1]))}\n")
+    parser = argparse.ArgumentParser(
+        description="Write pairs of image and question, as micro-llava is calibrated with."
+    )
+    parser.add_argument("folder", type=Path, help="where to; it is made if it is not there")
+    sys.stdout.write(f"{write_pairs(parser.parse_args().folder)}\n")

@@ -48,13 +48,13 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     model: str
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, strict=True)
+    max_completion_tokens: int | None = Field(None, ge=1, strict=True)
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool = False
-    seed: int | None = None
+    seed: int | None = Field(None, strict=True)
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None

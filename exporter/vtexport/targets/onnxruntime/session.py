@@ -20,7 +20,7 @@ from vtexport.errors import TargetError, first_line
 from vtexport.pruning import PruningPlan
 from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
 from vtexport.targets.external import check_graph
-from vtexport.targets.language import LANGUAGE, LanguageCalls
+from vtexport.targets.language import LANGUAGE, OUTPUTS, LanguageCalls
 
 
 @dataclass
@@ -97,7 +97,7 @@ class OrtEngine:
         if self._traces is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._traces / name)
-        check_graph(self._paths[name])
+        check_graph(self._paths[name], OUTPUTS.get(name))
         try:
             model = _exact(self._paths[name], options) if self._exact else self._paths[name]
             return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

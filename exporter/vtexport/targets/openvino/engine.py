@@ -17,7 +17,7 @@ from vtexport.errors import TargetError, first_line
 from vtexport.pruning import PruningPlan
 from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
 from vtexport.targets.external import check_graph
-from vtexport.targets.language import LANGUAGE, LanguageCalls
+from vtexport.targets.language import LANGUAGE, OUTPUTS, LanguageCalls
 from vtexport.targets.openvino.caches import BatchCache, Caches
 from vtexport.targets.openvino.memory import Released
 from vtexport.targets.openvino.pages import SUPPORTED, Pages
@@ -101,7 +101,7 @@ class OpenVinoEngine:
         path, config = self._opening.files[name], dict(self._opening.config)
         if self._profiling:
             config["PERF_COUNT"] = True
-        check_graph(path)
+        check_graph(path, OUTPUTS.get(name))
         try:
             model = read_model(path, pages=SUPPORTED and self._opening.device == "CPU")
             names = [port.get_any_name() for port in model.outputs]
