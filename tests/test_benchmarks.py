@@ -16,7 +16,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPT = BENCHMARKS / "gpu.py"
 
 
-@pytest.mark.parametrize("geometry", ["tiny", pytest.param("tiny-next", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("geometry", ["tiny", "tiny-next"])
 def test_the_gpu_benchmark_measures_every_side(geometry: str, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     methods = ["--methods", "sparsevlm,fastervlm"]

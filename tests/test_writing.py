@@ -237,6 +237,16 @@ def test_a_failed_build_leaves_no_parents(tmp_path: Path) -> None:
         write(tmp_path / "one" / "two" / "bundle", meanwhile=Path("/nowhere").read_bytes)
 
 
+def test_a_full_disk_is_not_blamed_on_what_is_copied(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere/weights", None, str(tmp_path / "part"))
+
+    with pytest.raises(
+        StorageError, match="bundle: No space left on device; free some space or give another --out, noth"
+    ):
+        write(tmp_path / "bundle", meanwhile=fail)
+
+
 # Faults
 
 

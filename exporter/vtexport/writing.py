@@ -20,7 +20,8 @@ from vtexport.errors import InputError, StorageError, first_line
 from vtexport.stopping import undisturbed
 
 _PREFIX = ".vtexport-"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: what a write fails with where there is no room
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Journal:
@@ -53,7 +54,7 @@ class Output(NamedTuple):
 
 def storage_error(path: Path, error: OSError, remedy: str) -> StorageError:
     """One line about a failed write to `path`; `remedy` is what helps, besides space if that is what is missing."""
-    space = "free some space or " if error.errno in _FULL else ""
+    space = "free some space or " if error.errno in FULL else ""
     return StorageError(f"{path}: {error.strerror or first_line(error)}; {space}{remedy}")
 
 

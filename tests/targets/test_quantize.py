@@ -206,10 +206,8 @@ def heldout_image() -> Image.Image:
     return Image.fromarray(next(heldout.examples()).image)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["int4", *(pytest.param(kind, marks=pytest.mark.long) for kind in sorted(tensorrt.SCHEMES) if kind != "int4")],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", sorted(tensorrt.SCHEMES))
 def test_what_tensorrt_for_rtx_builds_from_is_the_rounded_model(kind: str, build_bundle: BuildBundle) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="the extra tensorrt-rtx is not installed")
     made = {"sm": "89", "max_batch": 1, "quantize": kind}

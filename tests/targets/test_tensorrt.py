@@ -254,6 +254,7 @@ def test_plans_run_on_a_gpu(built: tuple[Bundle, Recorder], micro_runner: Runner
     assert Runner.open(built[0].folder).ask([pair])[0].text == micro_runner.ask([pair])[0].text
 
 
+@pytest.mark.long
 def test_engines_in_bf16_build(tmp_path: Path) -> None:
     made = BuildOptions(
         str(MICRO), 0.25, "fastervlm", "tensorrt-rtx", "bf16", target_options={"sm": "89", "max_batch": 1}

@@ -19,7 +19,7 @@ from vtexport.bundle.claims import claimed, remove
 from vtexport.bundle.manifest import MANIFEST
 from vtexport.errors import InputError, StorageError
 from vtexport.stopping import undisturbed
-from vtexport.writing import journal, status, storage_error, umask
+from vtexport.writing import FULL, journal, status, storage_error, umask
 
 _OLD = ".vtexport-old"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -156,8 +156,11 @@ def write_folder(out: Path, force: bool = False, name: str = "--out") -> Iterato
 
 
 def _elsewhere(error: OSError, place: Path) -> Path | None:
-    """The file that an error names if it is none of those that become `place`: what is read may fail as well."""
-    if not isinstance(error.filename, (str, bytes)):
+    """The file that an error names if it is none of those that become `place`: what is read may fail as well.
+
+    Where there is no room, what was read is named too, by a copy, and is not at fault.
+    """
+    if error.errno in FULL or not isinstance(error.filename, (str, bytes)):
         return None
     file = Path(os.fsdecode(error.filename))
     ours = (str(place), str(place.with_name(f".{place.name}.vtexport-")))
