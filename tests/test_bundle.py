@@ -212,7 +212,7 @@ def test_a_full_disk_is_noticed_before_the_work(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda _path: usage._replace(free=1000))
-    with pytest.raises(StorageError, match=r"needs about .* MB but .* has 0 MB free"):
+    with pytest.raises(StorageError, match=r"needs about .* but .* has 1.0 kB free"):
         build(BuildOptions(str(tiny_checkpoint), 0.4), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 

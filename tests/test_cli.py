@@ -62,7 +62,7 @@ def test_build_run_inspect_show_from_nothing(vtexport, photo: Path, tmp_path: Pa
                 "same kept tokens, same greedy tokens", "vtexport run micro --image", "of dense", "MB")  # fmt: skip
     for said in said_all:
         assert said in built.out
-    for stage in ("trace", "14 MB written", "verify", "hash files"):
+    for stage in ("trace", "14.4 MB written", "verify", "hash files"):
         assert stage in built.err
     assert {path.name for path in tmp_path.iterdir()} == {"micro"}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 #: units of sizes, in powers of 1000, each with the decimals that it is given
@@ -91,6 +92,16 @@ def seconds(value: float) -> str:
         return f"{value:.1f} s" if value >= 0.05 else "<0.1 s"
     minutes = round(value / 60)
     return f"{minutes} min" if minutes < 120 else f"{value / 3600:.1f} h"
+
+
+def listed(options: Mapping[str, object], between: str = "; ") -> str:
+    """Options with their values; those that are empty are left out."""
+    shown = {True: "yes", False: "no"}
+    return between.join(
+        f"{name.replace('_', ' ')} {shown[value] if isinstance(value, bool) else value}"
+        for name, value in options.items()
+        if value != "" and value is not None
+    )
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtexport.bundle.manifest import GraphEntry, PortEntry
+from vtexport.figures import size
 from vtexport.models import Checkpoint, ModelSpec
 from vtexport.progress import Progress
 from vtexport.pruning import PruningPlan
@@ -115,7 +116,7 @@ def _write_weights(
     place.mkdir()
     weights = Weights([graph.model for graph in graphs], source.checkpoint, computed)
     progress.stage(
-        f"weights: {weights.bytes_referenced / 1e6:.0f} MB as they are, {weights.bytes_written / 1e6:.0f} MB written",
+        f"weights: {size(weights.bytes_referenced)} as they are, {size(weights.bytes_written)} written",
         weights.bytes_read + weights.bytes_written,
     )
     # Before anything is compiled: the self-check would only find that the answers are no numbers, not why.

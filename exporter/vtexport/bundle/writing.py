@@ -18,6 +18,7 @@ from pathlib import Path
 from vtexport.bundle.claims import claimed, remove
 from vtexport.bundle.manifest import MANIFEST
 from vtexport.errors import InputError, StorageError
+from vtexport.figures import size
 from vtexport.stopping import undisturbed
 from vtexport.writing import FULL, journal, status, storage_error, umask
 
@@ -110,7 +111,7 @@ def check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise StorageError(
-            f"{out}: the bundle needs about {needed / 1e6:.0f} MB but {existing} has {free / 1e6:.0f} MB free; "
+            f"{out}: the bundle needs about {size(needed)} but {existing} has {size(free)} free; "
             "free some space or give another --out"
         )
 

@@ -94,7 +94,7 @@ def serve(
 
     runner = Runner.open(bundle, threads)
     runner.engine.admit(slots, 1, 1)
-    limits = Limits(max_new_tokens, max_megabytes << 20, max_megapixels * 1_000_000, timeout, hosts)
+    limits = Limits(max_new_tokens, max_megabytes * 1_000_000, max_megapixels * 1_000_000, timeout, hosts)
     server = Server(runner, name or bundle.resolve().name, limits, slots, queue)
     say(f"open {bundle}", err=True)
     runner.engine.load()

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from vtexport.builder.estimate import Estimate
 from vtexport.bundle.folder import Bundle
 from vtexport.cli.report.layout import Facts, Table, Whole
-from vtexport.figures import number, percent, size
+from vtexport.figures import listed, number, percent, size
 from vtexport.models.resolve import engines_folder, recipe_names
 from vtexport.models.spec import ModelSpec
 from vtexport.pruning import PruningPlan, dense_plan
@@ -97,7 +97,7 @@ def _one_plan(plan: PruningPlan, spec: ModelSpec) -> list[tuple[str, str]]:
     mean = f"{number(plan.mean_visual_tokens, 5)} of {number(plan.num_visual_tokens)}, mean over decoder layers"
     if plan.decoder_stages:
         mean += f" ({number(plan.mean_visual_tokens_sparsevlm, 5)} by SparseVLM's count)"
-    options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.options.items() if value != "")
+    options = listed(plan.options, ", ")
     rows = [("method", f"{plan.method}, keep {number(plan.keep)}" + (f" ({options})" if options else ""))]
     rows.append(("mean visual tokens", mean))
     rows += [

@@ -10,7 +10,6 @@ from typing import Any
 
 from vtexport import figures
 from vtexport.errors import InputError
-from vtexport.options import Option
 from vtexport.writing import check_file
 
 SUFFIX = ".html"
@@ -50,7 +49,7 @@ def rendered(template: str, values: Mapping[str, Any], script: str = "") -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (figures.milliseconds, figures.percent, figures.size, times, share, listed, short)
+    filters = (figures.milliseconds, figures.percent, figures.size, times, share, figures.listed, short)
     environment.filters.update({function.__name__: function for function in filters}, significant=figures.number)
     code = (_TEMPLATES / script).read_text(encoding="utf-8") if script else ""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
@@ -71,13 +70,3 @@ def short(name: str) -> str:
 def share(value: float, whole: float) -> str:
     """`value` in percent of `whole`, for lengths of a drawing."""
     return f"{100 * value / whole:.3f}" if whole else "0"
-
-
-def listed(options: Mapping[str, Option]) -> str:
-    """Options with their values; those that are empty are left out."""
-    shown = {True: "yes", False: "no"}
-    return "; ".join(
-        f"{name.replace('_', ' ')} {shown[value] if isinstance(value, bool) else value}"
-        for name, value in options.items()
-        if value != "" and value is not None
-    )
