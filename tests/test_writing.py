@@ -22,6 +22,7 @@ from tests.conftest import check_refused
 from vtexport.builder.build import build
 from vtexport.builder.options import BuildOptions
 from vtexport.bundle import writing as folders
+from vtexport.bundle import claims
 from vtexport.bundle.claims import claimed
 from vtexport.bundle.folder import Bundle
 from vtexport.bundle.manifest import MANIFEST
@@ -456,7 +457,7 @@ def test_signals_in_a_process_of_their_own() -> None:
     chosen = "signals_are or a_stopped_command_says or is_not_denied"
     done = subprocess.run([*command, "-k", chosen], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout
-    assert "5 passed" in done.stdout
+    assert "6 passed" in done.stdout
 
 
 def test_signals_are_exceptions_and_wait_where_they_must(heard: None) -> None:
@@ -500,6 +501,23 @@ def test_a_stopped_command_says_what_became_of_its_result(
     # A command that writes nothing does not say so.
     monkeypatch.setattr("vtexport.bundle.folder.Bundle.open", lambda _: signal.raise_signal(number))
     assert vtexport("inspect", "out").err == "stopped\n"
+
+
+def test_signals_are_held_back_until_a_folder_is_known(
+    monkeypatch: pytest.MonkeyPatch, heard: None, tmp_path: Path
+) -> None:
+    """A signal right behind the making of the folder does not leave it there."""
+    claim = claims._claim
+
+    def interrupted(folder: Path) -> int | None:
+        number = claim(folder)
+        signal.raise_signal(signal.SIGTERM)
+        return number
+
+    monkeypatch.setattr(claims, "_claim", interrupted)
+    with Stopping(), pytest.raises(Stopped):
+        write(tmp_path / "bundle")
+    assert names(tmp_path) == []
 
 
 def test_a_result_that_is_in_place_is_not_denied(

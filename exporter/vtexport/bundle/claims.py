@@ -34,21 +34,26 @@ def claimed(out: Path, place: Path, name: str) -> Iterator[Path]:
         InputError: another process has the folder.
         OSError: it cannot be made.
     """
-    folder = place.with_name(f".{place.name}{_BUILDING}")
+    folder, number, mine = place.with_name(f".{place.name}{_BUILDING}"), None, False
     try:
-        number = _claim(folder)
-    except BlockingIOError as error:
-        raise InputError(f"another process is writing {out}; wait for it, or give another {name}") from error
-    if number is None:
-        # Without locks nobody knows whose a folder is: each process has one of its own, which none but itself removes.
-        folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-    try:
+        # A signal between making the folder and knowing of it would leave it behind.
+        with undisturbed():
+            try:
+                number = _claim(folder)
+            except BlockingIOError as error:
+                raise InputError(f"another process is writing {out}; wait for it, or give another {name}") from error
+            if number is None:
+                # Without locks nobody knows whose a folder is: each process has one of its own, which none but itself
+                # removes.
+                folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+            mine = True
         if number is not None:
             _empty(folder)
         yield folder
     finally:
-        with undisturbed():
-            _release(folder, number)
+        if mine:
+            with undisturbed():
+                _release(folder, number)
 
 
 def _claim(folder: Path) -> int | None:
