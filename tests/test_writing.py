@@ -21,8 +21,8 @@ import pytest
 from tests.conftest import check_refused
 from vtexport.builder.build import build
 from vtexport.builder.options import BuildOptions
-from vtexport.bundle import writing as folders
 from vtexport.bundle import claims
+from vtexport.bundle import writing as folders
 from vtexport.bundle.claims import claimed
 from vtexport.bundle.folder import Bundle
 from vtexport.bundle.manifest import MANIFEST
