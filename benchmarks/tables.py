@@ -473,6 +473,19 @@ def kills(results: Results) -> str:
     return table([*header, "left something, which the next command swept"], rows)
 
 
+#: dependencies whose releases the table of compatibility shows
+SHOWN = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx-cu13-libs")
+
+
+def compatibility(results: Results) -> str:
+    """The releases with which the tests pass."""
+    rows = []
+    for one in results["compatibility"]["result"]["sets"]:
+        counts = [f"{one.get(name, 0):,}" for name in ("passed", "skipped")] + [str(len(one["failed"]))]
+        rows.append([one["set"], *(one["versions"][name] for name in SHOWN), *counts])
+    return table(["releases", *SHOWN[:-1], "TensorRT for RTX", "passed", "skipped", "failed"], rows)
+
+
 def aiperf(results: Results) -> str:
     """AIPerf's figures of one server."""
     found = results["aiperf"]["result"]
@@ -577,6 +590,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "soak": soak,
     "fuzz": fuzz,
     "kills": kills,
+    "compatibility": compatibility,
     "builds": builds,
     "install": install,
     "method-options": method_options,
