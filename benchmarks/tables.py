@@ -464,13 +464,12 @@ def kills(results: Results) -> str:
     for trial in results["kills"]["result"]["runs"]:
         for name, one in trial["results"].items():
             command, signal = name.split()
-            states = one["states"]
-            cells = [str(one["moments"]), *(str(states.get(state, 0)) for state in ("old", "new"))]
-            others = sum(number for state, number in states.items() if state not in ("old", "new"))
+            found = [str(one["states"].get(state, 0)) for state in ("old", "new")]
             shown = {"force": "build --force"}.get(command, command)
-            rows.append([trial["model"], f"`{shown}`", f"SIG{signal}", *cells, str(others), str(one["leftovers"])])
-    header = ["model", "command", "signal", "moments", "old result, whole", "new result, whole", "anything else"]
-    return table([*header, "left something, which the next command swept"], rows)
+            numbers = [str(one["moments"]), *found, str(one["leftovers"]), str(len(one["wrong"]))]
+            rows.append([trial["model"], f"`{shown}`", f"SIG{signal}", *numbers])
+    header = ["model", "command", "signal", "moments", "old result, whole", "new result, whole"]
+    return table([*header, "left a folder or file behind", "anything wrong"], rows)
 
 
 #: dependencies whose releases the table of compatibility shows

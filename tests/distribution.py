@@ -4,8 +4,8 @@
 
 `python -m build` makes an sdist and from it the wheel; a second build must give the same bytes. auditwheel says which
 systems it runs on. It is then installed into an empty virtual environment on whose path there are no compilers, nor
-anything else, and micro-llava is built and asked there. Dependencies come from constraints.txt. The last line is one JSON
-object; the exit code is 1 if something did not work.
+anything else, and micro-llava is built and asked there. Dependencies come from constraints.txt. If every step works, the
+last line is one JSON object; the exit code is 1 if it says something else than it should.
 
 Compiling the CUDA kernels twice takes nvcc and minutes; `--no-cuda` leaves them out, and the wheel without compiled code.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NOTICES = {"LICENSE", "THIRD-PARTY-NOTICES.txt"}
-QUESTION = "what digit is red?"
+QUESTION, ANSWER = "what digit is red?", "7"
 
 
 def environment(folder: Path) -> Path:
@@ -99,7 +99,7 @@ def main() -> int:
         wheels.append(build(tools, out, not given.no_cuda))
     with zipfile.ZipFile(wheels[0]) as opened:
         names = {Path(name).name for name in opened.namelist()}
-    result = {
+    result: dict[str, object] = {
         "wheel": wheels[0].name,
         "wheel_mb": round(wheels[0].stat().st_size / 1e6, 1),
         "platform": platform(tools, wheels[0]),
@@ -108,7 +108,7 @@ def main() -> int:
         "answer": use(environment(folder / "empty"), wheels[0]),
     }
     print(json.dumps(result))
-    return 0 if result["same_bytes"] and result["notices"] and result["answer"] else 1
+    return 0 if result["same_bytes"] and result["notices"] and result["answer"] == ANSWER else 1
 
 
 if __name__ == "__main__":

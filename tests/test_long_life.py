@@ -150,7 +150,8 @@ def test_generations_leave_nothing_behind(build_bundle: BuildBundle, target: str
     live(60)
     gc.collect()
     after = held()
-    assert after[:2] == before[:2]
+    assert after[0] <= before[0]
+    assert after[1] <= before[1]
     # A leak of a batch's cache or of its images would be ten times as much.
     assert after[2] - before[2] < 8
 

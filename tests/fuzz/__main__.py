@@ -43,7 +43,7 @@ def main() -> int:
             _write(summary.target, given.seed, one.number)
     total = sum(summary.executions for summary in summaries)
     report = {"seed": given.seed, "executions": total, "wall_seconds": round(time.monotonic() - started, 1)}
-    print(json.dumps({**report, "targets": [one.report() for one in summaries]}, indent=2))  # noqa: T201
+    print(json.dumps({**report, "targets": [one.report() for one in summaries]}))  # noqa: T201
     return int(any(summary.findings for summary in summaries))
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import io
 import os
 import random
 import resource
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -113,18 +116,22 @@ def attempt(target: Target, data: bytes, place: Path, seconds: float = SLOW_SECO
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Catch what compiled code prints, beside Python's `sys.stdout`, as well."""
+    """Catch what is printed, by Python and by compiled code."""
+    said = io.StringIO()
     with tempfile.TemporaryFile() as heard:
+        sys.stdout.flush()
         out = os.dup(1)
         os.dup2(heard.fileno(), 1)
         try:
-            yield
+            with contextlib.redirect_stdout(said):
+                yield
         finally:
+            ctypes.CDLL(None).fflush(None)
             os.dup2(out, 1)
             os.close(out)
         heard.seek(0)
-        if said := heard.read(200):
-            raise Printed(repr(said))
+        if printed := said.getvalue().encode(errors="replace") + heard.read(200):
+            raise Printed(repr(printed[:200]))
 
 
 @contextlib.contextmanager

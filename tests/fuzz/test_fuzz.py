@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -70,11 +71,18 @@ class Stub:
             raise KeyError("broken")
         if data[:1] == b"s":
             time.sleep(60)
+        if data[:1] == b"p":
+            print("said")  # noqa: T201
+        if data[:1] == b"w":
+            os.write(1, b"said")
 
 
 def test_bugs_come_out_of_an_attempt(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="broken"):
         driver.attempt(Stub, b"b", tmp_path, SECONDS)
+    for printing in (b"p", b"w"):
+        with pytest.raises(driver.Printed, match="said"):
+            driver.attempt(Stub, printing, tmp_path, SECONDS)
     assert driver.attempt(Stub, b"good", tmp_path)
     assert not driver.attempt(Stub, b"refused", tmp_path)
 

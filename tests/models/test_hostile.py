@@ -45,6 +45,70 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(settings))
 
 
+# Tokens and sizes
+
+
+TOKEN = {"content": "<s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+STRANGE = {"content": None, "\x1b]0;x\x07": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("special_tokens_map.json", {"anything": STRANGE}),
+        ("special_tokens_map.json", {"extra_special_tokens": [STRANGE]}),
+        ("special_tokens_map.json", {"bos_token": {**TOKEN, "__type": "AddedToken"}}),
+        ("tokenizer_config.json", {"bos_token": STRANGE}),
+        ("tokenizer_config.json", {"anything": {**STRANGE, "__type": "AddedToken"}}),
+        ("tokenizer_config.json", {"additional_special_tokens": [STRANGE]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"anything": STRANGE}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {**TOKEN, "id": 1}}}),
+        ("tokenizer.json", {"added_tokens": [{"id": 1, "special": True, **TOKEN, "__type": "AddedToken"}]}),
+    ],
+)
+def test_tokens_whose_properties_would_be_printed_are_refused(
+    model: Path, name: str, settings: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    edit(model / name, **settings)
+    with pytest.raises(ModelError, match=rf"{name}: '.*' is no property of a token"):
+        Prompter(model, read_spec(model))
+    assert capfd.readouterr().out == ""
+
+
+def test_tokens_as_checkpoints_have_them_are_taken(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    edit(model / "special_tokens_map.json", bos_token=TOKEN, unk_token="<unk>")
+    edit(model / "tokenizer_config.json", bos_token={**TOKEN, "__type": "AddedToken"})
+    edit(model / "tokenizer_config.json", added_tokens_decoder={"1": {**TOKEN, "special": True}})
+    Prompter(model, read_spec(model)).prompt("what is it?")
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        (
+            {"crop_size": {"height": 96, "width": 96_000}},
+            "crop_size has 'width' 96000, which must be a whole number from 1",
+        ),
+        ({"size": {"shortest_edge": -1}}, "size has 'shortest_edge' -1"),
+        *(
+            ({"image_grid_pinpoints": value}, "that config.json does not list")
+            for value in (5, [5], [None], [[96, 96]])
+        ),
+        ({"image_processor_type": "DPTImageProcessor", "size_divisor": 2000}, "which no LLaVA model has"),
+        ({"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.05}, "which no LLaVA model has"),
+    ],
+)
+def test_image_processors_that_scale_without_bound_are_refused(
+    model: Path, settings: dict[str, Any], found: str
+) -> None:
+    path = model / "processor_config.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, "image_processor": {**whole["image_processor"], **settings}}))
+    with pytest.raises(ModelError, match=found):
+        Prompter(model, read_spec(model))
+
+
 # Code
 
 

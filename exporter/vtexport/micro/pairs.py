@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vtexport.errors import VtexportError
 from vtexport.micro import scenes
 
 SEED = 1789
@@ -39,4 +40,7 @@ if __name__ == "__main__":
         description="Write pairs of image and question, as micro-llava is calibrated with."
     )
     parser.add_argument("folder", type=Path, help="where to; it is made if it is not there")
-    sys.stdout.write(f"{write_pairs(parser.parse_args().folder)}\n")
+    try:
+        sys.stdout.write(f"{write_pairs(parser.parse_args().folder)}\n")
+    except VtexportError as error:
+        parser.error(str(error))

@@ -42,6 +42,9 @@ class Anyres(Family):
             raise InputError(f"--grid {choice.grid} is no grid of this model; give one of {names}")
         return int(match[1]), int(match[2])
 
+    def resolutions(self, spec: ModelSpec) -> Sequence[Size]:
+        return _listed(spec)
+
     def look(self, processor: Any, spec: ModelSpec, pictures: Sequence[Any]) -> Views:
         sizes = [(picture.height, picture.width) for picture in pictures]
         for size in sizes:
@@ -53,6 +56,15 @@ class Anyres(Family):
     def process(self, processor: Any, pictures: Sequence[Any]) -> Any:
         """The image processor's output for the pictures of one prompt."""
         return processed(processor, list(pictures))
+
+
+def _listed(spec: ModelSpec) -> list[Size]:
+    """The resolutions that the model lists."""
+    path, found = Path("config.json"), spec.config.get("image_grid_pinpoints")
+    if found is None:
+        # transformers' default; its configuration class takes milliseconds, and this runs for every image.
+        found = parse_config(path, spec.config).image_grid_pinpoints
+    return _pinpoints(path, found, spec.vision)
 
 
 def _pinpoints(path: Path, found: Any, vision: VisionSpec) -> list[Size]:
@@ -80,11 +92,7 @@ def _check_grid(spec: ModelSpec, size: Size) -> None:
 
     if spec.views.tiles is None:
         return
-    path, found = Path("config.json"), spec.config.get("image_grid_pinpoints")
-    if found is None:
-        # transformers' default; its configuration class takes milliseconds, and this runs for every image.
-        found = parse_config(path, spec.config).image_grid_pinpoints
-    best = select_best_resolution(size, _pinpoints(path, found, spec.vision))
+    best = select_best_resolution(size, _listed(spec))
     rows, columns = _tiles(best, spec.vision.image_size)
     if (rows, columns) != spec.views.tiles:
         built = "x".join(map(str, spec.views.tiles))

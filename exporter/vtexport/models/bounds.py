@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -146,32 +146,39 @@ def check_clip(path: Path, spec: ClipSpec) -> None:
         check_ends(path, (spec.eos_token_id,), spec.vocab_size)
 
 
-def check_processor(folder: Path, settings: Mapping[str, Any], image_size: int) -> None:
+def check_processor(folder: Path, settings: Mapping[str, Any], image_size: int, resolutions: Collection[Any]) -> None:
     """Check the sizes that an image processor scales, crops and pads to, before it sees an image.
 
     Args:
         folder: where its files are.
         settings: the processor's settings, as its `to_dict` gives them.
         image_size: pixels per side of what the vision tower takes.
+        resolutions: those that the model lists, in rows and columns of pixels.
 
     Raises:
-        ModelError: it makes much larger images than the tower takes.
+        ModelError: it makes much larger images than the tower takes, or resolutions that the model does not list.
     """
     # CLIP's own scales to a little more than it crops to.
-    side, tiled = Bound(1, 2 * image_size), Bound(1, TILES * image_size)
+    side, where = Bound(1, 2 * image_size), "; check processor_config.json or preprocessor_config.json"
     for name in _SIZES:
-        for key, value in (settings.get(name) or {}).items():
-            if value is not None and not side.holds(value):
+        value: Any = settings.get(name)
+        # transformers' own class of sizes is no mapping.
+        for key, extent in (value if hasattr(value, "items") else {"side": value}).items():
+            if extent is not None and not side.holds(extent):
                 raise ModelError(
-                    f"{folder}: the image processor's {name} has {key} {shown(value)}, which must be {side} where the "
-                    f"vision tower takes {image_size}; check processor_config.json or preprocessor_config.json"
+                    f"{folder}: the image processor's {name} has {shown(key)} {shown(extent)}, which must be {side} where "
+                    f"the vision tower takes {image_size}{where}"
                 )
-    points = settings.get("image_grid_pinpoints") or []
-    _check(
-        folder, len(points) <= PINPOINTS, f"the image processor lists {len(points)} resolutions, more than {PINPOINTS}"
-    )
-    for extent in (extent for point in points for extent in point):
-        _check(folder, tiled.holds(extent), f"the image processor's resolution {shown(extent)} must be {tiled}")
+    listed = settings.get("image_grid_pinpoints")
+    known = {tuple(one) for one in resolutions}
+    for point in listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]:
+        if not isinstance(point, list | tuple) or tuple(map(_plain, point)) not in known:
+            raise ModelError(f"{folder}: the image processor has a resolution that config.json does not list{where}")
+
+
+def _plain(value: object) -> object:
+    """`value` if it is a whole number, else nothing that a resolution may hold."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def check_ends(path: Path, ids: tuple[Any, ...], vocabulary: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from vtexport.errors import InputError, ModelError, first_line
 from vtexport.models.bounds import check_ends, check_spec, shown
 from vtexport.models.spec import DecoderSpec, ModelSpec, ViewChoice, ViewSpec, VisionSpec
-from vtexport.models.views import Views
+from vtexport.models.views import Size, Views
 from vtexport.reading import Unreadable, read_json
 
 #: RoPE types whose table is the same for every sequence length
@@ -84,6 +84,10 @@ class Family:
         for name in names:
             if getattr(choice, name) is not None:
                 raise InputError(f"--{name} has no effect with a {self.model_type} model; leave it out")
+
+    def resolutions(self, spec: ModelSpec) -> Sequence[Size]:
+        """The resolutions, in rows and columns of pixels, that an image may be scaled to before it is cut into tiles."""
+        return []
 
     def look(self, processor: Any, spec: ModelSpec, pictures: Sequence[Any]) -> Views:
         """The views of `pictures`, one picture per image of the prompt.

@@ -65,7 +65,8 @@ class Prompter:
         # AutoProcessor, which covers all modalities, would need torchvision for videos.
         self.tokenizer: Any = open_tokenizer(folder)
         self._images: Any = open_image_processor(folder)
-        check_processor(folder, self._images.to_dict(), spec.vision.image_size)
+        resolutions = FAMILIES[spec.family].resolutions(spec)
+        check_processor(folder, self._images.to_dict(), spec.vision.image_size, resolutions)
         template = chat_template(folder, self.tokenizer)
         self._template = ChatTemplate(template) if template else None
         self._spec, self._family = spec, FAMILIES[spec.family]

@@ -35,9 +35,11 @@ _REFUSED = {
     "init_inputs": "gives the tokenizer arguments without names",
     "gguf_file": "names a file of another format",
 }
-# What a token that was added to a tokenizer may say of itself. The tokenizers library prints every other name, as it
+# What a token that is added to a tokenizer may say of itself. The tokenizers library prints every other name, as it
 # stands, to standard output.
-_ADDED_TOKEN = frozenset(("__type", "id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"))
+_TOKEN = frozenset(("content", "single_word", "lstrip", "rstrip", "normalized", "special"))
+#: image processors of the families, whose names may end in Fast or Pil; others scale by settings that nothing bounds
+_PROCESSORS = ("CLIP", "Siglip", "Llava", "LlavaNext", "LlavaOnevision", "VideoLlava")
 _REMEDY = "get the checkpoint in transformers' own form, such as one of llava-hf"
 # Kernels for attention are fetched from the hub and run if they are named like a repository.
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
@@ -88,7 +90,12 @@ def check_settings(path: Path, settings: Any) -> None:
             raise ModelError(f"{path}: {key} names a kernel to download, which is never run; remove it from the file")
         if key.startswith("__") and (key, value) != ("__type", "AddedToken"):
             raise ModelError(f"{path}: {key[:40]!r} is not a setting; {_REMEDY}")
-    _check_added_tokens(path, _added_tokens(settings))
+    if path.name == "special_tokens_map.json":
+        _check_tokens(path, (one for one in _objects(settings) if one is not settings), _TOKEN)
+    elif path.name == "tokenizer_config.json":
+        _check_tokens(path, _configured_tokens(settings), _TOKEN | {"__type"})
+        listed = settings.get("added_tokens_decoder")
+        _check_tokens(path, _objects(list(listed.values()) if isinstance(listed, dict) else []), _TOKEN)
 
 
 def open_tokenizer(folder: Path) -> Any:
@@ -115,7 +122,11 @@ def open_image_processor(folder: Path) -> Any:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     check_files(folder)
-    return _opened(AutoImageProcessor, folder, "image processor", "get preprocessor_config.json of the checkpoint")
+    found = _opened(AutoImageProcessor, folder, "image processor", "get preprocessor_config.json of the checkpoint")
+    name = type(found).__name__
+    if name.removesuffix("Fast").removesuffix("Pil").removesuffix("ImageProcessor") not in _PROCESSORS:
+        raise ModelError(f"{folder} names the image processor {name}, which no LLaVA model has; {_REMEDY}")
+    return found
 
 
 def calm(call: Callable[[], Any]) -> Any:
@@ -179,7 +190,7 @@ def _check_tokenizer(path: Path) -> None:
         read = read_json(path, _VOCABULARY_BYTES, kind=_Tokenizer)
     except Unreadable as error:
         raise ModelError(f"{path} is not a tokenizer ({error}); get it again") from error
-    _check_added_tokens(path, read.added_tokens)
+    _check_tokens(path, read.added_tokens, _TOKEN | {"id"})
     growth = 1.0
     for one in _objects([read.normalizer, read.pre_tokenizer]):
         content, pattern = one.get("content"), one.get("pattern")
@@ -190,19 +201,26 @@ def _check_tokenizer(path: Path) -> None:
         raise ModelError(f"{path} makes texts more than {_GROWTH} times as long before it reads them; get it again")
 
 
-def _check_added_tokens(path: Path, tokens: Iterable[dict[str, Any]]) -> None:
-    strange = next((key for token in tokens for key in token if key not in _ADDED_TOKEN), None)
+def _check_tokens(path: Path, tokens: Iterable[dict[str, Any]], names: frozenset[str]) -> None:
+    """Refuse a token with a property that is not among `names`."""
+    strange = next((key for token in tokens for key in token if key not in names), None)
     if strange is not None:
         raise ModelError(f"{path}: {strange[:40]!r} is no property of a token; {_REMEDY}")
 
 
-def _added_tokens(settings: Any) -> Iterator[dict[str, Any]]:
-    """The objects in a tokenizer's settings of which the tokenizers library makes tokens."""
-    for one in _objects(settings):
-        listed = one.get("added_tokens_decoder")
-        yield from (token for token in (listed.values() if isinstance(listed, dict) else ()) if isinstance(token, dict))
-        if isinstance(one.get("content"), str):
-            yield one
+def _configured_tokens(settings: Any) -> Iterator[dict[str, Any]]:
+    """The objects of tokenizer_config.json that become tokens, besides those of `added_tokens_decoder`."""
+    rest = [("", settings)]
+    while rest:
+        key, one = rest.pop()
+        if isinstance(one, list):
+            rest += [(key.removesuffix("s"), value) for value in one]
+        if isinstance(one, dict):
+            if key.endswith("_token") or "__type" in one or isinstance(one.get("content"), str):
+                yield one
+            # Tokens by names of their own, such as `extra_special_tokens` has them.
+            named = key.endswith("_tokens")
+            rest += [(f"{name}_token" if named else name, value) for name, value in one.items()]
 
 
 def _entries(settings: Any) -> Iterator[tuple[str, Any]]:

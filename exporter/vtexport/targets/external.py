@@ -1,4 +1,4 @@
-"""What an ONNX file of a bundle must be: its weights lie in files beside it, and it has the outputs that are read."""
+"""Where an ONNX file's weights may lie: in files beside it, whichever version of a runtime reads them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,11 @@ if TYPE_CHECKING:
 GRAPH_BYTES = 256 << 20
 
 
-def check_graph(path: Path, output: str | None = None) -> None:
+def check_graph(path: Path) -> None:
     """Refuse an ONNX file that is none, or whose weights lie anywhere but in regular files beside it.
 
-    Args:
-        path: the file.
-        output: an output that it must have.
-
     Raises:
-        BundleError: it is damaged, points out of its folder, or lacks the output.
+        BundleError: it is damaged, or points out of its folder.
     """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -35,8 +31,6 @@ def check_graph(path: Path, output: str | None = None) -> None:
         model = onnx.load_model_from_string(path.read_bytes())
     except (OSError, DecodeError) as error:
         raise BundleError(f"{path} cannot be read ({first_line(error)}); build the bundle again") from error
-    if output is not None and all(port.name != output for port in model.graph.output):
-        raise BundleError(f"{path} has no output {output!r}; build the bundle again")
     for location in {location for tensor in _tensors(model) for location in _locations(tensor)}:
         beside = path.parent / location
         # `Path.is_file` raises for a name that is longer than file systems take.

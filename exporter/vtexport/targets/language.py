@@ -12,8 +12,6 @@ from vtexport.pruning.decoder import slots
 from vtexport.targets.engine import PrefillInput
 
 LANGUAGE = "language"
-#: the output of each graph that engines always read
-OUTPUTS = {"vision": "visual", LANGUAGE: "logits"}
 #: the inputs that every step has of its own
 _OF_EVERY_STEP = ("input_ids", "text_length", "length", "position")
 

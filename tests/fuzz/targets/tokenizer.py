@@ -1,4 +1,4 @@
-"""The files of tokenizer and image processor: tokenizer.json, tokenizer_config.json, processor_config.json."""
+"""The files of tokenizer and image processor: tokenizer.json and its settings, processor_config.json."""
 
 from __future__ import annotations
 
@@ -12,18 +12,28 @@ from tests.checkpoints import MICRO
 from vtexport.models import Prompter, read_spec
 
 _FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.json")
+_SPECIAL = "special_tokens_map.json"
 
 
 def seeds(place: Path) -> list[bytes]:
     """Each file of micro-llava; of the tokenizer, one with a few words."""
     small = json.loads((MICRO / "tokenizer.json").read_text())
     small["model"]["merges"] = small["model"]["merges"][:8]
-    return [*((MICRO / name).read_bytes() for name in _FILES[:2]), json.dumps(small).encode()]
+    token = {"content": "<s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    special = {"bos_token": token, "unk_token": "<unk>", "additional_special_tokens": [{**token, "content": "<image>"}]}
+    return [
+        *((MICRO / name).read_bytes() for name in _FILES[:2]),
+        *(json.dumps(one).encode() for one in (small, special)),
+    ]
 
 
 def one(data: bytes, place: Path) -> None:
     """Open micro-llava's processor with this file in the place of the one that it resembles."""
-    name = _FILES[0] if b"image_p" in data else _FILES[2] if b"vocab" in data or b"added_t" in data else _FILES[1]
+    name = _FILES[1]
+    for marks, other in ((b"image_p",), _FILES[0]), ((b"vocab", b"added_t"), _FILES[2]), ((b"lstrip",), _SPECIAL):
+        if any(mark in data for mark in marks):
+            name = other
+            break
     names = ("config.json", "chat_template.jinja", *_FILES)
     for other in names:
         shutil.copyfile(MICRO / other, place / other)
@@ -35,5 +45,5 @@ def one(data: bytes, place: Path) -> None:
         assert all(0 <= token < spec.decoder.vocab_size for token in ids)
         prompter.views(Image.new("RGB", (96, 96)))
     finally:
-        for other in names:
+        for other in {*names, name}:
             (place / other).unlink()

@@ -18,9 +18,9 @@ import onnxruntime as ort
 from vtexport.arrays import Array
 from vtexport.errors import TargetError, first_line
 from vtexport.pruning import PruningPlan
-from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
+from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput, output
 from vtexport.targets.external import check_graph
-from vtexport.targets.language import LANGUAGE, OUTPUTS, LanguageCalls
+from vtexport.targets.language import LANGUAGE, LanguageCalls
 
 
 @dataclass
@@ -97,7 +97,7 @@ class OrtEngine:
         if self._traces is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._traces / name)
-        check_graph(self._paths[name], OUTPUTS.get(name))
+        check_graph(self._paths[name])
         try:
             model = _exact(self._paths[name], options) if self._exact else self._paths[name]
             return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -137,7 +137,9 @@ class OrtEngine:
         outputs = self._run(cache, prompt)
         if "ranking" in outputs:
             cache.ranking = np.zeros_like(outputs["ranking"])
-        return PrefillOutput(outputs.pop("logits"), cache, self._calls.stages(outputs, bucket))
+        logits = output(outputs, "logits")
+        del outputs["logits"]
+        return PrefillOutput(logits, cache, self._calls.stages(outputs, bucket))
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
         assert isinstance(cache, OrtCache)

@@ -15,9 +15,9 @@ import openvino as ov
 from vtexport.arrays import Array
 from vtexport.errors import TargetError, first_line
 from vtexport.pruning import PruningPlan
-from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
+from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput, output
 from vtexport.targets.external import check_graph
-from vtexport.targets.language import LANGUAGE, OUTPUTS, LanguageCalls
+from vtexport.targets.language import LANGUAGE, LanguageCalls
 from vtexport.targets.openvino.caches import BatchCache, Caches
 from vtexport.targets.openvino.memory import Released
 from vtexport.targets.openvino.pages import SUPPORTED, Pages
@@ -101,7 +101,7 @@ class OpenVinoEngine:
         path, config = self._opening.files[name], dict(self._opening.config)
         if self._profiling:
             config["PERF_COUNT"] = True
-        check_graph(path, OUTPUTS.get(name))
+        check_graph(path)
         try:
             model = read_model(path, pages=SUPPORTED and self._opening.device == "CPU")
             names = [port.get_any_name() for port in model.outputs]
@@ -146,7 +146,9 @@ class OpenVinoEngine:
             outputs = self._step(cache, given)
         if "ranking" in outputs:
             cache.ranking = np.zeros_like(outputs["ranking"])
-        return PrefillOutput(outputs.pop("logits"), cache, self._calls.stages(outputs, bucket))
+        logits = output(outputs, "logits")
+        del outputs["logits"]
+        return PrefillOutput(logits, cache, self._calls.stages(outputs, bucket))
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
         assert isinstance(cache, BatchCache)
