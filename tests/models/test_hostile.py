@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.checkpoints import FAMILIES, MICRO, family_checkpoint
 from vtexport.builder.build import build, dry_run
@@ -83,6 +84,13 @@ def test_tokens_as_checkpoints_have_them_are_taken(model: Path, capfd: pytest.Ca
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.parametrize("name", ["tokenizer_truncation", "tokenizer_padding", "_json_truncation", "_json_padding"])
+def test_internal_settings_of_tokenizers_are_refused(model: Path, name: str) -> None:
+    edit(model / "tokenizer_config.json", **{name: {"max_length": 512, "stride": 0, "\x1b]0;x\x07": 1}})
+    with pytest.raises(ModelError, match=f"{name} sets what belongs into tokenizer.json"):
+        Prompter(model, read_spec(model))
+
+
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
@@ -92,7 +100,7 @@ def test_tokens_as_checkpoints_have_them_are_taken(model: Path, capfd: pytest.Ca
         ),
         ({"size": {"shortest_edge": -1}}, "size has 'shortest_edge' -1"),
         *(
-            ({"image_grid_pinpoints": value}, "that config.json does not list")
+            ({"image_grid_pinpoints": value}, "has other resolutions than config.json lists")
             for value in (5, [5], [None], [[96, 96]])
         ),
         ({"image_processor_type": "DPTImageProcessor", "size_divisor": 2000}, "which no LLaVA model has"),
@@ -107,6 +115,37 @@ def test_image_processors_that_scale_without_bound_are_refused(
     path.write_text(json.dumps({**whole, "image_processor": {**whole["image_processor"], **settings}}))
     with pytest.raises(ModelError, match=found):
         Prompter(model, read_spec(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"crop_size": {"height": 4, "width": 4}}, "must be a whole number from 40 to 40"),
+        ({"size": {"shortest_edge": 20}}, "must be a whole number from 40 to 40"),
+        ({"image_grid_pinpoints": [[200, 200]]}, "has other resolutions than config.json lists"),
+        ({"image_grid_pinpoints": [[40, 80]] * 600}, "has other resolutions than config.json lists"),
+    ],
+)
+def test_tiles_are_those_of_the_model(tmp_path: Path, settings: dict[str, Any], found: str) -> None:
+    folder = family_checkpoint(tmp_path / "model", "llava_next-vicuna")
+    spec = read_spec(folder, ViewChoice(grid="2x2"))
+    assert spec.vision.image_size == 40
+    Prompter(folder, spec)
+    path = folder / "processor_config.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, "image_processor": {**whole["image_processor"], **settings}}))
+    with pytest.raises(ModelError, match=found):
+        Prompter(folder, spec)
+
+
+def test_a_long_image_is_not_padded_to_a_huge_square(model: Path) -> None:
+    """115,000 x 575 pixels would be 40 GB."""
+    path = model / "processor_config.json"
+    whole = json.loads(path.read_text())
+    changes = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    path.write_text(json.dumps({**whole, "image_processor": {**whole["image_processor"], **changes}}))
+    views = Prompter(model, read_spec(model)).views(Image.new("RGB", (115_000, 575), "red"))
+    assert views.pixels.shape == (1, 3, 96, 96)
 
 
 # Code

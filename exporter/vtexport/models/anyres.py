@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vtexport.errors import InputError, ModelError
-from vtexport.models.bounds import PINPOINTS, TILES
+from vtexport.models.bounds import PINPOINTS, TILES, TOGETHER
 from vtexport.models.family import Family, parse_config, pixels_of, processed
 from vtexport.models.spec import ModelSpec, ViewChoice, ViewSpec, VisionSpec
 from vtexport.models.views import Size, Views, rows_of
@@ -69,15 +70,19 @@ def _listed(spec: ModelSpec) -> list[Size]:
 
 def _pinpoints(path: Path, found: Any, vision: VisionSpec) -> list[Size]:
     """The resolutions that the model lists, `found` in its config, in rows and columns of pixels, each of whole tiles."""
-    most = TILES * vision.image_size
+    size = vision.image_size
     if not isinstance(found, list | tuple) or not 0 < len(found) <= PINPOINTS:
         raise ModelError(f"{path}: image_grid_pinpoints must list 1 to {PINPOINTS} resolutions; check the file")
     for point in found:
         two = isinstance(point, list | tuple) and len(point) == 2 and all(type(extent) is int for extent in point)
-        if not two or not all(vision.image_size <= extent <= most for extent in point):
+        if not two or not all(size <= extent <= TILES * size and extent % size == 0 for extent in point):
             raise ModelError(
-                f"{path}: image_grid_pinpoints must list pairs of whole numbers from {vision.image_size} (one tile) to "
-                f"{most}; check the file"
+                f"{path}: image_grid_pinpoints must list pairs of multiples of {size} (one tile) up to {TILES * size}; "
+                "check the file"
+            )
+        if math.prod(_tiles(point, size)) > TOGETHER:
+            raise ModelError(
+                f"{path}: image_grid_pinpoints lists more than {TOGETHER} tiles for an image; check the file"
             )
     return [(point[0], point[1]) for point in found]
 

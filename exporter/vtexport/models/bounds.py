@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vtexport.errors import ModelError, cut
+from vtexport.models.pictures import MOST_ASPECT, WHOLE_PIXELS
 
 if TYPE_CHECKING:
     from vtexport.models.spec import ClipSpec, ModelSpec
@@ -45,7 +46,7 @@ CONFIG: Mapping[str, Bound] = {
     "max_position_embeddings": _POSITIONS,
     "sliding_window": Bound(1, 1 << 31),
     "max_window_layers": Bound(0, 1 << 16),
-    "image_size": Bound(1, 4096),
+    "image_size": Bound(1, 1024),
     "patch_size": Bound(1, 1024),
     "num_channels": Bound(3, 3),
     "layer_norm_eps": _EPSILON,
@@ -81,6 +82,10 @@ _SPEC: Mapping[str, Bound] = {
 }
 #: settings of config.json that are objects
 _SECTIONS = ("text_config", "vision_config", "rope_parameters", "rope_scaling")
+#: tiles of one resolution
+TOGETHER = 64
+#: the most pixels to which the short side of an image may be scaled
+_SHORTEST = math.isqrt(WHOLE_PIXELS // MOST_ASPECT)
 #: settings of image processors that are sizes in pixels
 _SIZES = ("size", "crop_size", "pad_size")
 #: activations that the graphs have (`vtexport.graph.tracing.layers`), as transformers calls them
@@ -153,27 +158,38 @@ def check_processor(folder: Path, settings: Mapping[str, Any], image_size: int, 
         folder: where its files are.
         settings: the processor's settings, as its `to_dict` gives them.
         image_size: pixels per side of what the vision tower takes.
-        resolutions: those that the model lists, in rows and columns of pixels.
+        resolutions: those that the model lists, in rows and columns of pixels; none if it does not cut images.
 
     Raises:
-        ModelError: it makes much larger images than the tower takes, or resolutions that the model does not list.
+        ModelError: it makes much larger images than the tower takes, or other resolutions than the model lists.
     """
-    # CLIP's own scales to a little more than it crops to.
-    side, where = Bound(1, 2 * image_size), "; check processor_config.json or preprocessor_config.json"
+    where = "; check processor_config.json or preprocessor_config.json"
     for name in _SIZES:
         value: Any = settings.get(name)
         # transformers' own class of sizes is no mapping.
         for key, extent in (value if hasattr(value, "items") else {"side": value}).items():
-            if extent is not None and not side.holds(extent):
+            bound = _side(key, image_size, tiled=bool(resolutions))
+            if extent is not None and not bound.holds(extent):
                 raise ModelError(
-                    f"{folder}: the image processor's {name} has {shown(key)} {shown(extent)}, which must be {side} where "
+                    f"{folder}: the image processor's {name} has {shown(key)} {shown(extent)}, which must be {bound} where "
                     f"the vision tower takes {image_size}{where}"
                 )
-    listed = settings.get("image_grid_pinpoints")
-    known = {tuple(one) for one in resolutions}
-    for point in listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]:
-        if not isinstance(point, list | tuple) or tuple(map(_plain, point)) not in known:
-            raise ModelError(f"{folder}: the image processor has a resolution that config.json does not list{where}")
+    listed: Any = settings.get("image_grid_pinpoints")
+    points = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
+    found = {
+        tuple(map(_plain, point)) if isinstance(point, list | tuple) else None for point in points[: PINPOINTS + 1]
+    }
+    if (points or resolutions) and (len(points) > PINPOINTS or found != {tuple(one) for one in resolutions}):
+        raise ModelError(f"{folder}: the image processor has other resolutions than config.json lists{where}")
+
+
+def _side(key: object, image_size: int, *, tiled: bool) -> Bound:
+    """What an image processor may scale, crop or pad to."""
+    if tiled:
+        # The size of a tile: smaller ones would be more, and each is scaled to what the tower takes.
+        return Bound(image_size, image_size)
+    # CLIP's own scales to a little more than it crops to; the long side may be `MOST_ASPECT` times the short one.
+    return Bound(1, min(2 * image_size, _SHORTEST) if key == "shortest_edge" else 2 * image_size)
 
 
 def _plain(value: object) -> object:

@@ -22,6 +22,8 @@ MOST_PIXELS = 178_000_000
 MOST_ASPECT = 200
 #: pixels up to which an image goes to the processor as it is; it makes several copies of them
 WHOLE_PIXELS = 1 << 26
+#: pixels per side up to which an image goes as it is to a processor that pads it to a square
+SQUARE = 1 << 13
 #: pixels of a frame of an animation, of which Pillow holds several copies; 3840 x 2160 fit
 FRAME_PIXELS = 1 << 23
 # Decoding is the work that such files can ask for without end: frames in which each rests on the ones before, and scans
@@ -267,6 +269,16 @@ def _bounded(image: Any) -> Any:
     if image.width * image.height <= WHOLE_PIXELS:
         return image
     return (image.convert("RGBA") if image.mode in ("P", "PA") else image).reduce(2)
+
+
+def within(image: Any, side: int) -> Any:
+    """`image`, halved until neither of its sides has more than `side` pixels."""
+    factor = 1
+    while max(image.size) > side * factor:
+        factor *= 2
+    if factor == 1:
+        return image
+    return (image.convert("RGBA") if image.mode in ("P", "PA") else image).reduce(factor)
 
 
 def _turned(image: Any, orientation: Any) -> Any:

@@ -13,7 +13,7 @@ from vtexport.errors import InputError, ModelError
 from vtexport.models.bounds import check_processor
 from vtexport.models.conversation import Messages, Question, rendered, turns
 from vtexport.models.families import FAMILIES
-from vtexport.models.pictures import as_picture, open_image, open_video
+from vtexport.models.pictures import SQUARE, as_picture, open_image, open_video, within
 from vtexport.models.spec import ModelSpec
 from vtexport.models.template import ChatTemplate
 from vtexport.models.trust import open_image_processor, open_tokenizer, token_ids
@@ -66,7 +66,10 @@ class Prompter:
         self.tokenizer: Any = open_tokenizer(folder)
         self._images: Any = open_image_processor(folder)
         resolutions = FAMILIES[spec.family].resolutions(spec)
-        check_processor(folder, self._images.to_dict(), spec.vision.image_size, resolutions)
+        settings = self._images.to_dict()
+        check_processor(folder, settings, spec.vision.image_size, resolutions)
+        # Whether it may pad images to squares before it scales them.
+        self._squares = bool(settings.get("do_pad") or resolutions)
         template = chat_template(folder, self.tokenizer)
         self._template = ChatTemplate(template) if template else None
         self._spec, self._family = spec, FAMILIES[spec.family]
@@ -152,8 +155,12 @@ class Prompter:
     def _checked(self, picture: Any) -> Any:
         """The picture of one image of the prompt, or the frames of one video, as the processor takes them."""
         if self._spec.views.has_frames and isinstance(picture, Sequence) and not isinstance(picture, str | bytes):
-            return [as_picture(frame) for frame in picture]
-        return as_picture(picture)
+            return [self._taken(frame) for frame in picture]
+        return self._taken(picture)
+
+    def _taken(self, picture: Any) -> Any:
+        taken = as_picture(picture)
+        return within(taken, SQUARE) if self._squares else taken
 
     def grouped(self, pictures: Sequence[Any]) -> Any:
         """PIL images, one per picture or per frame, grouped as `views` takes them."""

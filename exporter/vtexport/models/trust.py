@@ -34,6 +34,11 @@ _REFUSED = {
     "fast_tokenizer_files": "names other tokenizers than tokenizer.json",
     "init_inputs": "gives the tokenizer arguments without names",
     "gguf_file": "names a file of another format",
+    # Internal ones of transformers, given to the tokenizers library, which prints every name that it does not know.
+    **dict.fromkeys(
+        ("tokenizer_truncation", "tokenizer_padding", "_json_truncation", "_json_padding"),
+        "sets what belongs into tokenizer.json",
+    ),
 }
 # What a token that is added to a tokenizer may say of itself. The tokenizers library prints every other name, as it
 # stands, to standard output.
