@@ -268,7 +268,7 @@ def _bounded(image: Any) -> Any:
     """`image`, of at most `WHOLE_PIXELS` pixels; every model scales it to far fewer."""
     if image.width * image.height <= WHOLE_PIXELS:
         return image
-    return (image.convert("RGBA") if image.mode in ("P", "PA") else image).reduce(2)
+    return _reduced(image, 2)
 
 
 def within(image: Any, side: int) -> Any:
@@ -276,8 +276,10 @@ def within(image: Any, side: int) -> Any:
     factor = 1
     while max(image.size) > side * factor:
         factor *= 2
-    if factor == 1:
-        return image
+    return image if factor == 1 else _reduced(image, factor)
+
+
+def _reduced(image: Any, factor: int) -> Any:
     return (image.convert("RGBA") if image.mode in ("P", "PA") else image).reduce(factor)
 
 
