@@ -44,12 +44,18 @@ class Anyres(Family):
         return int(match[1]), int(match[2])
 
     def resolutions(self, spec: ModelSpec) -> Sequence[Size]:
-        return _listed(spec)
+        path, found = Path("config.json"), spec.config.get("image_grid_pinpoints")
+        if found is None:
+            # transformers' default; its configuration class takes milliseconds, and this runs for every prompt.
+            found = parse_config(path, spec.config).image_grid_pinpoints
+        return _pinpoints(path, found, spec.vision)
 
     def look(self, processor: Any, spec: ModelSpec, pictures: Sequence[Any]) -> Views:
         sizes = [(picture.height, picture.width) for picture in pictures]
-        for size in sizes:
-            _check_grid(spec, size)
+        if spec.views.tiles is not None:
+            known = self.resolutions(spec)
+            for size in sizes:
+                _check_grid(spec.views.tiles, spec.vision.image_size, known, size)
         pixels = pixels_of(self.process(processor, pictures))
         pixels = pixels[:, : spec.views.views].reshape(-1, *pixels.shape[2:])
         return Views(pixels, rows_of(spec, sizes) if spec.views.newlines else None)
@@ -57,15 +63,6 @@ class Anyres(Family):
     def process(self, processor: Any, pictures: Sequence[Any]) -> Any:
         """The image processor's output for the pictures of one prompt."""
         return processed(processor, list(pictures))
-
-
-def _listed(spec: ModelSpec) -> list[Size]:
-    """The resolutions that the model lists."""
-    path, found = Path("config.json"), spec.config.get("image_grid_pinpoints")
-    if found is None:
-        # transformers' default; its configuration class takes milliseconds, and this runs for every image.
-        found = parse_config(path, spec.config).image_grid_pinpoints
-    return _pinpoints(path, found, spec.vision)
 
 
 def _pinpoints(path: Path, found: Any, vision: VisionSpec) -> list[Size]:
@@ -91,16 +88,13 @@ def _tiles(resolution: Sequence[int], image_size: int) -> Size:
     return resolution[0] // image_size, resolution[1] // image_size
 
 
-def _check_grid(spec: ModelSpec, size: Size) -> None:
-    """Refuse an image that fits another grid better than the bundle's."""
+def _check_grid(tiles: Size, image_size: int, known: Sequence[Size], size: Size) -> None:
+    """Refuse an image of `size` that fits another grid, of those that are `known`, better than the bundle's `tiles`."""
     from transformers.image_processing_utils import select_best_resolution
 
-    if spec.views.tiles is None:
-        return
-    best = select_best_resolution(size, _listed(spec))
-    rows, columns = _tiles(best, spec.vision.image_size)
-    if (rows, columns) != spec.views.tiles:
-        built = "x".join(map(str, spec.views.tiles))
+    rows, columns = _tiles(select_best_resolution(size, known), image_size)
+    if (rows, columns) != tiles:
+        built = "x".join(map(str, tiles))
         raise InputError(
             f"an image of {size[1]} x {size[0]} pixels is cut into {rows}x{columns} tiles, and this bundle was built "
             f"for {built}; build one with --grid {rows}x{columns}, or crop the image"

@@ -13,6 +13,7 @@ from vtexport.models.pictures import MOST_ASPECT, WHOLE_PIXELS
 
 if TYPE_CHECKING:
     from vtexport.models.spec import ClipSpec, ModelSpec
+    from vtexport.models.views import Size
 
 
 class Bound(NamedTuple):
@@ -151,7 +152,7 @@ def check_clip(path: Path, spec: ClipSpec) -> None:
         check_ends(path, (spec.eos_token_id,), spec.vocab_size)
 
 
-def check_processor(folder: Path, settings: Mapping[str, Any], image_size: int, resolutions: Collection[Any]) -> None:
+def check_processor(folder: Path, settings: Mapping[str, Any], image_size: int, resolutions: Collection[Size]) -> None:
     """Check the sizes that an image processor scales, crops and pads to, before it sees an image.
 
     Args:
@@ -176,11 +177,14 @@ def check_processor(folder: Path, settings: Mapping[str, Any], image_size: int, 
                 )
     listed: Any = settings.get("image_grid_pinpoints")
     points = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
-    found = {
-        tuple(map(_plain, point)) if isinstance(point, list | tuple) else None for point in points[: PINPOINTS + 1]
-    }
-    if (points or resolutions) and (len(points) > PINPOINTS or found != {tuple(one) for one in resolutions}):
+    if len(points) > PINPOINTS or {_resolution(point) for point in points} != set(resolutions):
         raise ModelError(f"{folder}: the image processor has other resolutions than config.json lists{where}")
+
+
+def _resolution(point: Any) -> tuple[int, ...] | None:
+    """`point` if it is a list of whole numbers, which true and false are not."""
+    whole = isinstance(point, list | tuple) and all(type(extent) is int for extent in point)
+    return tuple(point) if whole else None
 
 
 def _side(key: object, image_size: int, *, tiled: bool) -> Bound:
@@ -190,11 +194,6 @@ def _side(key: object, image_size: int, *, tiled: bool) -> Bound:
         return Bound(image_size, image_size)
     # CLIP's own scales to a little more than it crops to; the long side may be `MOST_ASPECT` times the short one.
     return Bound(1, min(2 * image_size, _SHORTEST) if key == "shortest_edge" else 2 * image_size)
-
-
-def _plain(value: object) -> object:
-    """`value` if it is a whole number, else nothing that a resolution may hold."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def check_ends(path: Path, ids: tuple[Any, ...], vocabulary: int) -> None:

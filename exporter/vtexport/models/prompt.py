@@ -65,14 +65,14 @@ class Prompter:
         # AutoProcessor, which covers all modalities, would need torchvision for videos.
         self.tokenizer: Any = open_tokenizer(folder)
         self._images: Any = open_image_processor(folder)
-        resolutions = FAMILIES[spec.family].resolutions(spec)
+        self._spec, self._family = spec, FAMILIES[spec.family]
+        resolutions = self._family.resolutions(spec)
         settings = self._images.to_dict()
         check_processor(folder, settings, spec.vision.image_size, resolutions)
         # Whether it may pad images to squares before it scales them.
         self._squares = bool(settings.get("do_pad") or resolutions)
         template = chat_template(folder, self.tokenizer)
         self._template = ChatTemplate(template) if template else None
-        self._spec, self._family = spec, FAMILIES[spec.family]
 
     @property
     def image_processor(self) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from vtexport.arrays import Array
 from vtexport.pruning import PruningPlan
 from vtexport.pruning.decoder import slots
-from vtexport.targets.engine import PrefillInput
+from vtexport.targets.engine import Cache, PrefillInput, PrefillOutput, output
 
 LANGUAGE = "language"
 #: the inputs that every step has of its own
@@ -71,7 +71,16 @@ class LanguageCalls:
             for name, array in both[0].items()
         }
 
-    def stages(self, outputs: Mapping[str, Array], bucket: int) -> dict[str, Array]:
+    def prefilled(self, outputs: Mapping[str, Array], cache: Cache, bucket: int) -> PrefillOutput:
+        """What prefill of plan number `bucket` gave: the graph's outputs, and the cache that it filled.
+
+        Raises:
+            BundleError: the graph gives no logits.
+        """
+        others = {name: array for name, array in outputs.items() if name != "logits"}
+        return PrefillOutput(output(outputs, "logits"), cache, self._stages(others, bucket))
+
+    def _stages(self, outputs: Mapping[str, Array], bucket: int) -> dict[str, Array]:
         """Of the outputs of stages, those of plan number `bucket`; others may have further stages."""
         own = self._plans[bucket].decoder_stages
         found = {}

@@ -15,7 +15,7 @@ import openvino as ov
 from vtexport.arrays import Array
 from vtexport.errors import TargetError, first_line
 from vtexport.pruning import PruningPlan
-from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput, output
+from vtexport.targets.engine import Cache, LayerTimes, PrefillInput, PrefillOutput, VisionInput, VisionOutput
 from vtexport.targets.external import check_graph
 from vtexport.targets.language import LANGUAGE, LanguageCalls
 from vtexport.targets.openvino.caches import BatchCache, Caches
@@ -146,9 +146,7 @@ class OpenVinoEngine:
             outputs = self._step(cache, given)
         if "ranking" in outputs:
             cache.ranking = np.zeros_like(outputs["ranking"])
-        logits = output(outputs, "logits")
-        del outputs["logits"]
-        return PrefillOutput(logits, cache, self._calls.stages(outputs, bucket))
+        return self._calls.prefilled(outputs, cache, bucket)
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
         assert isinstance(cache, BatchCache)

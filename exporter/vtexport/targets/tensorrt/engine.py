@@ -158,7 +158,7 @@ class TensorRTEngine:
             arrays = {name: self._gpu.fetch(tensor) for name, tensor in outputs.items()}
         if "ranking" in arrays:
             cache.ranking = np.zeros_like(arrays["ranking"])
-        return PrefillOutput(arrays.pop("logits"), cache, self._calls.stages(arrays, bucket))
+        return self._calls.prefilled(arrays, cache, bucket)
 
     def decode(self, cache: Cache, tokens: Array, length: Array, position: Array) -> Array:
         assert isinstance(cache, CudaCache)
