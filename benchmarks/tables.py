@@ -444,18 +444,19 @@ FUZZED = {
 
 def fuzz(results: Results) -> str:
     """What became of damaged files."""
-    found = results["fuzz"]["result"]["targets"]
-    rows = [
-        [FUZZED[one["target"]], *(f"{one[name]:,}" for name in ("executions", "refused", "accepted")), _failed(one)]
-        for one in found
+    counted = [
+        (
+            FUZZED[one["target"]],
+            one["executions"],
+            one["refused"],
+            one["accepted"],
+            sum(f["count"] for f in one["findings"]),
+        )
+        for one in results["fuzz"]["result"]["targets"]
     ]
-    sums = [f"{sum(one[name] for one in found):,}" for name in ("executions", "refused", "accepted")]
-    rows.append(["together", *sums, str(sum(int(_failed(one)) for one in found))])
+    together = ("together", *(sum(numbers) for numbers in list(zip(*counted, strict=True))[1:]))
+    rows = [[name, *(f"{number:,}" for number in numbers)] for name, *numbers in [*counted, together]]
     return table(["file", "executions", "refused in one line", "used", "failed"], rows)
-
-
-def _failed(target: Point) -> str:
-    return str(sum(finding["count"] for finding in target["findings"]))
 
 
 def kills(results: Results) -> str:

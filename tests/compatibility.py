@@ -64,14 +64,14 @@ def install(folder: Path, which: str, pins: list[str]) -> Path:
     if not python.is_file():
         venv.create(folder, with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", "uv"], check=True)
-    stated, chosen = folder / "pins.txt", folder / "constraints.txt"
+    stated = chosen = folder / "pins.txt"
     stated.write_text("".join(f"{pin}\n" for pin in pins))
-    chosen.write_text(stated.read_text())
     uv = [python, "-m", "uv", "pip"]
     if which == "oldest":
         extras = [word for name in EXTRAS for word in ("--extra", name)]
         # Pins by hand replace what pyproject.toml says: those of a CPU build, say.
-        limits = ["--resolution", "lowest-direct", "--overrides", stated, "--no-annotate"]
+        limits = ["--resolution", "lowest-direct", "--overrides", stated, "--no-annotate", "--upgrade"]
+        chosen = folder / "constraints.txt"
         subprocess.run(
             [*uv, "compile", "--quiet", "--python", python, *extras, *limits, "-o", chosen, ROOT / "pyproject.toml"],
             check=True,

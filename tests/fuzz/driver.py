@@ -29,6 +29,7 @@ GROWTH_BYTES = 256 << 20
 #: address space that a run may add to what it began with
 SPACE_BYTES = 3 << 30
 PACKAGE = "vtexport/"
+_LIBC = ctypes.CDLL(None)
 
 
 class TooSlow(BaseException):
@@ -126,7 +127,7 @@ def _silent() -> Iterator[None]:
             with contextlib.redirect_stdout(said):
                 yield
         finally:
-            ctypes.CDLL(None).fflush(None)
+            _LIBC.fflush(None)
             os.dup2(out, 1)
             os.close(out)
         heard.seek(0)

@@ -46,6 +46,11 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(settings))
 
 
+def edit_processor(folder: Path, **changes: Any) -> None:
+    """Change settings of a checkpoint's image processor."""
+    edit(folder / "processor_config.json", **{f"image_processor__{name}": value for name, value in changes.items()})
+
+
 # Tokens and sizes
 
 
@@ -110,9 +115,7 @@ def test_internal_settings_of_tokenizers_are_refused(model: Path, name: str) -> 
 def test_image_processors_that_scale_without_bound_are_refused(
     model: Path, settings: dict[str, Any], found: str
 ) -> None:
-    path = model / "processor_config.json"
-    whole = json.loads(path.read_text())
-    path.write_text(json.dumps({**whole, "image_processor": {**whole["image_processor"], **settings}}))
+    edit_processor(model, **settings)
     with pytest.raises(ModelError, match=found):
         Prompter(model, read_spec(model))
 
@@ -131,19 +134,14 @@ def test_tiles_are_those_of_the_model(tmp_path: Path, settings: dict[str, Any], 
     spec = read_spec(folder, ViewChoice(grid="2x2"))
     assert spec.vision.image_size == 40
     Prompter(folder, spec)
-    path = folder / "processor_config.json"
-    whole = json.loads(path.read_text())
-    path.write_text(json.dumps({**whole, "image_processor": {**whole["image_processor"], **settings}}))
+    edit_processor(folder, **settings)
     with pytest.raises(ModelError, match=found):
         Prompter(folder, spec)
 
 
 def test_a_long_image_is_not_padded_to_a_huge_square(model: Path) -> None:
     """115,000 x 575 pixels would be 40 GB."""
-    path = model / "processor_config.json"
-    whole = json.loads(path.read_text())
-    changes = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
-    path.write_text(json.dumps({**whole, "image_processor": {**whole["image_processor"], **changes}}))
+    edit_processor(model, image_processor_type="LlavaImageProcessor", do_pad=True)
     views = Prompter(model, read_spec(model)).views(Image.new("RGB", (115_000, 575), "red"))
     assert views.pixels.shape == (1, 3, 96, 96)
 

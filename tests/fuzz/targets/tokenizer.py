@@ -12,7 +12,13 @@ from tests.checkpoints import MICRO
 from vtexport.models import Prompter, read_spec
 
 _FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.json")
-_SPECIAL = "special_tokens_map.json"
+#: by what a damaged file is known; any other is tokenizer_config.json
+_MARKS = (
+    (b"image_p", _FILES[0]),
+    (b"vocab", _FILES[2]),
+    (b"added_t", _FILES[2]),
+    (b"lstrip", "special_tokens_map.json"),
+)
 
 
 def seeds(place: Path) -> list[bytes]:
@@ -29,11 +35,7 @@ def seeds(place: Path) -> list[bytes]:
 
 def one(data: bytes, place: Path) -> None:
     """Open micro-llava's processor with this file in the place of the one that it resembles."""
-    name = _FILES[1]
-    for marks, other in ((b"image_p",), _FILES[0]), ((b"vocab", b"added_t"), _FILES[2]), ((b"lstrip",), _SPECIAL):
-        if any(mark in data for mark in marks):
-            name = other
-            break
+    name = next((file for mark, file in _MARKS if mark in data), _FILES[1])
     names = ("config.json", "chat_template.jinja", *_FILES)
     for other in names:
         shutil.copyfile(MICRO / other, place / other)
