@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.GifImagePlugin import GifImageFile
 
 from vtexport.errors import InputError
 from vtexport.measure.calibrate import read_pairs
 from vtexport.measure.questions import read_items
 from vtexport.measure.scoring import METRICS
-from vtexport.models import pictures
+from vtexport.models import decoding, pictures
 from vtexport.models.conversation import read_messages
 from vtexport.models.pictures import check_image, open_image, open_video, read_image
 from vtexport.runtime.runner import Runner
@@ -233,9 +234,61 @@ def test_of_a_video_only_the_frames_taken_are_held(tmp_path: Path, monkeypatch: 
         made.clear()
         assert [frame.getpixel((0, 0))[0] for frame in open_video(path, 8)] == list(range(0, 40, 5)), kind
         assert len(made) == 8
-    monkeypatch.setattr(pictures, "_DECODED_PIXELS", 36 * 48 - 1)
+    monkeypatch.setattr(decoding, "_DECODED_PIXELS", 36 * 48 - 1)
     with pytest.raises(InputError, match=r"has frames of .* make it smaller"):
         open_video(tmp_path / "clip.gif", 8)
+
+
+def gif(*frames: tuple[int, int, int, int], loop: bytes = b"\3\1\0\0\0") -> bytes:
+    """A GIF with a screen of 8 x 6 and frames at (left, top) of (width, height), of which only a few pixels are there."""
+    head = b"GIF89a" + struct.pack("<HHB2x", 8, 6, 0x80) + b"\0\0\0\xff\xff\xff" + b"!\xff\x0bNETSCAPE2.0" + loop
+    replaced = b"!\xf9\x04\x08\0\0\0\0"
+    return head + b"".join(replaced + b"," + struct.pack("<4HB", *one, 0) + b"\2\1\x4c\0" for one in frames) + b";"
+
+
+def test_frames_of_a_gif_that_reach_beyond_its_screen_are_measured_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, small = tmp_path / "clip.gif", (0, 0, 8, 6)
+    path.write_bytes(gif(*[small] * 5, (0, 8000, 9000, 8000), *[small] * 2))
+    with monkeypatch.context() as patched:
+        patched.setattr(GifImageFile, "seek", lambda self, number: pytest.fail("a frame was decoded"))
+        # That its frames are counted needs no decoding, but goes back to the first one.
+        patched.setattr(GifImageFile, "n_frames", 8)
+        with pytest.raises(InputError, match="has 9000 x 16000 pixels, and 8388608 can be taken; make it smaller"):
+            open_video(path, 8)
+    # 400 frames of 5 million pixels are 2 billion to decode, whatever the screen is called.
+    path.write_bytes(gif(*[small] * 3999, (0, 0, 2500, 2000)))
+    with pytest.raises(InputError, match="has frames of 20 billion pixels together"):
+        open_video(path, 4000)
+    # A loop without data makes Pillow take what follows, here "!", for the length of a block; the frame behind it, in which
+    # others see a comment, is one to Pillow.
+    frame = b"," + struct.pack("<4HB", 0, 0, 6000, 6000, 0) + b"\2\1\x4c\0"
+    comment = (bytes(31) + b"\0" + frame).ljust(200, b"\0")
+    path.write_bytes(gif(*[small] * 8, loop=b"\0" + b"!\xfe" + bytes([len(comment)]) + comment + b"\0"))
+    with Image.open(path) as opened:
+        decoding.check_frames(opened, 7, "clip")
+        assert opened.size == (6000, 6000)
+    with pytest.raises(InputError, match="has 6000 x 6000 pixels"):
+        open_video(path, 8)
+
+
+@pytest.mark.parametrize("kind", ["gif", "folder"])
+def test_large_frames_of_a_video_are_halved(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [Image.new("RGB", (80, 60), (40 * number, 0, 0)) for number in range(4)]
+    path = tmp_path / kind
+    if kind == "gif":
+        frames[0].save(path, "GIF", save_all=True, append_images=frames[1:])
+    else:
+        path.mkdir()
+        for number, frame in enumerate(frames):
+            frame.save(path / f"{number}.png")
+    assert [frame.size for frame in open_video(path, 4)] == [(80, 60)] * 4
+    for most, size in ((4 * 80 * 60, (80, 60)), (4 * 80 * 60 - 1, (40, 30)), (4 * 40 * 30 - 1, (20, 15))):
+        monkeypatch.setattr(pictures, "VIDEO_PIXELS", most)
+        halved = open_video(path, 4)
+        assert [frame.size for frame in halved] == [size] * 4
+        assert [frame.getpixel((0, 0)) for frame in halved] == [(40 * number, 0, 0) for number in range(4)]
 
 
 def test_a_folder_of_frames_may_hold_other_files(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vtexport.errors import ModelError, cut
-from vtexport.models.pictures import MOST_ASPECT, WHOLE_PIXELS
+from vtexport.models.decoding import MOST_ASPECT
+from vtexport.models.pictures import WHOLE_PIXELS
 
 if TYPE_CHECKING:
     from vtexport.models.spec import ClipSpec, ModelSpec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,16 @@ from typing import Any
 import numpy as np
 
 from vtexport.errors import InputError, first_line
+from vtexport.models.decoding import FRAME_PIXELS, MOST_PIXELS, check_frames, check_scans, check_size
 
 #: formats of images; Pillow knows more, some of which run other programs (EPS), unpack archives (FITS) or are documents
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-#: pixels of an image at most, about as many as Pillow itself decodes; three bytes each
-MOST_PIXELS = 178_000_000
-#: how many times longer than wide an image may be. Processors scale the short side to S pixels before they crop, so an
-#: image of aspect a becomes one of a · S² pixels: at 200 about 25 million, as many as a camera's
-MOST_ASPECT = 200
 #: pixels up to which an image goes to the processor as it is; it makes several copies of them
 WHOLE_PIXELS = 1 << 26
 #: pixels per side up to which an image goes as it is to a processor that pads it to a square
 SQUARE = 1 << 13
-#: pixels of a frame of an animation, of which Pillow holds several copies; 3840 x 2160 fit
-FRAME_PIXELS = 1 << 23
-# Decoding is the work that such files can ask for without end: frames in which each rests on the ones before, and scans
-# of a progressive JPEG, each of which passes over the whole image. Both times pixels.
-_DECODED_PIXELS = 10_000_000_000
+#: pixels that the frames of one video keep together; larger ones are halved. Eight of 2560 x 1440 fit
+VIDEO_PIXELS = 1 << 25
 _ANIMATIONS = ("GIF", "WEBP", "PNG")
 _STILLS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 _ORIENTATION = 0x0112
@@ -64,7 +57,7 @@ def read_image(file: Any, name: str, otherwise: str, most: int = MOST_PIXELS) ->
     """
     with _refusing(otherwise), _opened(file, FORMATS, name, most) as opened:
         if opened.format in ("JPEG", "MPO"):
-            _check_scans(opened, name)
+            check_scans(opened, name)
         # Decoded first, by several threads at once: some formats have their EXIF behind the pixels.
         with _quietly() if opened.format == "TIFF" else nullcontext():
             opened.load()
@@ -87,6 +80,8 @@ def check_image(path: Path, name: str, otherwise: str) -> None:
 def open_video(path: Path, frames: int) -> list[Any]:
     """Frames of a video at equal distances, RGB PIL images; no other frames are held.
 
+    Frames of more than `VIDEO_PIXELS` together are halved in height and width until they are not.
+
     Args:
         path: an animated image (GIF, WebP, PNG), or a folder of images in the order of their names. Folders, hidden files
             and others that no image is called like may lie beside them.
@@ -95,9 +90,10 @@ def open_video(path: Path, frames: int) -> list[Any]:
     Raises:
         InputError: no such file, no video, one that is too large, or fewer frames.
     """
+    most = VIDEO_PIXELS // frames
     if _exists(path, folder=True):
         stills = sorted(file for file in path.iterdir() if _is_still(file))
-        return [open_image(stills[number]) for number in _chosen(path, len(stills), frames)]
+        return [_bounded(open_image(stills[number]), most) for number in _chosen(path, len(stills), frames)]
     if not _exists(path):
         raise InputError(f"{path}: no such video; check the path given with --image")
     otherwise = (
@@ -106,13 +102,15 @@ def open_video(path: Path, frames: int) -> list[Any]:
     )
     with _refusing(otherwise), _opened(path, _ANIMATIONS, str(path), FRAME_PIXELS) as opened:
         chosen = _chosen(path, getattr(opened, "n_frames", 1), frames)
-        _check_work((chosen[-1] + 1) * opened.width * opened.height, str(path), "frames")
+        check_frames(opened, chosen[-1], str(path))
         found = []
-        for number in chosen:
+        for number in range(chosen[-1] + 1):
             opened.seek(number)
-            # A frame of a GIF may reach beyond the first.
+            # Again, because Pillow passes over some broken blocks in its own way; it decodes a frame at the next seek.
             check_size(opened.size, str(path), FRAME_PIXELS)
-            frame = _bounded(_rgb(opened, str(path)))
+            if number not in chosen:
+                continue
+            frame = _bounded(_rgb(opened, str(path)), most)
             found.append(frame.copy() if frame is opened else frame)
         return found
 
@@ -145,23 +143,6 @@ def as_picture(given: Any) -> Any:
         raise InputError(
             f"an image cannot be decoded ({first_line(error)}); give a whole image that is open"
         ) from error
-
-
-def check_size(size: tuple[int, int], name: str, most: int = MOST_PIXELS) -> None:
-    """Refuse an image, of which only the header is read yet, by its width and height.
-
-    Raises:
-        InputError: it has more than `most` pixels, is longer than `MOST_ASPECT` times its width, or has no pixels.
-    """
-    width, height = size
-    if min(size) < 1:
-        raise InputError(f"{name} has {width} x {height} pixels; give an image with some")
-    if width * height > most:
-        raise InputError(f"{name} has {width} x {height} pixels, and {most} can be taken; make it smaller")
-    if max(size) > MOST_ASPECT * min(size):
-        raise InputError(
-            f"{name} has {width} x {height} pixels, more than {MOST_ASPECT} times as many in length as in width; crop it"
-        )
 
 
 def _exists(path: Path, *, folder: bool = False) -> bool:
@@ -216,27 +197,6 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _check_scans(opened: Any, name: str) -> None:
-    """Refuse a JPEG that passes over its pixels too often."""
-    file, scans, last = opened.fp, 0, b""
-    place = file.tell()
-    file.seek(0)
-    while block := file.read(1 << 20):
-        # In compressed data, 0xff is never followed by 0xda.
-        scans += (last + block).count(b"\xff\xda")
-        last = block[-1:]
-    file.seek(place)
-    _check_work(scans * opened.width * opened.height, name, "scans")
-
-
-def _check_work(pixels: int, name: str, parts: str) -> None:
-    if pixels > _DECODED_PIXELS:
-        raise InputError(
-            f"{name} has {parts} of {pixels / 1e9:.0f} billion pixels together, and {_DECODED_PIXELS / 1e9:.0f} can be "
-            "taken; make it smaller"
-        )
-
-
 def _rgb(image: Any, name: str) -> Any:
     """`image` as RGB; itself if it is."""
     image.load()
@@ -264,22 +224,23 @@ def _upper(image: Any) -> Any:
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
 
 
-def _bounded(image: Any) -> Any:
-    """`image`, of at most `WHOLE_PIXELS` pixels; every model scales it to far fewer."""
-    if image.width * image.height <= WHOLE_PIXELS:
-        return image
-    return _reduced(image, 2)
+def _bounded(image: Any, most: int | None = None) -> Any:
+    """`image`, halved until it has at most `most` pixels, or `WHOLE_PIXELS`; every model scales it to far fewer."""
+    return _halved(image, lambda factor: image.width * image.height <= (most or WHOLE_PIXELS) * factor**2)
 
 
 def within(image: Any, side: int) -> Any:
     """`image`, halved until neither of its sides has more than `side` pixels."""
+    return _halved(image, lambda factor: max(image.size) <= side * factor)
+
+
+def _halved(image: Any, small: Callable[[int], bool]) -> Any:
+    """`image`, reduced by the least power of two that is `small` enough; itself if 1 is."""
     factor = 1
-    while max(image.size) > side * factor:
+    while not small(factor):
         factor *= 2
-    return image if factor == 1 else _reduced(image, factor)
-
-
-def _reduced(image: Any, factor: int) -> Any:
+    if factor == 1:
+        return image
     return (image.convert("RGBA") if image.mode in ("P", "PA") else image).reduce(factor)
 
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtexport.errors import InputError
-from vtexport.models.pictures import MOST_PIXELS, read_image
+from vtexport.models.decoding import MOST_PIXELS
+from vtexport.models.pictures import read_image
 
 _SECONDS = 10
 
