@@ -47,6 +47,7 @@ TESTS = (
     "tests/test_conversations.py",
     "tests/test_evaluate.py",
     "tests/test_extension.py",
+    "tests/test_hostile_inputs.py",
     "tests/test_pages.py",
 )
 

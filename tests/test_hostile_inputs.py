@@ -91,10 +91,11 @@ def test_images_are_read_as_transformers_reads_them(kind: str, colours: Image.Im
 def test_colour_modes(mode: str, kind: str, colours: Image.Image) -> None:
     try:
         data = encoded(Image.new(mode, (5, 4), 1) if mode == "LAB" else colours.convert(mode), kind)
+        with Image.open(io.BytesIO(data)) as plain:
+            expected = plain.convert("RGB").tobytes()
     except (OSError, KeyError):
-        pytest.skip("no such file")
-    with Image.open(io.BytesIO(data)) as plain:
-        assert read(data).tobytes() == plain.convert("RGB").tobytes()
+        pytest.skip("Pillow writes no such file, or one that it cannot read")
+    assert read(data).tobytes() == expected
 
 
 @pytest.mark.parametrize("orientation", range(10))
@@ -261,14 +262,18 @@ def test_frames_of_a_gif_that_reach_beyond_its_screen_are_measured_first(
     path.write_bytes(gif(*[small] * 3999, (0, 0, 2500, 2000)))
     with pytest.raises(InputError, match="has frames of 20 billion pixels together"):
         open_video(path, 4000)
-    # A loop without data makes Pillow take what follows, here "!", for the length of a block; the frame behind it, in which
-    # others see a comment, is one to Pillow.
+
+
+def test_a_frame_that_hides_in_a_comment_is_refused_when_pillow_finds_it(tmp_path: Path) -> None:
+    """A loop without data makes Pillow take what follows, here "!", for the length of a block."""
+    path = tmp_path / "clip.gif"
     frame = b"," + struct.pack("<4HB", 0, 0, 6000, 6000, 0) + b"\2\1\x4c\0"
     comment = (bytes(31) + b"\0" + frame).ljust(200, b"\0")
-    path.write_bytes(gif(*[small] * 8, loop=b"\0" + b"!\xfe" + bytes([len(comment)]) + comment + b"\0"))
+    path.write_bytes(gif(*[(0, 0, 8, 6)] * 8, loop=b"\0" + b"!\xfe" + bytes([len(comment)]) + comment + b"\0"))
     with Image.open(path) as opened:
         decoding.check_frames(opened, 7, "clip")
-        assert opened.size == (6000, 6000)
+        if opened.size == (8, 6):
+            pytest.skip("this Pillow sees the comment")
     with pytest.raises(InputError, match="has 6000 x 6000 pixels"):
         open_video(path, 8)
 
