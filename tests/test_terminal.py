@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import re
 import shlex
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,6 +34,7 @@ from vtexport.bundle.folder import Bundle
 from vtexport.cli.console import _Output
 from vtexport.cli.report import answers, bundle, calibration, catalogue, evaluation, profile
 from vtexport.cli.report.layout import Facts, Paragraph, Table, Whole
+from vtexport.cli.streams import quieted
 from vtexport.errors import printable
 from vtexport.measure.evaluate import Reply, Score
 from vtexport.measure.questions import Item
@@ -262,6 +265,35 @@ def test_text_from_outside_cannot_act_on_a_terminal(monkeypatch: pytest.MonkeyPa
 
 def test_names_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen(Group("a [bold]b[/] :smile: [/nothing]"), None, monkeypatch) == "a [bold]b[/] :smile: [/nothing]\n"
+
+
+def test_libraries_quote_nothing_that_acts_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    before = logging.getLogRecordFactory()
+    with quieted():
+        logging.getLogger("some.library").error("the key %s", "\x1b[31mred")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("the key \x1b]0;title\x07", stacklevel=1)
+    assert logging.getLogRecordFactory() is before
+    logged, warned = caplog.messages
+    assert logged == r"the key \x1b[31mred"
+    assert r"UserWarning: the key \x1b]0;title\x07" in warned
+    assert "\x1b" not in warned
+
+
+def test_transformers_adds_no_lines_to_an_error(tmp_path: Path) -> None:
+    """In a process of its own, because transformers reads its level once."""
+    config = json.loads((MICRO / "config.json").read_text())
+    config["text_config"]["rope_parameters"] = {"rope_type": "of\x1b[31mred", "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "vtexport", "build", "--model", str(tmp_path), "--keep", "0.25", "--dry-run"]
+    for level, lines in (("", 1), ("warning", 2)):
+        environment = {**os.environ, **({"TRANSFORMERS_VERBOSITY": level} if level else {})}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 2
+        assert r"RoPE of type 'of\x1b[31mred'" in done.stderr.splitlines()[-1]
+        assert len(done.stderr.splitlines()) == lines, done.stderr
+        assert "\x1b" not in done.stderr
 
 
 def test_an_error_cannot_act_on_a_terminal(vtexport) -> None:

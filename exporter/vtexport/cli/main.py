@@ -12,7 +12,7 @@ from importlib import import_module
 import click
 import cloup
 
-from vtexport.cli.streams import checked, say
+from vtexport.cli.streams import checked, quieted, say
 from vtexport.errors import InputError, VtexportError
 from vtexport.stopping import Stopped, Stopping, ignore
 from vtexport.writing import journal
@@ -87,7 +87,7 @@ def main() -> None:
 def _run(stopping: Stopping) -> int:
     """Run the command line and report errors; the exit code."""
     try:
-        with checked():
+        with checked(), quieted():
             _check_blank(sys.argv[1:])
             cli.main(standalone_mode=False)
     except VtexportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import click
 
 from vtexport.errors import StorageError, printable
 from vtexport.figures import to_json
+
+_VERBOSITY = "TRANSFORMERS_VERBOSITY"
 
 
 def say(text: object, *, nl: bool = True, err: bool = False) -> None:
@@ -45,6 +48,34 @@ def checked() -> Iterator[None]:
         sys.exit(1)
     finally:
         sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def quieted() -> Iterator[None]:
+    """Hold transformers to errors, and escape what any library logs or warns of, which may quote a file.
+
+    Of a config.json, transformers warns of much that vtexport refuses in a line of its own, or has no use for.
+    `TRANSFORMERS_VERBOSITY` is transformers' own setting, and stays as it is where it is set.
+    """
+    set_here = _VERBOSITY not in os.environ
+    os.environ.setdefault(_VERBOSITY, "error")
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_Record)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.setLogRecordFactory(before)
+        if set_here:
+            os.environ.pop(_VERBOSITY, None)
+
+
+class _Record(logging.LogRecord):
+    """A message of a library."""
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage(), keep="\n\t")
 
 
 class _Descriptor(io.FileIO):
