@@ -89,6 +89,23 @@ def test_tokens_as_checkpoints_have_them_are_taken(model: Path, capfd: pytest.Ca
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.parametrize("special_tokens", [{}, {"<S>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}])
+@pytest.mark.parametrize("nested", [False, True])
+def test_tokens_around_a_prompt_are_defined(
+    model: Path, special_tokens: dict[str, Any], nested: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizers library would end in a panic, and print it."""
+    template = json.loads((model / "tokenizer.json").read_text())["post_processor"]
+    broken = {**template, "special_tokens": special_tokens}
+    edit(
+        model / "tokenizer.json",
+        post_processor={"type": "Sequence", "processors": [template, broken]} if nested else broken,
+    )
+    with pytest.raises(ModelError, match=r"puts '<s>' around prompts and does not define it; get it again"):
+        Prompter(model, read_spec(model))
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", ["tokenizer_truncation", "tokenizer_padding", "_json_truncation", "_json_padding"])
 def test_internal_settings_of_tokenizers_are_refused(model: Path, name: str) -> None:
     edit(model / "tokenizer_config.json", **{name: {"max_length": 512, "stride": 0, "\x1b]0;x\x07": 1}})

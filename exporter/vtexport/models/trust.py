@@ -56,10 +56,11 @@ _GROWTH = 64
 
 
 class _Tokenizer(msgspec.Struct):
-    """The parts of tokenizer.json that may do harm: those that change a text before it is cut, and added tokens."""
+    """The parts of tokenizer.json that may do harm: those that change a text or what it is cut into, and added tokens."""
 
     normalizer: Any = None
     pre_tokenizer: Any = None
+    post_processor: Any = None
     added_tokens: list[dict[str, Any]] = []
 
 
@@ -196,6 +197,7 @@ def _check_tokenizer(path: Path) -> None:
     except Unreadable as error:
         raise ModelError(f"{path} is not a tokenizer ({error}); get it again") from error
     _check_tokens(path, read.added_tokens, _TOKEN | {"id"})
+    _check_template(path, read.post_processor)
     growth = 1.0
     for one in _objects([read.normalizer, read.pre_tokenizer]):
         content, pattern = one.get("content"), one.get("pattern")
@@ -204,6 +206,17 @@ def _check_tokenizer(path: Path) -> None:
             growth *= max(1.0, len(content) / max(1, len(replaced) if isinstance(replaced, str) else 1))
     if growth > _GROWTH:
         raise ModelError(f"{path} makes texts more than {_GROWTH} times as long before it reads them; get it again")
+
+
+def _check_template(path: Path, processor: Any) -> None:
+    """Refuse a token to put around prompts that nothing defines; the tokenizers library would end in a panic, which prints."""
+    for template in _objects(processor):
+        known = template.get("special_tokens")
+        for piece in _objects([template.get("single"), template.get("pair")]):
+            token = piece.get("SpecialToken")
+            name = token.get("id") if isinstance(token, dict) else None
+            if isinstance(name, str) and not (isinstance(known, dict) and name in known):
+                raise ModelError(f"{path} puts {name[:40]!r} around prompts and does not define it; get it again")
 
 
 def _check_tokens(path: Path, tokens: Iterable[dict[str, Any]], names: frozenset[str]) -> None:
