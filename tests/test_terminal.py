@@ -271,10 +271,12 @@ def test_libraries_quote_nothing_that_acts_on_a_terminal(caplog: pytest.LogCaptu
     before = logging.getLogRecordFactory()
     with quieted():
         logging.getLogger("some.library").error("the key %s", "\x1b[31mred")
+        logging.getLogger("PIL.TiffImagePlugin").error("More samples per pixel than can be decoded")
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.warn("the key \x1b]0;title\x07", stacklevel=1)
     assert logging.getLogRecordFactory() is before
+    assert logging.getLogger("PIL").level == logging.NOTSET
     logged, warned = caplog.messages
     assert logged == r"the key \x1b[31mred"
     assert r"UserWarning: the key \x1b]0;title\x07" in warned

@@ -52,14 +52,16 @@ def checked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quieted() -> Iterator[None]:
-    """Hold transformers to errors, and escape what any library logs or warns of, which may quote a file.
+    """Hold transformers to errors and Pillow to silence, and escape what others log or warn of, which may quote a file.
 
-    Of a config.json, transformers warns of much that vtexport refuses in a line of its own, or has no use for.
-    `TRANSFORMERS_VERBOSITY` is transformers' own setting, and stays as it is where it is set.
+    Of a config.json, transformers warns of much that vtexport refuses in a line of its own, or has no use for; Pillow logs
+    why it refuses an image. `TRANSFORMERS_VERBOSITY` is transformers' own setting, and stays as it is where it is set.
     """
     set_here = _VERBOSITY not in os.environ
     os.environ.setdefault(_VERBOSITY, "error")
-    before = logging.getLogRecordFactory()
+    before, pillow = logging.getLogRecordFactory(), logging.getLogger("PIL")
+    level = pillow.level
+    pillow.setLevel(logging.CRITICAL)
     logging.setLogRecordFactory(_Record)
     logging.captureWarnings(True)
     try:
@@ -67,6 +69,7 @@ def quieted() -> Iterator[None]:
     finally:
         logging.captureWarnings(False)
         logging.setLogRecordFactory(before)
+        pillow.setLevel(level)
         if set_here:
             os.environ.pop(_VERBOSITY, None)
 
