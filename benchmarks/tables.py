@@ -443,20 +443,18 @@ FUZZED = {
 
 
 def fuzz(results: Results) -> str:
-    """What became of damaged files."""
-    counted = [
-        (
-            FUZZED[one["target"]],
-            one["executions"],
-            one["refused"],
-            one["accepted"],
-            sum(f["count"] for f in one["findings"]),
-        )
-        for one in results["fuzz"]["result"]["targets"]
-    ]
+    """What became of damaged files, of those drawn by chance and of those that coverage led to."""
+    runs = [{one["target"]: one for one in run["targets"]} for run in results["fuzz"]["result"]["runs"]]
+    counted = []
+    for target in runs[0]:
+        numbers: list[int] = []
+        for run in runs:
+            one = run[target]
+            numbers += [one["executions"], one["accepted"], sum(found["count"] for found in one["findings"])]
+        counted.append((FUZZED[target], *numbers))
     together = ("together", *(sum(numbers) for numbers in list(zip(*counted, strict=True))[1:]))
     rows = [[name, *(f"{number:,}" for number in numbers)] for name, *numbers in [*counted, together]]
-    return table(["file", "executions", "refused in one line", "used", "failed"], rows)
+    return table(["file", "by chance", "used", "failed", "by coverage", "used", "failed"], rows)
 
 
 def kills(results: Results) -> str:

@@ -43,6 +43,7 @@ FOREIGN_FLAGS = {
     "--enable-mm-embeds",
     "--extra_llm_api_options",
     "--geometry",
+    "--guided",
     "--ignore-scripts",
     "--json",
     "--kv_cache_free_gpu_memory_fraction",

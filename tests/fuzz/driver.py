@@ -19,12 +19,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from transformers.utils import logging
+
 from tests.fuzz.mutations import mutate
 from tests.fuzz.targets import Target, load
+from vtexport.cli.streams import quieted
 from vtexport.errors import VtexportError
 
 SLOW_SECONDS = 2.0
-#: growth of the largest resident set by one execution that is a finding
+#: growth of the resident set during one execution that is a finding
 GROWTH_BYTES = 256 << 20
 #: address space that a run may add to what it began with
 SPACE_BYTES = 3 << 30
@@ -41,7 +44,7 @@ class TooLarge(Exception):
 
 
 class Printed(Exception):
-    """An execution wrote to standard output, where a command's own result belongs."""
+    """An execution wrote to a standard stream, where a command's own result and its one line of error belong."""
 
 
 @dataclass
@@ -100,7 +103,9 @@ def attempt(target: Target, data: bytes, place: Path, seconds: float = SLOW_SECO
     Raises:
         BaseException: what is a bug in the target: any other exception, too much time or too much memory.
     """
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux then counts the peak anew: a process that was once larger would hide what an input takes.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _peak_bytes()
     accepted = True
     with _silent(), _time_limit(seconds):
         try:
@@ -109,30 +114,36 @@ def attempt(target: Target, data: bytes, place: Path, seconds: float = SLOW_SECO
             accepted = False
             if len(str(error).splitlines()) != 1:
                 raise ValueError(f"the refusal has several lines: {str(error)!r}") from error
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    if grown > GROWTH_BYTES:
+    if (grown := _peak_bytes() - before) > GROWTH_BYTES:
         raise TooLarge(f"{grown >> 20} MiB for {len(data)} bytes")
     return accepted
 
 
+def _peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Catch what is printed, by Python and by compiled code."""
+    """Catch what is printed, by Python and by compiled code, to either stream."""
     said = io.StringIO()
     with tempfile.TemporaryFile() as heard:
         sys.stdout.flush()
-        out = os.dup(1)
-        os.dup2(heard.fileno(), 1)
+        kept = [(number, os.dup(number)) for number in (1, 2)]
+        for number, _ in kept:
+            os.dup2(heard.fileno(), number)
         try:
-            with contextlib.redirect_stdout(said):
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 yield
         finally:
             _LIBC.fflush(None)
-            os.dup2(out, 1)
-            os.close(out)
+            for number, before in kept:
+                os.dup2(before, number)
+                os.close(before)
         heard.seek(0)
-        if printed := said.getvalue().encode(errors="replace") + heard.read(200):
-            raise Printed(repr(printed[:200]))
+        if printed := said.getvalue().encode(errors="replace") + heard.read(1000):
+            raise Printed(repr(printed[:1000]))
 
 
 @contextlib.contextmanager
@@ -160,7 +171,9 @@ def limit_memory() -> None:
 def prepared(name: str) -> Iterator[tuple[Target, list[bytes], Path]]:
     """The target, its valid files, and an empty folder."""
     target = load(name)
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+    # As on the command line; a library may have been imported before.
+    logging.set_verbosity_error()
+    with quieted(), tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         made, place = Path(folder, "seeds"), Path(folder, "place")
         made.mkdir()
         seeds = target.seeds(made)

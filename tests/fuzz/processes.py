@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import multiprocessing
-import queue
+import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from tests.fuzz.driver import Finding, Summary, run
@@ -18,30 +22,42 @@ _HUNG_SECONDS = 60
 
 def run_all(targets: list[str], share: int, seed: int, seconds: float, jobs: int) -> list[Summary]:
     """Every target in `jobs` parts, of which as many run at a time, each for at most `seconds`."""
+    parts = [(name, range(part, share, jobs)) for name in targets for part in range(jobs)]
+    return _gather(targets, jobs, [functools.partial(_part, name, numbers, seed, seconds) for name, numbers in parts])
+
+
+def run_guided(
+    targets: list[str], share: int, seed: int, seconds: float, jobs: int, found: Path | None
+) -> list[Summary]:
+    """Every target under atheris, `jobs` at a time; inputs that fail are written to `found`."""
+    return _gather(targets, jobs, [functools.partial(_guided, name, share, seed, seconds, found) for name in targets])
+
+
+def _gather(targets: list[str], jobs: int, work: list[Callable[[], Summary]]) -> list[Summary]:
     summaries = {name: Summary(name) for name in targets}
-    todo: queue.SimpleQueue[tuple[str, range]] = queue.SimpleQueue()
-    for name in targets:
-        for part in range(jobs):
-            todo.put((name, range(part, share, jobs)))
-    lock = threading.Lock()
-
-    def work() -> None:
-        while True:
-            try:
-                name, numbers = todo.get_nowait()
-            except queue.Empty:
-                return
-            done = _part(name, numbers, seed, seconds)
-            with lock:
-                summaries[name].merge(done)
-                print(f"{name}: {done.executions} executions", file=sys.stderr)  # noqa: T201
-
-    threads = [threading.Thread(target=work) for _ in range(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(jobs) as pool:
+        for task in as_completed([pool.submit(one) for one in work]):
+            done = task.result()
+            summaries[done.target].merge(done)
+            print(f"{done.target}: {done.executions} executions", file=sys.stderr)  # noqa: T201
     return list(summaries.values())
+
+
+def _guided(name: str, share: int, seed: int, seconds: float, found: Path | None) -> Summary:
+    command = [sys.executable, "-m", "tests.fuzz.guided", name, "--seed", str(seed)]
+    command += ["--executions", str(share), "--seconds", str(seconds)]
+    command += [] if found is None else ["--found", str(found)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        whole = Summary(name)
+        whole.add(Finding("Died", f"exit code {done.returncode}", done.stderr[-2000:], -1))
+        return whole
+    said = json.loads(done.stdout)
+    return Summary(
+        name,
+        **{key: said[key] for key in ("executions", "seconds", "refused", "accepted")},
+        findings=[Finding(**one) for one in said["findings"]],
+    )
 
 
 def _part(name: str, numbers: range, seed: int, seconds: float) -> Summary:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -71,20 +73,30 @@ class Stub:
             raise KeyError("broken")
         if data[:1] == b"s":
             time.sleep(60)
+        if data[:1] == b"h":
+            assert 3 ** (1 << 28)
+        if data[:1] == b"m":
+            assert b"x" * (driver.GROWTH_BYTES + (32 << 20))
         if data[:1] == b"p":
             print("said")  # noqa: T201
-        if data[:1] == b"w":
-            os.write(1, b"said")
+        if data[:1] in (b"1", b"2"):
+            os.write(int(data[:1]), b"said")
 
 
 def test_bugs_come_out_of_an_attempt(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="broken"):
         driver.attempt(Stub, b"b", tmp_path, SECONDS)
-    for printing in (b"p", b"w"):
+    for printing in (b"p", b"1", b"2"):
         with pytest.raises(driver.Printed, match="said"):
             driver.attempt(Stub, printing, tmp_path, SECONDS)
     assert driver.attempt(Stub, b"good", tmp_path)
     assert not driver.attempt(Stub, b"refused", tmp_path)
+
+
+def test_memory_counts_in_a_process_that_was_once_larger(tmp_path: Path) -> None:
+    assert b"x" * 2 * driver.GROWTH_BYTES
+    with pytest.raises(driver.TooLarge, match=r"MiB for 1 bytes"):
+        driver.attempt(Stub, b"m", tmp_path, SECONDS)
 
 
 def test_attempts_end_after_their_time() -> None:
@@ -115,6 +127,46 @@ def test_inputs_are_known_by_seed_and_number() -> None:
     assert inputs[:3] == seeds
     assert len(set(inputs)) > 250
     assert inputs[3:] != [driver.input_of(seeds, 4, number) for number in range(3, 300)]
+
+
+@pytest.mark.parametrize("name", ["recipe", pytest.param("image", marks=pytest.mark.long)])
+def test_a_guided_run_goes_where_no_seed_did(name: str) -> None:
+    pytest.importorskip("atheris", reason="needs atheris, for CPython 3.11 to 3.13 on x86-64 Linux")
+    command = [sys.executable, "-m", "tests.fuzz.guided", name, "--executions", "400", "--seconds", "60"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["executions"] == 400
+    assert summary["findings"] == []
+    assert summary["accepted"] > 0
+    # "NEW" is an input that reached a branch which none before it had; without watched code there is none.
+    assert re.search(r"^#\d+\s+NEW ", done.stderr, re.MULTILINE), done.stderr
+
+
+def guided_stub(seed: bytes, *arguments: str, hung_seconds: int = 60) -> subprocess.CompletedProcess[str]:
+    """A guided run of `Stub` from one input, in a process of its own, which libFuzzer ends."""
+    pytest.importorskip("atheris", reason="needs atheris, for CPython 3.11 to 3.13 on x86-64 Linux")
+    code = (
+        "from tests.fuzz import driver, guided; from tests.fuzz.test_fuzz import Stub\n"
+        f"Stub.seeds = lambda place: [{seed!r}]; driver.load = lambda name: Stub\n"
+        f"driver.limit_memory = lambda: None; guided.HUNG_SECONDS = {hung_seconds}; guided.main()"
+    )
+    command = [sys.executable, "-c", code, "stub", "--executions", "20", "--seconds", "60", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_a_guided_run_says_what_broke(tmp_path: Path) -> None:
+    done = guided_stub(b"bad", "--found", str(tmp_path / "found"))
+    assert done.returncode == 0, done.stderr
+    assert "KeyError" in {found["kind"] for found in json.loads(done.stdout)["findings"]}
+    assert any(path.read_bytes()[:1] == b"b" for path in (tmp_path / "found").iterdir())
+
+
+def test_a_guided_run_ends_where_compiled_code_hangs() -> None:
+    done = guided_stub(b"hang", hung_seconds=1)
+    assert done.returncode == 1
+    assert "Timeout (0:00:01)!" in done.stderr
+    assert "test_fuzz.py" in done.stderr
 
 
 def test_targets_are_found() -> None:
