@@ -63,7 +63,7 @@ def read_image(file: Any, name: str, otherwise: str, most: int = MOST_PIXELS) ->
             opened.load()
         with _quietly():
             orientation = opened.getexif().get(_ORIENTATION)
-        picture = _turned(_bounded(_rgb(opened, name)), orientation)
+        picture = _turned(_bounded(_rgb(opened, name), WHOLE_PIXELS), orientation)
         return picture.copy() if picture is opened else picture
 
 
@@ -136,7 +136,7 @@ def as_picture(given: Any) -> Any:
     try:
         given.load()
         transparent = "A" in given.getbands() or "transparency" in given.info
-        return _bounded(given if transparent else _rgb(given, "an image"))
+        return _bounded(given if transparent else _rgb(given, "an image"), WHOLE_PIXELS)
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every type for broken files
@@ -224,9 +224,9 @@ def _upper(image: Any) -> Any:
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
 
 
-def _bounded(image: Any, most: int | None = None) -> Any:
-    """`image`, halved until it has at most `most` pixels, or `WHOLE_PIXELS`; every model scales it to far fewer."""
-    return _halved(image, lambda factor: image.width * image.height <= (most or WHOLE_PIXELS) * factor**2)
+def _bounded(image: Any, most: int) -> Any:
+    """`image`, halved until it has at most `most` pixels; every model scales it to far fewer."""
+    return _halved(image, lambda factor: image.width * image.height <= most * factor**2)
 
 
 def within(image: Any, side: int) -> Any:
