@@ -59,12 +59,12 @@ def serve(answer: Callable[[Task], Answer]) -> None:
     print("{}", flush=True)
     for line in sys.stdin:
         found = answer(Task(**json.loads(line)))
-        print(json.dumps({**found, "peak_mib": _peak_mib()}), flush=True)
+        print(json.dumps({**found, "peak_mib": peak_mib()}), flush=True)
 
 
-def _peak_mib() -> float:
-    """This process's peak of resident memory; getrusage would tell its parent's, if that was higher when it started."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
+def peak_mib(pid: int | None = None) -> float:
+    """A process's peak of resident memory, or this one's; getrusage tells its parent's, if that was higher at the start."""
+    status = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="ascii")
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 

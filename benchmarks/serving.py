@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import openai
-from apart import Task, report, wait_until_quiet
+from apart import Task, peak_mib, report, wait_until_quiet
 from models import half_billion_llava
 
 from vtexport import BuildOptions, build
@@ -88,12 +88,6 @@ def measured(client: Any, pid: int, clients: int, requests: int, new_tokens: int
         "slowest": max(answer["total"] for answer in answers),
         "peak_mib": peak_mib(pid),
     }
-
-
-def peak_mib(pid: int) -> float:
-    """The peak of a process's resident memory."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def bundles(arguments: argparse.Namespace, work: Path) -> Iterator[tuple[str, float, Path]]:
