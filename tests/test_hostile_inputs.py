@@ -258,7 +258,7 @@ def test_frames_of_a_gif_that_reach_beyond_its_screen_are_measured_first(
         patched.setattr(GifImageFile, "n_frames", 8)
         with pytest.raises(InputError, match="has 9000 x 16000 pixels, and 8388608 can be taken; make it smaller"):
             open_video(path, 8)
-    # 400 frames of 5 million pixels are 2 billion to decode, whatever the screen is called.
+    # 4,000 frames of 5 million pixels are 20 billion to decode, whatever size the screen is said to have.
     path.write_bytes(gif(*[small] * 3999, (0, 0, 2500, 2000)))
     with pytest.raises(InputError, match="has frames of 20 billion pixels together"):
         open_video(path, 4000)

@@ -171,14 +171,24 @@ def limit_memory() -> None:
 def prepared(name: str) -> Iterator[tuple[Target, list[bytes], Path]]:
     """The target, its valid files, and an empty folder."""
     target = load(name)
-    # As on the command line; a library may have been imported before.
-    logging.set_verbosity_error()
-    with quieted(), tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+    with _quiet(), tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         made, place = Path(folder, "seeds"), Path(folder, "place")
         made.mkdir()
         seeds = target.seeds(made)
         place.mkdir()
         yield target, seeds, place
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """As on the command line, but transformers is imported already and has read its setting."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with quieted():
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def run(name: str, numbers: range, seed: int, seconds: float, begin: Callable[[int], None] | None = None) -> Summary:
@@ -195,21 +205,27 @@ def run(name: str, numbers: range, seed: int, seconds: float, begin: Callable[[i
                 break
             if begin is not None:
                 begin(number)
-            try:
-                accepted = attempt(target, input_of(seeds, seed, number), place)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # noqa: BLE001 - whatever else comes out of a target is what we look for
-                summary.add(finding(error, number))
-            else:
-                summary.accepted += accepted
-                summary.refused += not accepted
-            summary.executions += 1
+            tally(summary, target, input_of(seeds, seed, number), place, number)
         summary.seconds = time.monotonic() - started
     return summary
 
 
-def finding(error: BaseException, number: int) -> Finding:
+def tally(summary: Summary, target: Target, data: bytes, place: Path, number: int) -> bool:
+    """Attempt `data`, input `number` of a run, and add the outcome to `summary`; whether it is no finding."""
+    summary.executions += 1
+    try:
+        accepted = attempt(target, data, place)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - whatever else comes out of a target is what we look for
+        summary.add(_finding(error, number))
+        return False
+    summary.accepted += accepted
+    summary.refused += not accepted
+    return True
+
+
+def _finding(error: BaseException, number: int) -> Finding:
     """Where `error` came from: the innermost line of the package, or of anything else if it never got there."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if PACKAGE in frame.filename] or frames

@@ -86,19 +86,10 @@ def main() -> NoReturn:
         started = time.monotonic()
 
         def execute(data: bytes) -> None:
-            summary.executions += 1
             watch_the_clock()
-            try:
-                accepted = driver.attempt(target, data, place)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # noqa: BLE001 - whatever else comes out of a target is what we look for
-                summary.add(driver.finding(error, summary.executions))
-                if given.found is not None:
-                    (given.found / f"{given.target}-{sha256(data).hexdigest()[:12]}.bin").write_bytes(data)
-            else:
-                summary.accepted += accepted
-                summary.refused += not accepted
+            passed = driver.tally(summary, target, data, place, summary.executions + 1)
+            if not passed and given.found is not None:
+                (given.found / f"{given.target}-{sha256(data).hexdigest()[:12]}.bin").write_bytes(data)
             summary.seconds = time.monotonic() - started
             if summary.executions == given.executions or summary.seconds > given.seconds:
                 stack.close()

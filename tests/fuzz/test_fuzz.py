@@ -129,11 +129,17 @@ def test_inputs_are_known_by_seed_and_number() -> None:
     assert inputs[3:] != [driver.input_of(seeds, 4, number) for number in range(3, 300)]
 
 
+def guided(*command: str) -> subprocess.CompletedProcess[str]:
+    """A guided run, in a process of its own, which libFuzzer ends."""
+    pytest.importorskip("atheris", reason="needs atheris, for CPython 3.11 to 3.13 on x86-64 Linux")
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=300, cwd=ROOT, check=False
+    )
+
+
 @pytest.mark.parametrize("name", ["recipe", pytest.param("image", marks=pytest.mark.long)])
 def test_a_guided_run_goes_where_no_seed_did(name: str) -> None:
-    pytest.importorskip("atheris", reason="needs atheris, for CPython 3.11 to 3.13 on x86-64 Linux")
-    command = [sys.executable, "-m", "tests.fuzz.guided", name, "--executions", "400", "--seconds", "60"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    done = guided("-m", "tests.fuzz.guided", name, "--executions", "400", "--seconds", "60")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["executions"] == 400
@@ -144,15 +150,13 @@ def test_a_guided_run_goes_where_no_seed_did(name: str) -> None:
 
 
 def guided_stub(seed: bytes, *arguments: str, hung_seconds: int = 60) -> subprocess.CompletedProcess[str]:
-    """A guided run of `Stub` from one input, in a process of its own, which libFuzzer ends."""
-    pytest.importorskip("atheris", reason="needs atheris, for CPython 3.11 to 3.13 on x86-64 Linux")
+    """A guided run of `Stub` from one input."""
     code = (
         "from tests.fuzz import driver, guided; from tests.fuzz.test_fuzz import Stub\n"
         f"Stub.seeds = lambda place: [{seed!r}]; driver.load = lambda name: Stub\n"
         f"driver.limit_memory = lambda: None; guided.HUNG_SECONDS = {hung_seconds}; guided.main()"
     )
-    command = [sys.executable, "-c", code, "stub", "--executions", "20", "--seconds", "60", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return guided("-c", code, "stub", "--executions", "20", "--seconds", "60", *arguments)
 
 
 def test_a_guided_run_says_what_broke(tmp_path: Path) -> None:
